@@ -1,0 +1,218 @@
+"""The claim, tested: GRPO and MGRPO from the same base, at equal generated tokens, over seeds.
+
+    python compare.py                                                  # grpo and mgrpo on `solve`, 5 seeds each
+    python compare.py --arms grpo,mgrpo,keep,raw,wrong --seeds 3       # the switches of layer 2
+    python compare.py --name chain --flags "--task chain"              # another task
+
+The idea. Both methods start from one base and stop after the same number of GENERATED tokens, the currency of RL; GRPO gets as
+many rollouts per question (16) as MGRPO's tree has nodes (4 + 4 x 3). GRPO's second answer is what its first-answer training makes
+of the guiding phrase ("intrinsic" correction, never trained). Since MGRPO spends two completions at inference, GRPO is also given
+more of them: a second fresh sample, and the majority of three.
+
+Every run adds a JSON line to results/compare-<name>.jsonl; runs already there are not run again. The table shows mean ± standard
+error over seeds, and paired differences (same seed) with a 95 % interval from Student's t.
+"""
+import collections
+import datetime
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import pretrain
+import train
+from eval import COLUMNS, held_out_questions, load_policy, mean_and_error, task_of
+from flags import BadInput, guarded, parse_flags
+from mgrpo import Sampling, expand
+from reward import extract_answer
+from sample import Sampler
+from tasks import prompt_text
+from tokenizer import build_encoding
+
+ARMS = {  # name -> what it adds to train.py's defaults
+    "grpo": "--layers 1 --attempts 16",
+    "mgrpo": "",                                                # the paper's way: all attempts go on, failures masked after normalising
+    "keep": "--failed keep",
+    "raw": "--failed raw",
+    "wrong": "--sources wrong",
+    "balanced": "--sources balanced --attempts 8 --corrections 4",
+    "question": "--group question",
+    "alternating": "--update alternating",
+    "kl": "--kl-coef 0.001",                                    # the paper's coefficient
+}
+VOTES = 3
+LOCK = threading.Lock()
+T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # Student's t, 97.5 %, by degrees of freedom
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "solve"       # of the result file, results/compare-<name>.jsonl, and of the runs, out/compare-<name>-...
+    arms: str = "grpo,mgrpo"  # which to run, with commas between (see ARMS)
+    seeds: int = 5            # RL seeds 0, 1, ... of each arm; 0 only prints the table of what is there
+    flags: str = ""           # more flags for every train.py, in quotes
+    jobs: int = 2             # runs at a time; each gets its share of the cores
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+def run_once(c, arm, seed):
+    """Trains one arm with one seed in a process of its own -> its line for the result file."""
+    words = shlex.split(f"{c.flags} {ARMS[arm]}") + ["--seed", str(seed), "--run", f"compare-{c.name}-{arm}-{seed}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // c.jobs))}
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise BadInput(f"arm {arm}, seed {seed}: train.py failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+    folder = Path(next(line for line in done.stdout.splitlines() if line.startswith("run: "))[5:])
+    config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = result["GRPO" if config["layers"] == 1 else "MGRPO"]
+    return dict(arm=arm, seed=seed, flags=c.flags, command=shlex.join(["python", "train.py", *words]), base=config["made_by"]["base"],
+                date=datetime.date.today().isoformat(), made_by=config["made_by"], generated=steps[-1]["generated"], steps=len(steps),
+                seconds=round(sum(s["seconds_sampling"] + s["seconds_training"] for s in steps), 1),
+                base_result=result["base"], result=trained, extra=more_answers(folder / "checkpoint.pt", config))
+
+
+def more_answers(checkpoint, config):
+    """First answers at temperature 1, `VOTES` per question: accuracy of a second fresh sample and of the majority.
+
+    -> {"fresh": (mean, error), "majority": (mean, error), "tokens": mean tokens of all votes of a question}. Ties go to the answer
+    that was given first.
+    """
+    torch.set_num_threads(1)
+    model, _ = load_policy(checkpoint, config["dtype"], config["device"])
+    encoding, task = build_encoding(), task_of(config)
+    problems = held_out_questions(task, config["eval_questions"])
+    prompts = [encoding.encode_ordinary(prompt_text(p)) for p in problems]
+    how = Sampling(config["max_new_tokens"], 1.0, seed=77)
+    layer = expand(Sampler(model, encoding.eot_token), encoding, [p.gold for p in problems], prompts, VOTES, how)
+    right, answers = layer.correct.view(-1, VOTES).float(), [extract_answer(text) for text in layer.texts]
+    groups = [answers[i:i + VOTES] for i in range(0, len(answers), VOTES)]
+    chosen = [group.index(collections.Counter(group).most_common(1)[0][0]) for group in groups]
+    majority = right[torch.arange(len(right)), torch.tensor(chosen)]
+    return dict(fresh=mean_and_error(right[:, 1]), majority=mean_and_error(majority),
+                tokens=layer.lengths.view(-1, VOTES).sum(1).float().mean().item())
+
+
+def run_and_keep(c, path, arm, seed):
+    """run_once, its line added to the result file as soon as it is there, and said aloud."""
+    line = run_once(c, arm, seed)
+    with LOCK, open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = figures(line)
+    print(f"{arm} {seed}: " + ", ".join(f"{name} {shown[name]:.1f}" for name in list(shown)[:2]) + f" ({line['seconds']:.0f} s)", flush=True)
+
+
+def make_base(c):
+    """The base all runs share, made once, with all cores, before they start."""
+    config = parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), shlex.split(c.flags))
+    pretrain.base_model(train.base_config(pretrain.resolve(config)))
+
+
+def missing_runs(c, lines):
+    """The (arm, seed) pairs asked for that the result file does not hold yet."""
+    there = {(line["arm"], line["seed"]) for line in lines if line["flags"] == c.flags}
+    return [(arm, seed) for seed in range(c.seeds) for arm in c.arms.split(",") if (arm, seed) not in there]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# ----------------------------------------------------------------------------------------------------------------- table
+
+def figures(line):
+    """One run -> {column: value in percent}, greedy and at temperature 1, and GRPO-style extra answers."""
+    found = {}
+    for label, key in (("greedy", "greedy"), ("T=1", "temperature 1")):
+        found |= {f"{label} {title}": 100 * line["result"][key][name][0] for name, title in COLUMNS.items()}
+    return found | {"T=1 fresh 2nd": 100 * line["extra"]["fresh"][0], f"T=1 majority of {VOTES}": 100 * line["extra"]["majority"][0]}
+
+
+def mean_error(values):
+    """"71.2 ± 0.4": mean and standard error over seeds."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{error}"
+
+
+def interval(differences):
+    """Mean of paired differences and the half-width of its 95 % interval."""
+    n = len(differences)
+    half = T95.get(n - 1, 1.96) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.mean(differences), half
+
+
+def main_table(lines):
+    """Markdown: a row per arm, mean ± standard error over seeds."""
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    runs = {arm: [figures(line) for line in lines if line["arm"] == arm] for arm in arms}
+    columns = list(runs[arms[0]][0])
+    rows = ["| arm (seeds) | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    base = {name: lines[0]["base_result"][key] for name, key in (("greedy", "greedy"), ("T=1", "temperature 1"))}
+    cells = [f"{100 * base[label][name][0]:.1f}" for label in base for name in COLUMNS] + ["", ""]
+    rows.append("| base | " + " | ".join(cells) + " |")
+    for arm in arms:
+        rows.append(f"| {arm} ({len(runs[arm])}) | " + " | ".join(mean_error([run[column] for run in runs[arm]]) for column in columns) + " |")
+    return "\n".join(rows)
+
+
+def paired_table(lines, ours="mgrpo", theirs="grpo"):
+    """Markdown: differences between the arms, seed by seed, with 95 % intervals; empty unless both are there twice."""
+    by_seed = {arm: {line["seed"]: figures(line) for line in lines if line["arm"] == arm} for arm in (ours, theirs)}
+    seeds = sorted(set(by_seed[ours]) & set(by_seed[theirs]))
+    if len(seeds) < 2:
+        return ""
+    majority = f"T=1 majority of {VOTES}"
+    pairs = [(f"{t} Acc@t2", f"{t} {other}") for t in ("greedy", "T=1") for other in ("Acc@t1", "Acc@t2")]
+    pairs += [("T=1 Acc@t2", majority), ("greedy Acc@t1", "greedy Acc@t1"), ("T=1 Δ c→i", "T=1 Δ c→i")]
+    rows = [f"| {ours} | minus {theirs} | points, 95 % interval, {len(seeds)} seeds |", "|---|---|---|"]
+    for a, b in pairs:
+        mean, half = interval([by_seed[ours][s][a] - by_seed[theirs][s][b] for s in seeds])
+        rows.append(f"| {a} | {b} | {mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}] |")
+    return "\n".join(rows)
+
+
+def footnotes(lines):
+    """What the tables rest on: tokens, steps and time per run, inference tokens per question."""
+    rows = []
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        mine = [line for line in lines if line["arm"] == arm]
+        middle = {k: statistics.median(line[k] for line in mine) for k in ("generated", "steps", "seconds")}
+        two, votes = (statistics.mean(x) for x in zip(*[(line["result"]["temperature 1"]["tokens"], line["extra"]["tokens"]) for line in mine]))
+        rows.append(f"{arm}: {middle['generated'] / 1e6:.2f} M generated tokens, {middle['steps']:.0f} steps, {middle['seconds']:.0f} s a run "
+                    f"({mine[0]['made_by']['threads']} thread); inference {two:.0f} tokens for two turns, {votes:.0f} for {VOTES} votes")
+    return "\n".join(rows)
+
+
+def main():
+    c = parse_flags(Config, __doc__)
+    for arm in c.arms.split(","):
+        if arm not in ARMS:
+            raise BadInput(f"--arms: there is no arm {arm!r}; choose from {', '.join(ARMS)}")
+    if c.jobs < 1 or c.seeds < 0:
+        raise BadInput("--jobs must be at least 1 and --seeds at least 0")
+    path = Path("results") / f"compare-{c.name}.jsonl"
+    todo = missing_runs(c, read_lines(path))
+    if todo:
+        path.parent.mkdir(exist_ok=True)
+        make_base(c)
+        with ThreadPoolExecutor(c.jobs) as pool:
+            list(tqdm(pool.map(lambda pair: run_and_keep(c, path, *pair), todo), total=len(todo), unit="run", disable=None))
+    lines = [line for line in read_lines(path) if line["flags"] == c.flags]
+    if not lines:
+        raise BadInput(f"{path} holds no runs with these flags; use --seeds 1 or more")
+    print("\n\n".join(filter(None, (main_table(lines), paired_table(lines), footnotes(lines)))))
+
+
+if __name__ == "__main__":
+    guarded(main)

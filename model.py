@@ -1,0 +1,302 @@
+"""The GPT: a decoder-only transformer in plain torch, one class for our tiny default and for the large families.
+
+    python model.py                # prints the default model's parameters, module by module
+
+The idea. A token becomes a vector of D numbers; L blocks each add two corrections to it, one that looks at the tokens before
+(attention) and one that looks at the vector alone (the MLP); the last vector, compared with every row of the embedding
+table, gives the logits of the next token. The parts are those of Qwen2/2.5/3, Llama-3 and SmolLM2, switched by config:
+RMSNorm before each correction, rotary positions (RoPE) on queries and keys, grouped-query attention (K key/value heads
+shared by N query heads), a SwiGLU MLP, optional q/k/v bias, optional q/k norm, optional tied embeddings.
+
+Two decisions that the rest of the project leans on:
+
+1. A block does not know where keys and values live. `forward` takes an `attend(layer, q, k, v)` function: training passes
+   `causal_attention`, the sampler passes one that reads and extends its cache. There is one transformer, not two, so the
+   sampler and the trainer cannot drift apart (design: max |difference of log-probabilities| < 1e-4 in fp32).
+2. Weights are stored in fp32 and cast to the compute type where they are used. The optimiser then sees every small
+   update; bf16 weights would round away most of an Adam step at lr 1e-6.
+
+Letters: B rows, T tokens, L layers, D width, N query heads, K key/value heads, C head size, V vocabulary, M any number of
+flattened tokens.
+"""
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    width: int = 128         # D
+    depth: int = 4           # L
+    heads: int = 4           # N
+    kv_heads: int = 1        # K; N query heads share them
+    head_size: int = 32      # C; Qwen3 and others choose it apart from width / heads
+    hidden: int = 384        # inner size of the MLP
+    context: int = 512       # longest sequence, prompt included
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False   # Qwen2, Qwen2.5
+    qk_norm: bool = False    # Qwen3
+    tied: bool = True        # the output head is the embedding table
+
+
+# ------------------------------------------------------------------------------------------------------ building blocks
+
+class Linear(nn.Linear):
+    """nn.Linear whose fp32 master weight is cast to the type of what it is applied to; [..., in] -> [..., out]."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; the mean is taken in fp32 (arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return x * inverse.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope_tables(context, head_size, theta):
+    """-> cos, sin: [context, C] fp32. Position p turns the pair (i, i + C/2) by p · theta^(-2i/C) (arXiv 2104.09864, eq. 15).
+
+    The first half of sin carries the minus sign of the rotation, so that `rotate` is two products and a sum.
+    """
+    frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)          # [C/2]
+    angle = torch.arange(context).float()[:, None] * frequency                         # [context, C/2]
+    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
+
+
+def rotate(x, cos, sin):
+    """RoPE. x: [B, T, heads, C]; cos, sin: [B or 1, T, 1, C] -> x turned by its position."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def causal_attention(layer, q, k, v):
+    """Attention of training and of plain forward passes: token t sees tokens 0..t of its own row.
+
+    q: [B, T, N, C]; k, v: [B, T, K, C] -> [B, T, N, C]. Rows of different lengths are padded on the RIGHT: a pad comes after
+    every real token, so the causal triangle alone keeps it out and no mask per row is needed.
+    """
+    if q.is_cuda:
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+    # On a CPU torch's fused kernel took 50 ms (bf16) where these lines take 9 (forward + backward, 64 rows x 96 tokens,
+    # 4 query heads on 1): with K heads of n queries each, the n x T queries of a key head form one tall matrix.
+    B, T, N, C = q.shape
+    K, n = k.shape[2], N // k.shape[2]
+    q = (q * C ** -0.5).view(B, T, K, n, C).transpose(1, 2).reshape(B, K, T * n, C)
+    hidden = torch.full((T, T), -math.inf, device=q.device).triu(1).repeat_interleave(n, 0)   # [T*n, T]
+    weights = (q @ k.transpose(1, 2).mT + hidden).softmax(-1).to(q.dtype)                       # softmax in fp32
+    return (weights @ v.transpose(1, 2)).view(B, K, T, n, C).transpose(1, 2).reshape(B, T, N, C)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        c, self.config, self.layer = config, config, layer
+        self.norm1 = RMSNorm(c.width, c.norm_eps)
+        self.qkv = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_size, bias=c.qkv_bias)   # three products in one
+        self.out = Linear(c.heads * c.head_size, c.width, bias=False)
+        self.norm2 = RMSNorm(c.width, c.norm_eps)
+        self.gate_up = Linear(c.width, 2 * c.hidden, bias=False)                                # two products in one
+        self.down = Linear(c.hidden, c.width, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_size, c.norm_eps), RMSNorm(c.head_size, c.norm_eps)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.attention(self.norm1(x), cos, sin, attend)
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+    def attention(self, x, cos, sin, attend):
+        c, (B, T, _) = self.config, x.shape
+        qkv = self.qkv(x).view(B, T, -1, c.head_size)                       # [B, T, N + 2K, C]
+        qk, v = qkv.split([c.heads + c.kv_heads, c.kv_heads], 2)
+        if c.qk_norm:
+            q, k = qk.split([c.heads, c.kv_heads], 2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2)
+        return self.out(attend(self.layer, q, k, v).reshape(B, T, -1))
+
+
+# --------------------------------------------------------------------------------------------------------------- the GPT
+
+class GPT(nn.Module):
+    """The model. `compute` is the type of activations (fp32 or bf16); parameters stay fp32 whatever it is."""
+
+    def __init__(self, config, compute=torch.float32):
+        super().__init__()
+        self.config, self.compute = config, compute
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.depth)])
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = self.embed if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config.context, config.head_size, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(self._init)
+
+    def _init(self, module):
+        """Embeddings N(0, 0.02); matrices N(0, 1 / fan-in), which keeps the size of what passes through them at any width; those
+        that write into the residual stream smaller by sqrt(2L), the number of writes (GPT-2)."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, Block):
+            for linear in (module.out, module.down):
+                nn.init.normal_(linear.weight, std=(2 * self.config.depth * linear.in_features) ** -0.5)
+
+    def forward(self, tokens, positions=None, attend=causal_attention):
+        """tokens: [B, T] integers -> [B, T, D], the vectors that `logits` turns into logits of the NEXT token.
+
+        positions: [B, T] or [1, T]; 0..T-1 if omitted. attend: see the top of this file.
+        Raises ValueError when a row is longer than the context.
+        """
+        if tokens.shape[1] > self.config.context:
+            raise ValueError(f"a row of {tokens.shape[1]} tokens does not fit the model's context of {self.config.context}")
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        x = F.embedding(tokens, self.embed.weight).to(self.compute)                     # [B, T, D]
+        cos = self.cos[positions][:, :, None].to(self.compute)                          # [B or 1, T, 1, C]
+        sin = self.sin[positions][:, :, None].to(self.compute)
+        for block in self.blocks:
+            x = block(x, cos, sin, attend)
+        return self.norm(x)
+
+    def parameter_groups(self):
+        """-> {"matrices", "embeddings", "vectors"}: every parameter once. The field decays matrices alone: embeddings hold rows that
+        most batches do not touch, and vectors (norms, biases) set scales, not directions."""
+        groups = dict(matrices=[], embeddings=[], vectors=[])
+        for name, parameter in self.named_parameters():
+            kind = "vectors" if parameter.dim() < 2 else "embeddings" if name.startswith(("embed", "head")) else "matrices"
+            groups[kind].append(parameter)
+        return groups
+
+
+# ----------------------------------------------------------------------------------------- from vectors to probabilities
+
+def scaled_logits(hidden, weight, temperature=1.0):
+    """THE way from vectors to logits, for the sampler, the trainer and the reference alike.
+
+    hidden: [..., D]; weight: [V, D] -> fp32 [..., V], divided by the temperature (0 = greedy: left as they are).
+    """
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+    return logits / temperature if temperature not in (0, 1) else logits
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log π(token) and the entropy of π for M tokens, without ever holding [M, V] logits for more than `chunk` tokens.
+
+    forward:  logp = z[token] - logsumexp(z),  z = hidden @ weightᵀ / temperature
+    backward: dz = (onehot(token) - softmax(z)) · dlogp / temperature, from logits computed a second time.
+    At V = 151,936 the logits of 16 x 2,048 tokens would be 20 GB in fp32; a chunk of 1,024 tokens is 0.6 GB.
+    The entropy is for looking at; no gradient flows through it.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, chunk):
+        ctx.save_for_backward(hidden, weight, tokens)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        logp, entropy = [], []
+        for h, token in zip(hidden.split(chunk), tokens.split(chunk)):
+            z = scaled_logits(h, weight, temperature).log_softmax(-1)                   # [chunk, V]
+            logp.append(z.gather(-1, token[:, None])[:, 0])
+            entropy.append(-(z.exp() * z).sum(-1))
+        logp, entropy = torch.cat(logp), torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, dlogp, _):
+        hidden, weight, tokens = ctx.saved_tensors
+        dweight, dhidden = torch.zeros_like(weight), torch.empty_like(hidden)
+        cast = weight.to(hidden.dtype)
+        for h, token, d, dh in zip(*(x.split(ctx.chunk) for x in (hidden, tokens, dlogp, dhidden))):
+            dz = scaled_logits(h, weight, ctx.temperature).softmax(-1).mul_(-d[:, None])
+            dz.scatter_add_(-1, token[:, None], d[:, None])                             # [chunk, V]
+            dz = (dz / ctx.temperature).to(h.dtype)
+            torch.mm(dz, cast, out=dh)
+            dweight += dz.mT @ h
+        return dhidden, dweight, None, None, None
+
+
+def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=4096):
+    """hidden: [M, D] vectors, weight: [V, D], tokens: [M] the tokens that followed -> logp [M] fp32, entropy [M] fp32.
+
+    Off by one, with three tokens: in the row a b c, the vector at a predicts b, the vector at b predicts c; so
+    hidden[:, :-1] goes with tokens[:, 1:].
+    """
+    return TokenLogprobs.apply(hidden, weight, tokens, temperature, chunk)
+
+
+# ------------------------------------------------------------------------------------------- compute type and checkpoints
+
+def compute_dtype(name, device):
+    """-> the dtype of activations for "float32", "bfloat16" or "auto": bf16 on CUDA; on a CPU whichever multiplies faster here.
+
+    The measurement: the better of 5 products of each, 2,048 x 384 by 384 x 512, about 10 ms in all. CPUs with bf16 instructions
+    (avx512_bf16, AMX) win by 2-4 times; others lose by as much.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device == "cuda":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 512, dtype=dtype)
+        times = []
+        for _ in range(6):                     # the first one only warms up
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times[1:])
+    return min(seconds, key=seconds.get)
+
+
+def save_checkpoint(path, model, **extra):
+    """Writes weights, shape and `extra` (plain values) to `path` in one move: a run killed while writing leaves the old file."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    torch.save(dict(model_config=asdict(model.config), weights=model.state_dict(), extra=extra), temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, compute=torch.float32, device="cpu"):
+    """-> model, extra. Raises FileNotFoundError, or ValueError naming a file that is no checkpoint of ours. Never runs code from it."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(ModelConfig(**saved["model_config"]), compute)
+        model.load_state_dict(saved["weights"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:                 # torch.load raises many types for many kinds of damage
+        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged ({type(error).__name__})") from error
+    return model.to(device), saved["extra"]
+
+
+def main():
+    model = GPT(ModelConfig(vocab_size=512))
+    for name, parameter in model.named_parameters():
+        print(f"{name:28} {str(tuple(parameter.shape)):14} {parameter.numel():9,}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

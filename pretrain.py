@@ -1,0 +1,243 @@
+"""The base model that RL starts from: next-token training on the task's own texts, until it does what they do.
+
+    python pretrain.py                           # makes out/base-<hash>.pt, about two minutes on 2 CPU cores
+    python pretrain.py --task chain --modulus 23
+
+The idea. RL sharpens what a model already does sometimes; it cannot find what is never sampled. So the base must answer in
+the format, must err, and must hold the seed of checking. It reads two kinds of text (tasks.py), half and half:
+
+    solution   question | attempt                            one candidate, blindly chosen, computed honestly
+    review     question, attempt, phrase | correction        compares first, and doubts too much
+
+with the loss on what stands after the bar. Training stops by MEASURED accuracy, not by the clock: the texts' own accuracy
+in both turns is the ceiling, and once the model comes near it the learning rate decays to 0 and that is the base. (Comparing
+is learnt after the arithmetic and suddenly; a base that stops before it leaves layer 2 nothing to strengthen.)
+
+The base is kept under out/, named by a hash of everything that made it: the settings below and the code that ran. A changed
+setting never meets a wrong base.
+"""
+import ast
+import dataclasses
+import hashlib
+import inspect
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import mgrpo
+import model
+import tasks
+import tokenizer
+from flags import BadInput, guarded, parse_flags
+from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
+from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
+from sample import Sampler
+from tasks import draw, make_task, phrase_text, prompt_text, token_limits
+from tokenizer import PHRASES, build_encoding
+
+CHECK_EVERY = 50          # steps between measurements
+CHECK_ON = 512            # problems per measurement: a standard error of .02
+NEAR = (0.90, 0.90)       # decay begins when accuracy in turn 1 and 2 is this share of the texts' own
+DECAY = 0.20              # length of the decay, as a share of the steps before it
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: Literal["auto", "cpu", "gpu", "smoke"] = "auto"       # sizes that go together; flags override single values
+    task: Literal["solve", "chain", "countdown"] = "solve"        # guess and check | arithmetic chain | make a number
+    candidates: int = 3       # solve: most candidates for x
+    operations: int = 4       # solve, chain: most operations of a problem
+    modulus: int = 11         # solve, chain: arithmetic is mod this
+    numbers: int = 3          # countdown: how many numbers are given
+    width: int = 128          # model: size of a token's vector; heads have 32 numbers each
+    depth: int = 4            # model: number of blocks
+    device: Literal["auto", "cpu", "cuda"] = "auto"               # auto: cuda where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # compute; masters are fp32. auto: the faster one, measured
+    base_seed: int = 0        # seed of the base model: its weights and its texts
+    base_tokens: int = 6_000_000   # base training gives up after so many tokens (it stops by accuracy before)
+    base_lr: float = 2e-3     # peak learning rate of base training
+    base_batch: int = 24      # texts per step of base training, half of them reviews
+
+
+PRESETS = {
+    "cpu": {},                                             # the defaults above: what two cores train in minutes
+    "gpu": dict(candidates=5, operations=6, modulus=23,    # harder, since a larger model saturates the small task
+                width=512, depth=8, base_tokens=200_000_000, base_lr=1e-3, base_batch=512),
+    "smoke": dict(candidates=2, operations=2, modulus=3,   # the least that still learns both skills: ends in seconds
+                  width=64, depth=2, base_tokens=1_500_000, base_batch=64),
+}
+
+
+def pick_preset(given, presets=PRESETS):
+    """What a preset puts under the given flags; "auto" is gpu where CUDA is, else cpu."""
+    name = given.get("preset", "auto")
+    return presets[("gpu" if torch.cuda.is_available() else "cpu") if name == "auto" else name]
+
+
+def resolve(config):
+    """The config with device and compute type settled and checked."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    if config.width < 32 or config.width % 32 or config.depth < 1:
+        raise BadInput(f"--width {config.width} must be a multiple of 32, the head size, and --depth {config.depth} at least 1")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype = str(compute_dtype(config.dtype, device)).removeprefix("torch.")
+    return dataclasses.replace(config, device=device, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------- texts
+
+def text_pair(task, encoding, seed, index, review):
+    """Text `index` of the stream -> (prompt ids, target ids with the end token); the loss is on the target alone."""
+    problem, rng = draw(task, "train", seed, index), random.Random(f"text/{seed}/{index}")
+    attempt = task.attempt(problem, rng)
+    if review:
+        prompt = prompt_text(problem) + attempt.text + phrase_text(rng.choice(PHRASES))
+        target = task.review(problem, attempt, rng)
+    else:
+        prompt, target = prompt_text(problem), attempt.text
+    return encoding.encode_ordinary(prompt), encoding.encode_ordinary(target) + [encoding.eot_token]
+
+
+def batches(task, encoding, config, step):
+    """The two micro-batches of a step, solutions and reviews apart because their lengths are."""
+    half = config.base_batch // 2
+    for review in (False, True):
+        pairs = [text_pair(task, encoding, config.base_seed, (2 * step + review) * half + i, review) for i in range(half)]
+        yield pad_rows(*zip(*pairs), config.device)
+
+
+def texts_accuracy(task, count):
+    """Accuracy of the texts themselves in turn 1 and 2: what a model that learnt them perfectly would score."""
+    right = [0, 0]
+    for index in range(count):
+        problem, rng = draw(task, "train", "check", index), random.Random(index)
+        attempt = task.attempt(problem, rng)
+        for turn, text in enumerate((attempt.text, task.review(problem, attempt, rng))):
+            right[turn] += mgrpo.score(text, problem.gold).accuracy
+    return right[0] / count, right[1] / count
+
+
+def measure(sampler, encoding, task, count, max_new_tokens):
+    """Accuracy of the model at temperature 1 in both turns, on training-side questions it has not read."""
+    problems = [draw(task, "train", "check", index) for index in range(count)]
+    golds, how = [p.gold for p in problems], Sampling(max_new_tokens, 1.0, seed=0)
+    prompts = [encoding.encode_ordinary(prompt_text(p)) for p in problems]
+    first = expand(sampler, encoding, golds, prompts, 1, how)
+    second = second_look(sampler, encoding, golds, first, 1, how)
+    return first.correct.float().mean().item(), second.correct.float().mean().item()
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+def new_model(config, encoding, task):
+    """An untrained GPT for this config; its context holds the longest question, two completions and a phrase."""
+    heads, (question, completion) = config.width // 32, token_limits(task)
+    shape = ModelConfig(encoding.n_vocab, config.width, config.depth, heads, kv_heads=max(1, heads // 4), head_size=32,
+                        hidden=3 * config.width, context=question + 2 * completion + 8, qk_norm=True)   # learns at twice the rate
+    torch.manual_seed(config.base_seed)
+    return GPT(shape, getattr(torch, config.dtype)).to(config.device)
+
+
+def pretrain(config, say=print):
+    """Trains a base model -> model, {"t1", "t2": measured accuracy, "tokens"}. `config` must be resolved."""
+    encoding, task = build_encoding(), make_task(config.task, config.candidates, config.operations, config.modulus, config.numbers)
+    max_new = token_limits(task)[1]
+    gpt = new_model(config, encoding, task)
+    optimizers = make_optimizers(gpt, config.base_lr)
+    sampler, ceiling = Sampler(gpt, encoding.eot_token), texts_accuracy(task, 4 * CHECK_ON)
+    say(f"base: {sum(p.numel() for p in gpt.parameters()):,} parameters in {config.dtype}; its texts are right in "
+        f"{ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews")
+    tokens, step, decay_from, found = 0, 0, None, (0.0, 0.0)
+    bar = tqdm(total=config.base_tokens, unit="tok", unit_scale=True, desc="base model", disable=None)
+    while decay_from is None or step < decay_from * (1 + DECAY):
+        seen = train_step(gpt, optimizers, list(batches(task, encoding, config, step)), learning_rate(config, step, decay_from))
+        tokens, step = tokens + seen, step + 1
+        bar.update(seen)
+        if decay_from is None and step % CHECK_EVERY == 0:
+            sampler.refresh()
+            found = measure(sampler, encoding, task, CHECK_ON, max_new)
+            bar.set_postfix_str(f"right {found[0]:.2f} {found[1]:.2f}")
+        near = all(f >= n * c for f, n, c in zip(found, NEAR, ceiling))
+        if decay_from is None and (near or tokens * (1 + DECAY) > config.base_tokens):
+            decay_from = step
+    bar.close()
+    sampler.refresh()
+    found = measure(sampler, encoding, task, 2 * CHECK_ON, max_new)
+    say(f"base: right in {found[0]:.2f} of attempts and {found[1]:.2f} of reviews after {tokens / 1e6:.1f} M tokens, {step} steps")
+    if not all(f >= n * c for f, n, c in zip(found, NEAR, ceiling)):
+        say("base: WARNING: that is below the bar; RL may find nothing to strengthen. Raise --base-tokens, or make the task easier")
+    return gpt, dict(t1=found[0], t2=found[1], tokens=tokens)
+
+
+def make_optimizers(gpt, lr):
+    """Muon on the blocks' matrices, AdamW on embeddings and vectors, at one learning rate.
+
+    Muon (K. Jordan 2024) turns each update into the nearest orthogonal matrix, so that rare directions learn as fast as common ones;
+    scaled to AdamW's usual step size (arXiv 2502.16982, eq. 4). Here it learns arithmetic and comparing in 1,200 steps; AdamW alone
+    was not there after 2,000.
+    """
+    groups = gpt.parameter_groups()
+    plain = [dict(params=groups["embeddings"] + groups["vectors"], weight_decay=0.0)]
+    return [torch.optim.Muon(groups["matrices"], lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(plain, lr, betas=(0.9, 0.95), fused=True)]
+
+
+def learning_rate(config, step, decay_from):
+    """Warm-up over 50 steps, then constant, then linearly to 0 from `decay_from` on."""
+    if decay_from is not None:
+        return config.base_lr * max(0.0, 1 - (step - decay_from) / (DECAY * decay_from))
+    return config.base_lr * min(1.0, (step + 1) / 50)
+
+
+def train_step(gpt, optimizers, micro_batches, lr):
+    """One step on -mean log p of the target tokens; -> tokens read. The mean is over all micro-batches together."""
+    targets = sum(int(rows.lengths.sum()) for rows in micro_batches)
+    for rows in micro_batches:
+        logp, _ = completion_logprobs(gpt, rows)
+        (-logp.sum() / targets).backward()
+    torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return sum(int((rows.prompt_lengths + rows.lengths).sum()) for rows in micro_batches)
+
+
+# ----------------------------------------------------------------------------------------------------------------- cache
+
+def fingerprint(config):
+    """12 hex digits of everything that makes a base: the fields of Config above, and the code (comments aside) of the files that
+    run. The preset's name does not count, its values do."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "preset"}
+    code = [ast.dump(ast.parse(inspect.getsource(m))) for m in (model, tasks, tokenizer, mgrpo, sys.modules[pretrain.__module__])]
+    return hashlib.sha256(repr([sorted(fields.items()), *code]).encode()).hexdigest()[:12]
+
+
+def base_model(config, say=print):
+    """The base model for this (resolved) config, from out/ or made now -> model, what was measured of it, its path."""
+    path = Path("out") / f"base-{fingerprint(config)}.pt"
+    if path.exists():
+        say(f"base: reusing {path}")
+        gpt, extra = load_checkpoint(path, getattr(torch, config.dtype), config.device)
+        return gpt, extra["measured"], path
+    gpt, measured = pretrain(config, say)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, gpt, measured=measured, config=dataclasses.asdict(config))
+    return gpt, measured, path
+
+
+def main():
+    config = resolve(parse_flags(Config, __doc__, pick_preset))
+    _, measured, path = base_model(config)
+    print(f"{path}: {measured}")
+
+
+if __name__ == "__main__":
+    guarded(main)

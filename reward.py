@@ -1,0 +1,156 @@
+"""The verifier: finds the answer in a response, compares it with the gold answer, and turns that into a reward.
+
+    python reward.py "<think>6*7</think><answer>42</answer>" 42       # -> accuracy 1, format 1
+
+The idea. MGRPO has no reward MODEL: a rule looks at the final answer and says 1 or 0, in both layers. Everything the
+policy learns comes through this rule, so a hole in it is what the policy will learn. Hence:
+
+- The LAST complete <answer>...</answer> or \\boxed{...} is the answer, nothing else: not the last number, not a tag left
+  open by truncation, not "the gold stands somewhere in the text". No answer, or an empty one, scores 0.
+- Numbers are compared exactly, as fractions of integers: 0.5 = 1/2, 1,234 = 1234, +7 = 7; 1234576 is not 1234567.
+- Model text is hostile: it is never evaluated by Python, and whatever is longer than a real answer is wrong unread.
+- The optional format term is smaller than the accuracy term, so a wrong answer in perfect form never beats a right one.
+"""
+import ast
+import operator
+import re
+import sys
+from fractions import Fraction
+from typing import NamedTuple
+
+LONGEST = 1_000          # characters of an answer that are looked at; a real one has tens
+FORM = re.compile(r"\s*<think>(?:(?!</?(?:think|answer)>)[\s\S])*</think>\s*<answer>(?:(?!</?(?:think|answer)>)[\s\S])*</answer>\s*")
+NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)")
+
+
+class Reward(NamedTuple):
+    accuracy: float      # 1 right, 0 wrong
+    format: float        # 1 when the whole response is <think>...</think><answer>...</answer>
+    total: float         # accuracy + format_weight * format: what the advantages are made of
+
+
+class Makes(NamedTuple):
+    """A gold answer that many texts satisfy: any arithmetic over exactly these numbers that makes `target` (Countdown)."""
+    target: int
+    numbers: tuple
+
+
+# ------------------------------------------------------------------------------------------------------------ extraction
+
+def extract_answer(text):
+    """-> the content of the last complete <answer>...</answer> or \\boxed{...} in text, stripped; None if there is none.
+
+    "Last" is by where it ends. Braces inside \\boxed are matched, so \\boxed{\\frac{1}{2}} comes out whole. One pass each:
+    ten thousand opened boxes cost no more than ten thousand characters.
+    """
+    tag_end = text.rfind("</answer>")
+    tag_start = text.rfind("<answer>", 0, max(tag_end, 0))
+    tagged = (tag_end, text[tag_start + len("<answer>"):tag_end]) if tag_start >= 0 else (-1, None)
+    end, answer = max(tagged, last_box(text), key=lambda found: found[0])
+    return None if end < 0 else answer.strip()
+
+
+def last_box(text):
+    """-> (where it ends, content) of the last closed \\boxed{...}, (-1, None) without one."""
+    opened, found = [], (-1, None)
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened:
+            start = opened.pop()
+            if text.endswith("\\boxed{", 0, start):
+                found = (brace.start(), text[start:brace.start()])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ comparison
+
+def parse_number(text):
+    """-> Fraction, or None when text is not ONE number: integer, decimal, thousands with commas, a/b, \\frac{a}{b}."""
+    text = text.strip().strip("$").strip().replace("\u2212", "-").removesuffix(".")
+    fraction = re.fullmatch(r"([+-]?)\s*\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", text)
+    if fraction:
+        text = f"{fraction[1]}{fraction[2].strip()}/{fraction[3].strip()}"
+    above, slash, below = text.partition("/")
+    if slash:
+        above, below = _decimal(above.strip()), _decimal(below.strip())
+        return above / below if above is not None and below else None
+    return _decimal(text)
+
+
+def _decimal(text):
+    """-> Fraction of a signed decimal in ASCII digits, None otherwise. int() alone would accept "1_0" and "\u0663"."""
+    match = NUMBER.fullmatch(text)
+    if not match or not any(c.isdigit() for c in match[2]):
+        return None
+    value = Fraction(match[2].replace(",", "").removesuffix("."))
+    return -value if match[1] == "-" else value
+
+
+def same(answer, gold):
+    """Whether two answers are equal: as numbers, as lists of numbers between spaces, or letter by letter."""
+    if not answer or len(answer) > LONGEST:
+        return False
+    a, b = parse_number(answer), parse_number(gold)
+    if a is not None or b is not None:
+        return a == b
+    parts, golds = answer.split(), gold.split()
+    if len(golds) > 1:
+        return len(parts) == len(golds) and all(same(x, y) for x, y in zip(parts, golds))
+    return " ".join(parts) == " ".join(golds)
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def makes(answer, gold):
+    """Whether `answer` is + - * / arithmetic that uses each of gold.numbers exactly once and gives gold.target exactly."""
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", answer):
+        return False
+    try:
+        used = []
+        value = _value(ast.parse(answer.strip(), mode="eval").body, used)
+    except (SyntaxError, ValueError, ZeroDivisionError):   # not an expression, a power, or x/0: a wrong answer
+        return False
+    return value == gold.target and sorted(used) == sorted(gold.numbers)
+
+
+def _value(node, used):
+    """Exact value of a parsed expression; numbers met go into `used`. ValueError for all but numbers and + - * /."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_value(node.left, used), _value(node.right, used))
+    raise ValueError("not a sum, difference, product or quotient of numbers")
+
+
+# ---------------------------------------------------------------------------------------------------------------- reward
+
+def is_correct(response, gold):
+    """response: what the model wrote, without the prompt; gold: a string or Makes -> bool. Never raises on a response."""
+    answer = extract_answer(response)
+    if answer is None:
+        return False
+    return makes(answer, gold) if isinstance(gold, Makes) else same(answer, gold)
+
+
+def score(response, gold, format_weight=0.0):
+    """-> Reward. format_weight in [0, 0.5]: a wrong answer gets at most 0.5, a right one at least 1.
+
+    Raises ValueError for a weight outside of that.
+    """
+    if not 0 <= format_weight <= 0.5:
+        raise ValueError(f"format weight {format_weight} is not in [0, 0.5]: form could pay better than being right")
+    accuracy, form = float(is_correct(response, gold)), float(FORM.fullmatch(response) is not None)
+    return Reward(accuracy, form, accuracy + format_weight * form)
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit("usage: python reward.py RESPONSE GOLD")
+    print(f"answer {extract_answer(sys.argv[1])!r}; {score(*sys.argv[1:])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The command line: what is wrong is said in one sentence, and nothing is a flag that nobody reads."""
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+import compare
+import eval as evaluation
+import pretrain
+import tasks
+import train
+from flags import BadInput, comments, help_text, parse, parse_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = dict(train=train, eval=evaluation, pretrain=pretrain, compare=compare, bench=bench, tasks=tasks)
+
+
+def run(*words, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_used_and_explained(name):
+    """Catches dead flags: every field is read somewhere outside of its declaration, and has a line of help."""
+    config = SCRIPTS[name].Config
+    source = "".join((ROOT / f"{n}.py").read_text() for n in ("train", "eval", "pretrain", "compare", "bench", "tasks"))
+    for field in dataclasses.fields(config):
+        used = re.search(rf"\b(c|config|self)\.{field.name}\b|\"{field.name}\"", source)
+        assert used, f"--{field.name} of {name}.py is read nowhere"
+        assert len(comments(config).get(field.name, "")) > 5, f"--{field.name} of {name}.py has no comment, so no help"
+    text = help_text(config, SCRIPTS[name].__doc__)
+    assert all(f"--{field.name.replace('_', '-')} " in text for field in dataclasses.fields(config))
+    assert max(map(len, text.splitlines())) <= 140
+
+
+def test_values_presets_and_order():
+    """Catches a preset that overrules the command line, and ints refused for floats."""
+    c = parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), ["--preset", "smoke", "--prompts=4", "--lr", "1"])
+    assert (c.prompts, c.width, c.lr, c.attempts) == (4, 64, 1.0, 4)
+    assert parse(train.Config, ["--clip_high", "0.3", "--max-new-tokens", "7"]) == dict(clip_high=0.3, max_new_tokens=7)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--attemps", "3"], "did you mean --attempts?"), (["--attempts", "three"], "'three' is not a whole number"), (["--attempts"], "needs a value"),
+    (["--lr", "fast"], "'fast' is not a number"), (["--task", "sovle"], "did you mean 'solve'?"), (["solve"], "unknown argument 'solve'"),
+    (["--attempts", "2.5"], "is not a whole number"), (["-x"], "unknown flag '-x'"), (["--zzzzzzzz", "1"], "--help lists the flags"),
+])
+def test_bad_flags(words, says):
+    """Catches a bare assert, a traceback, or a misspelt flag silently dropped."""
+    with pytest.raises(BadInput, match=re.escape(says)):
+        parse(train.Config, words)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["train.py", "--correction", "3"], "did you mean --corrections?"),
+    (["train.py", "--corrections", "1"], "no siblings"),
+    (["train.py", "--layers", "3"], "1 is GRPO, 2 is MGRPO"),
+    (["train.py", "--layers", "1", "--attempts", "1"], "no siblings"),
+    (["train.py", "--prompts", "3"], "--minibatches 2"),
+    (["train.py", "--temperature", "0"], "must be sampled"),
+    (["train.py", "--format-weight", "0.9"], "pay better than being right"),
+    (["train.py", "--clip-low", "1"], "must lie in (0, 1)"),
+    (["train.py", "--rows", "0"], "at least 1"),
+    (["train.py", "--modulus", "98"], "choose 3 to 97"),
+    (["train.py", "--device", "cuda"], "sees no CUDA device"),
+    (["train.py", "--width", "100"], "--width 100"),
+    (["train.py", "--preset", "smoke", "--max-new-tokens", "500"], "--max-new-tokens 500"),
+    (["eval.py"], "--checkpoint is missing"),
+    (["eval.py", "--checkpoint", "nowhere.pt"], "nowhere.pt: there is no such file"),
+    (["eval.py", "--checkpoint", "README.md"], "README.md is not a checkpoint"),
+    (["eval.py", "--checkpoint", "x.pt", "--questions", "1"], "--questions must be at least 2"),
+    (["tasks.py", "--candidates", "99"], "choose 1 to 11"),
+    (["compare.py", "--arms", "grpo,nothing"], "'nothing'"),
+    (["bench.py", "--what", "nothing"], "choose one of"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(words, says, tmp_path):
+    """Catches tracebacks, exit code 0 or 1, and files left behind by a run that never began."""
+    if words[0] == "train.py" and "cuda" in words and __import__("torch").cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    (tmp_path / "README.md").write_text("not a checkpoint")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr, done.stderr + done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name):
+    """Catches a --help that fails, or starts work."""
+    done = run(f"{name}.py", "--help")
+    assert done.returncode == 0 and "Flags" in done.stdout and not done.stderr

@@ -1,0 +1,212 @@
+"""The sampler: the same distribution, the same numbers and the same tokens as the model says, however rows are batched."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mgrpo import completion_logprobs, pad_rows
+from model import GPT, ModelConfig
+from sample import Sampler, choose, exponentials, fold, mix, row_keys
+
+END = 369
+
+
+def phrases_for(rows):
+    return [[5, 6, 7][:1 + i % 3] for i in range(rows)]
+
+
+def worst_gap(gpt, c):
+    """max |sampler's log-prob - teacher-forced log-prob| over all rows of c."""
+    rows = pad_rows([c.prompts[i // c.n] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], "cpu")
+    logp, _ = completion_logprobs(gpt, rows)
+    return (logp - c.logprobs[:, :logp.shape[1]])[rows.mask].abs().max().item()
+
+
+# --------------------------------------------------------------------------------------------------------- random numbers
+
+def test_mix_equals_its_definition_in_unsigned_arithmetic():
+    """Catches a sign bit smeared by >> on signed tensors, and a product that does not wrap: numpy's uint32 is the oracle."""
+    x = np.array([0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 123456789, 0xDEADBEEF], dtype=np.uint32)
+    y = x ^ x >> np.uint32(16)
+    y = y * np.uint32(0x7FEB352D)
+    y = y ^ y >> np.uint32(15)
+    y = y * np.uint32(0x846CA68B)
+    y = y ^ y >> np.uint32(16)
+    assert mix(torch.from_numpy(x.view(np.int32).copy())).numpy().view(np.uint32).tolist() == y.tolist()
+    assert [mix(int(v)) for v in x] == y.tolist()
+
+
+def test_mix_leaves_its_argument_alone():
+    """Catches in-place arithmetic reaching the caller's keys: the second token of a row would draw other numbers."""
+    x = torch.arange(5, dtype=torch.int32)
+    mix(x)
+    assert x.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_exponentials_are_exponential():
+    """Catches correlated or clipped noise. Over 4 M draws the mean and variance of Exp(1) are 1 ± .0005 and ± .0014: bounds of five
+    standard errors (one false alarm in 1.7 million); the correlation of neighbours, rows and positions stays below .0025."""
+    draws = exponentials(row_keys(7, torch.arange(2000), 5).flatten(), 400).view(2000, 5, 400).double()
+    assert abs(draws.mean() - 1) < 0.0025 and abs(draws.var() - 1) < 0.007 and draws.min() > 0
+    centred = draws - 1
+    for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
+        assert abs((a * b).mean()) < 0.0035
+
+
+def test_fold_separates_its_arguments():
+    """Catches seed + step, which makes step 1 of seed 0 the step 0 of seed 1."""
+    seen = {fold(seed, step) for seed in range(50) for step in range(50)} | {fold(step) for step in range(50)}
+    assert len(seen) == 2550 and fold(1, 2) != fold(2, 1)
+
+
+def test_frequencies_match_the_softmax():
+    """Catches temperature applied twice or not at all, and a biased choice. Chi-square over 200,000 draws of an uneven 12-token softmax at
+    temperature 0.7: 11 degrees of freedom, bound 36 (a false alarm has p = .0002; the seed is fixed, so it holds or never does)."""
+    torch.manual_seed(5)
+    logits, n = torch.randn(12) * 1.5, 200_000
+    tokens, logp = choose((logits / 0.7).expand(n, -1), row_keys(11, torch.arange(n), 1)[:, 0])
+    expected = (logits / 0.7).softmax(0)
+    chi2 = ((tokens.bincount(minlength=12) - n * expected) ** 2 / (n * expected)).sum()
+    assert chi2 < 36, chi2
+    torch.testing.assert_close(logp[:50], expected.log()[tokens[:50]])
+
+
+# ------------------------------------------------------------------------------------------------- agreement with the model
+
+def test_logprobs_equal_the_trainers(gpt, random_prompts):
+    """THE failure of RL code with two engines. Both layers and a third, ragged prompts, rows leaving: max gap < 1e-4 in fp32."""
+    sampler = Sampler(gpt, END)
+    first = sampler.generate(random_prompts, 4, 40, seed=3)
+    second = sampler.extend(first, phrases_for(len(first)), 3, 40, seed=3)
+    some = torch.arange(0, len(second), 2)
+    third = sampler.extend(second, phrases_for(len(some)), 2, 20, seed=3, rows=some)
+    assert 0 < int(second.ended.sum()) < len(second), "rows must both end and be cut, or this proves less than it says"
+    for completions in (first, second, third):
+        assert worst_gap(gpt, completions) < 1e-4
+    assert third.parents.tolist() == some.repeat_interleave(2).tolist()
+
+
+def test_temperature_is_in_the_logprobs(gpt, random_prompts):
+    """Catches log-probabilities of the untempered model: at 0.5 they differ by whole nats from those that rollouts were drawn from."""
+    c = Sampler(gpt, END).generate(random_prompts, 2, 12, temperature=0.5, seed=1)
+    rows = pad_rows([c.prompts[i // 2] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], "cpu")
+    logp, _ = completion_logprobs(gpt, rows, 0.5)
+    plain, _ = completion_logprobs(gpt, rows)
+    assert (logp - c.logprobs)[rows.mask].abs().max() < 1e-4 < (plain - c.logprobs)[rows.mask].abs().max()
+
+
+def test_extend_equals_a_fresh_prompt(gpt, random_prompts):
+    """Catches a wrong position, mask or order in the reused cache: extending must give, token for token, what sampling afresh from
+    question + attempt + phrase gives. The rows' random numbers are made equal by drawing greedily."""
+    sampler = Sampler(gpt, END)
+    first = sampler.generate(random_prompts, 3, 30, seed=3)
+    assert not first.ended.all(), "a cut attempt has a last token whose keys are not cached yet: the case must occur"
+    phrases = phrases_for(len(first))
+    second = sampler.extend(first, phrases, 1, 30, temperature=0)
+    fresh = sampler.generate(second.prompts, 1, 30, temperature=0)
+    assert second.tokens.tolist() == fresh.tokens.tolist() and second.lengths.tolist() == fresh.lengths.tolist()
+    torch.testing.assert_close(second.logprobs, fresh.logprobs, atol=1e-4, rtol=0)
+    assert [c[len(p):] for c, p in zip(second.prompts, (first.prompts[i // 3] for i in range(len(first))))] == [
+        first.text_ids(i) + phrases[i] for i in range(len(first))]
+
+
+def test_extending_twice_gives_the_same(gpt, random_prompts):
+    """Catches `extend` writing into the cache it was given: a second call on the same attempts would see the first one's phrases."""
+    sampler = Sampler(gpt, END)
+    first = sampler.generate(random_prompts, 2, 20, seed=3)
+    results = [sampler.extend(first, phrases_for(len(first)), 2, 20, seed=9).tokens.tolist() for _ in range(2)]
+    assert results[0] == results[1]
+
+
+def test_a_row_alone_equals_the_row_in_a_crowd(gpt, random_prompts):
+    """Catches random numbers or attention that depend on neighbours: 300 rows together, and each of a few alone under its own number."""
+    sampler = Sampler(gpt, END)
+    prompts = (random_prompts * 22)[:150]
+    crowd = sampler.generate(prompts, 2, 25, seed=8)
+    for i in (0, 1, 77, 150, 299):
+        alone = sampler.generate([prompts[i // 2]], 1, 25, seed=8, first_row=i)
+        assert alone.tokens[0, :alone.lengths[0]].tolist() == crowd.tokens[i, :crowd.lengths[i]].tolist()
+
+
+def test_siblings_and_layers_draw_different_numbers(gpt):
+    """Catches a group of identical answers (no signal at all), and layer 2 repeating layer 1's noise."""
+    sampler = Sampler(gpt, END)
+    first = sampler.generate([[1, 2, 3]], 8, 12, seed=1)
+    assert len({tuple(row) for row in first.tokens.tolist()}) == 8
+    second = sampler.extend(first, [[4]] * 8, 8, 12, seed=1)
+    assert len({tuple(row) for row in second.tokens.tolist()}) == 64
+
+
+def test_seeds(gpt):
+    """Catches an ignored seed, and one that is not enough: equal seeds repeat, different ones differ."""
+    sampler = Sampler(gpt, END)
+    a, b, c = (sampler.generate([[1, 2, 3]], 4, 12, seed=s).tokens.tolist() for s in (1, 1, 2))
+    assert a == b != c
+
+
+def test_rows_that_end(gpt, random_prompts):
+    """Catches an end token left out of length or log-probs, tokens after the end, and a wrong ended flag."""
+    c = Sampler(gpt, END).generate(random_prompts, 30, 40, seed=2)
+    assert 10 < int(c.ended.sum()) < len(c) - 10
+    for i in range(len(c)):
+        n, row = int(c.lengths[i]), c.tokens[i]
+        assert (row[n - 1] == END) == bool(c.ended[i]) and END not in row[:n - 1].tolist()
+        assert not row[n:].any() and not c.logprobs[i, n:].any() and bool((c.logprobs[i, :n] < 0).all())
+        assert c.ended[i] or n == 40
+        assert c.text_ids(i) == [t for t in row[:n].tolist() if t != END]
+
+
+def test_greedy_is_the_argmax(gpt):
+    """Catches noise at temperature 0: every token must be the model's most likely one."""
+    c = Sampler(gpt, END).generate([[1, 2, 3], [7]], 1, 15, temperature=0)
+    for i, prompt in enumerate(([1, 2, 3], [7])):
+        ids = prompt + c.tokens[i, :c.lengths[i]].tolist()
+        best = (gpt(torch.tensor([ids]))[0] @ gpt.head.weight.T).argmax(-1)
+        assert best[len(prompt) - 1:-1].tolist() == ids[len(prompt):]
+
+
+def test_refresh_takes_new_weights(gpt):
+    """Catches a sampler that goes on drawing from the policy of the first step."""
+    sampler = Sampler(gpt, END)
+    before = sampler.generate([[1, 2, 3]], 1, 8, temperature=0)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    stale = sampler.generate([[1, 2, 3]], 1, 8, temperature=0)
+    sampler.refresh()
+    fresh = sampler.generate([[1, 2, 3]], 1, 8, temperature=0)
+    assert stale.tokens.tolist() == before.tokens.tolist() != fresh.tokens.tolist() and worst_gap(gpt, fresh) < 1e-4
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize("switches", [{}, dict(qkv_bias=True, qk_norm=True, tied=False)])
+def test_every_shape_of_model(heads, kv_heads, switches, random_prompts):
+    """Catches query heads meeting the wrong key head, and switches that only the trainer knows."""
+    torch.manual_seed(1)
+    gpt = GPT(ModelConfig(370, 48, 2, heads, kv_heads, 16, 64, 128, **switches))
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    c = Sampler(gpt, END).generate(random_prompts, 2, 10, seed=4)
+    assert worst_gap(gpt, Sampler(gpt, END).extend(c, phrases_for(len(c)), 2, 10, seed=4)) < 1e-4
+
+
+def test_bf16_stays_near(random_prompts):
+    """The bf16 sampler against the bf16 trainer: they round alike, so the mean gap stays below 0.01 nats (fp32: 1e-6)."""
+    torch.manual_seed(0)
+    gpt = GPT(ModelConfig(370, 64, 3, 4, 1, 16, 96, 128), torch.bfloat16)
+    c = Sampler(gpt, END).generate(random_prompts, 4, 30, seed=1)
+    rows = pad_rows([c.prompts[i // 4] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], "cpu")
+    assert (completion_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
+    assert c.logprobs.dtype == torch.float32 and math.isfinite(c.logprobs.sum())
+
+
+@pytest.mark.parametrize("prompts, new, match", [
+    ([], 5, "no prompts"), ([[1], []], 5, "empty"), ([[1, 370]], 5, "vocabulary"), ([[-1]], 5, "vocabulary"), ([[1] * 250], 10, "context"),
+    ([[1]], 0, "context"),
+])
+def test_bad_prompts_are_named(gpt, prompts, new, match):
+    """Catches an index error from deep inside torch where a sentence should stand."""
+    with pytest.raises(ValueError, match=match):
+        Sampler(gpt, END).generate(prompts, 1, new)

@@ -1,0 +1,134 @@
+"""compare.py and bench.py: their statistics against hand-computed cases, and a tiny run of each."""
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import compare
+from eval import mean_and_error, summarise, table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(cwd, *words):
+    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ eval's table
+
+def test_transitions_by_hand():
+    """Catches i→c and c→i swapped, and samples of one question counted as independent. Four questions, two samples, two turns."""
+    right = torch.tensor([[[1, 1], [1, 0]], [[0, 1], [0, 1]], [[0, 0], [1, 1]], [[1, 0], [0, 0]]]).float()
+    found = summarise(right)
+    means = {k: v[0] for k, v in found.items()}
+    assert means == dict(t1=0.5, t2=0.5, delta=0.0, i2c=0.25, c2i=0.25)
+    assert found["t1"][1] == pytest.approx(torch.tensor([1, 0, 0.5, 0.5]).std().item() / 2)
+
+
+def test_standard_error_of_a_share():
+    """Catches a std for a standard error: 300 ones among 1,000 have an error of sqrt(p(1-p)/n), but for n - 1."""
+    mean, error = mean_and_error(torch.cat([torch.ones(300), torch.zeros(700)]))
+    assert mean == pytest.approx(0.3) and error == pytest.approx(math.sqrt(0.21 / 999), rel=1e-3)
+
+
+def test_table_has_the_papers_columns():
+    """Catches a column lost or a sign dropped."""
+    result = dict(t1=(0.6, 0.015), t2=(0.7, 0.014), delta=(0.1, 0.01), i2c=(0.2, 0.01), c2i=(0.1, 0.01), questions=1024)
+    text = table({"base": result, "MGRPO": result})
+    assert [w for w in ("Acc@t1", "Acc@t2", "Δ(t1,t2)", "Δ i→c", "Δ c→i") if w not in text] == []
+    assert "+10.0 ± 1.0" in text and "1024 held-out" in text and text.count("\n") == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------- compare
+
+def line(arm, seed, t2, t1=0.6):
+    result = {k: dict(t1=(t1, 0.01), t2=(t2, 0.01), delta=(t2 - t1, 0.01), i2c=(0.2, 0.01), c2i=(0.1, 0.01), tokens=50.0) for k in ("greedy", "temperature 1")}
+    return dict(arm=arm, seed=seed, flags="", generated=1e6, steps=10, seconds=9.0, made_by=dict(threads=1), base_result=result, result=result,
+                extra=dict(fresh=(0.6, 0.01), majority=(0.61, 0.01), tokens=75.0))
+
+
+def test_interval_is_students():
+    """Catches 1.96 for 5 seeds, or a std for a standard error: differences 1..5 have mean 3, std 1.581, t(4) = 2.776."""
+    mean, half = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+
+
+def test_differences_are_paired_by_seed():
+    """Catches runs paired by position: seeds written in another order must give the same interval, here of width 0."""
+    lines = [line("grpo", s, 0.6 + s / 100) for s in (0, 1, 2)] + [line("mgrpo", s, 0.7 + s / 100) for s in (2, 0, 1)]
+    assert "| greedy Acc@t2 | greedy Acc@t2 | +10.0 [+10.0, +10.0] |" in compare.paired_table(lines)
+    text = compare.main_table(lines)
+    assert "| grpo (3) | 60.0 ± 0.0 | 61.0 ± 0.6 |" in text and text.splitlines()[1].count("---") == text.splitlines()[0].count("|") - 1
+
+
+def test_runs_that_are_there_are_not_run_again():
+    """Catches a comparison that repeats, or mixes runs made with other flags."""
+    c = compare.Config(seeds=2)
+    lines = [line("grpo", 0, 0.6), line("mgrpo", 1, 0.6) | dict(flags="--task chain")]
+    assert compare.missing_runs(c, lines) == [("mgrpo", 0), ("grpo", 1), ("mgrpo", 1)]
+
+
+def test_compare_end_to_end(tmp_path):
+    """Catches a comparison whose runs do not share a base or a budget: two arms, one seed, on the smoke preset."""
+    words = ("compare.py", "--name", "t", "--seeds", "1", "--flags", "--preset smoke --tokens 6000 --base-tokens 60000 --eval-questions 16")
+    printed = script(tmp_path, *words)
+    lines = [json.loads(text) for text in (tmp_path / "results/compare-t.jsonl").read_text().splitlines()]
+    assert {entry["arm"] for entry in lines} == {"grpo", "mgrpo"} and len({entry["base"] for entry in lines}) == 1
+    assert all(6000 <= entry["generated"] < 12000 and 0 <= entry["extra"]["majority"][0] <= 1 for entry in lines)
+    assert "| grpo (1) |" in printed and "| mgrpo (1) |" in printed and "tokens for two turns" in printed
+    again = script(tmp_path, *words)
+    assert len((tmp_path / "results/compare-t.jsonl").read_text().splitlines()) == 2 and again.splitlines()[-1] == printed.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------------- bench
+
+SMALL = ("--rows", "8", "--group", "4", "--new", "4", "--prompt", "5", "--rounds", "1")
+
+
+def test_bench_runs():
+    """Catches a bench that only works on its author's machine. No times are asserted."""
+    printed = script(ROOT, "bench.py", "sampler", *SMALL)
+    assert re.search(r"ours +bfloat16", printed) and "is" in printed.splitlines()[-1] and "times recompute everything" in printed
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers (requirements-extra.txt)")
+def test_bench_runs_beside_transformers():
+    """Catches a peer that is silently left out although it is installed, or that does not do the same work."""
+    printed = script(ROOT, "bench.py", "sampler", *SMALL)
+    assert "times transformers generate" in printed
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers (requirements-extra.txt)")
+def test_our_gpt_is_a_llama():
+    """Catches a difference from the field's architecture: our weights in transformers' Llama give the same logits, 1e-4 in fp32."""
+    import transformers
+
+    from model import GPT, ModelConfig
+    torch.manual_seed(0)
+    m = ModelConfig(97, 64, 3, 4, 2, 16, 96, 64)
+    gpt = GPT(m)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96,
+        max_position_embeddings=64, rms_norm_eps=m.norm_eps, rope_theta=m.rope_theta, tie_word_embeddings=True))
+    weights = {"model.embed_tokens.weight": gpt.embed.weight, "model.norm.weight": gpt.norm.weight, "lm_head.weight": gpt.embed.weight}
+    for i, block in enumerate(gpt.blocks):
+        q, k, v = block.qkv.weight.split([64, 32, 32])
+        gate, up = block.gate_up.weight.chunk(2)
+        names = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (q, k, v, block.out.weight)))
+        weights |= {f"model.layers.{i}.self_attn.{name}.weight": w for name, w in names.items()}
+        weights |= {f"model.layers.{i}.mlp.{name}.weight": w for name, w in zip(("gate_proj", "up_proj", "down_proj"), (gate, up, block.down.weight))}
+        weights |= {f"model.layers.{i}.input_layernorm.weight": block.norm1.weight, f"model.layers.{i}.post_attention_layernorm.weight": block.norm2.weight}
+    llama.load_state_dict(weights)
+    tokens = torch.randint(0, 97, (3, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(gpt(tokens) @ gpt.embed.weight.T, llama(tokens).logits, atol=1e-4, rtol=0)

@@ -1,0 +1,112 @@
+"""Problems, their texts, and the encoding they are written in."""
+import random
+
+import pytest
+
+import tasks
+from flags import BadInput
+from reward import is_correct, score
+from tasks import draw, held_out, make_task, phrase_text, prompt_text
+from tokenizer import PHRASES, TAGS, WORDS
+
+NAMES = ("solve", "chain", "countdown")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streams_are_pure_functions(name):
+    """Catches shared random state: problem 5 must be the same whatever was drawn before, and differ between seeds, splits and indices."""
+    task = make_task(name)
+    assert draw(task, "train", 1, 5) == draw(task, "train", 1, 5)
+    assert len({draw(task, split, seed, i).question for split in ("train", "held out") for seed in (0, 1) for i in (5, 6)}) == 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_train_and_held_out_never_overlap(name):
+    """Catches evaluation on questions that training can draw: compared in canonical form, so a reordered question counts as the same."""
+    task = make_task(name)
+    sides = [{task.canonical(draw(task, split, 0, i)) for i in range(1500)} for split in ("train", "held out")]
+    assert not sides[0] & sides[1] and min(map(len, sides)) > 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_as_right_as_they_claim(name):
+    """Catches a gold answer, an attempt and a verifier that disagree: an attempt that reached the target must verify, others must not."""
+    task, rng = make_task(name), random.Random(0)
+    for i in range(400):
+        problem = draw(task, "train", 2, i)
+        attempt = task.attempt(problem, rng)
+        target = int(problem.gold) if name == "chain" else problem.gold.target if name == "countdown" else problem.data[2]
+        assert is_correct(attempt.text, problem.gold) == (attempt.reached == target)
+        assert score(attempt.text, problem.gold).format == score(task.review(problem, attempt, rng), problem.gold).format == 1
+
+
+def test_solve_has_exactly_one_solution():
+    """Catches two candidates that reach the target: the gold list would then be one of several right ones."""
+    for modulus in (11, 12, 23):
+        task = make_task("solve", modulus=modulus, candidates=5)
+        for i in range(300):
+            candidates, operations, target = draw(task, "train", 0, i).data
+            assert sum(tasks.compute(x, operations, modulus)[-1] == target for x in candidates) == 1
+
+
+def test_the_base_doubts_as_stated():
+    """Catches reviews that reveal the truth, or hold no seed of it: P(no | wrong) = .92, P(no | right) = .40 within 4 standard errors."""
+    task, rng, said = make_task("solve"), random.Random(0), {True: [], False: []}
+    for i in range(3000):
+        problem = draw(task, "train", 0, i)
+        attempt = task.attempt(problem, rng)
+        said[is_correct(attempt.text, problem.gold)].append(": no. " in task.review(problem, attempt, rng))
+    for right, p in ((True, tasks.DOUBTS_RIGHT), (False, tasks.DOUBTS_WRONG)):
+        n = len(said[right])
+        assert abs(sum(said[right]) / n - p) < 4 * (p * (1 - p) / n) ** 0.5
+
+
+def test_a_doubting_review_tries_another_candidate():
+    """Catches a review that says no and then repeats the attempt: half the use of a second look."""
+    task, rng, changed = make_task("solve"), random.Random(1), 0
+    for i in range(300):
+        problem = draw(task, "train", 3, i)
+        attempt = task.attempt(problem, rng)
+        review = task.review(problem, attempt, rng)
+        if ": no. " in review and len(problem.data[0]) > 1:
+            assert not review.split(": no. ")[1].startswith(f"{attempt.choice}{problem.data[1][0][0]}")
+            changed += 1
+    assert changed > 100
+
+
+@pytest.mark.parametrize("name, wrong", [("solve", dict(candidates=0)), ("solve", dict(candidates=12)), ("solve", dict(operations=1)),
+                                         ("chain", dict(modulus=2)), ("solve", dict(modulus=98)), ("countdown", dict(numbers=9))])
+def test_difficulty_out_of_range(name, wrong):
+    """Catches a task that can draw nothing, or hangs."""
+    with pytest.raises(BadInput, match=f"--{next(iter(wrong))}"):
+        make_task(name, **wrong)
+
+
+# -------------------------------------------------------------------------------------------------------------- encoding
+
+def test_any_text_round_trips(encoding):
+    """Catches text that cannot be encoded: 3,000 random strings of any Unicode come back exactly, and never hold the end token."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choice([chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
+                                   *TAGS, *WORDS, "<|endoftext|>", "12", "007"]) for _ in range(rng.randint(0, 12)))
+        ids = encoding.encode_ordinary(text)
+        assert encoding.decode(ids) == text and encoding.eot_token not in ids and all(0 <= i < encoding.n_vocab for i in ids)
+
+
+def test_what_tasks_write_is_one_token_each(encoding):
+    """Catches a number, tag or phrase cut into bytes: small models learn far slower so."""
+    for text in [*TAGS, *WORDS, *PHRASES, *map(str, range(100))]:
+        assert len(encoding.encode_ordinary(text)) == 1, text
+    ids = encoding.encode_ordinary("<think>7*8=10, +7=6</think><answer>7 10 6</answer>")
+    assert [encoding.decode([i]) for i in ids] == ["<think>", "7", "*", "8", "=", "10", ", ", "+", "7", "=", "6", "</think>", "<answer>", "7", " ",
+                                                    "10", " ", "6", "</answer>"]
+    assert len(encoding.encode_ordinary("<|endoftext|>")) == 13
+
+
+def test_layer_2_prompt_is_layer_1s_and_more(encoding):
+    """Catches a phrase whose tokens merge with the attempt's: the tokens of the whole text are those of its parts."""
+    problem = draw(make_task("solve"), "train", 0, 0)
+    attempt = make_task("solve").attempt(problem, random.Random(0))
+    parts = [prompt_text(problem), attempt.text, phrase_text(PHRASES[3])]
+    assert encoding.encode_ordinary("".join(parts)) == [i for part in parts for i in encoding.encode_ordinary(part)]

@@ -1,0 +1,232 @@
+"""The loop, end to end and in parts: invariance to micro-batches, determinism, and a run that learns in both layers."""
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_mgrpo import scripted_rollout
+
+import train
+from mgrpo import Sampling, collect, policy_loss
+from pretrain import learning_rate
+from sample import Sampler
+from tasks import draw, make_task
+from tokenizer import build_encoding
+from train import Config, accumulate, learn, optimiser_steps, rollout_metrics, tree_text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def rollout(gpt):
+    """A real two-layer rollout of the random model, with rewards made up (it never answers), and its config."""
+    encoding, task = build_encoding(), make_task("solve", 2, 2, 5)
+    problems = [draw(task, "train", 0, i) for i in range(4)]
+    c = Config(attempts=3, corrections=2, prompts=4, max_new_tokens=12, dtype="float32")
+    layers = collect(Sampler(gpt, encoding.eot_token), encoding, problems, 3, 2, Sampling(12, 1.0, 5))
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        layer.advantages = torch.randn(len(layer.texts), generator=generator)
+        layer.trained = torch.rand(len(layer.texts), generator=generator) < 0.8
+        layer.advantages[~layer.trained] = 0
+    return gpt, layers, c
+
+
+def gradient(gpt, layers, c, reference=None):
+    """The gradient of one optimiser step on all rows, and the diagnostics."""
+    gpt.zero_grad()
+    sums = [accumulate(gpt, reference, layer, torch.arange(len(layer.texts)), c, True) for layer in layers]
+    return torch.cat([p.grad.flatten() for p in gpt.parameters()]), sums
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_gradient_does_not_depend_on_micro_batches(rollout, normalize, kl_coef):
+    """Catches a mean per micro-batch: 1, 2, 4 and 5 micro-batches per layer must give one gradient (and loss), to 1e-6 of its size."""
+    gpt, layers, c = rollout
+    reference = copy.deepcopy(gpt).requires_grad_(False) if kl_coef else None
+    if reference:
+        reference.embed.weight.mul_(1.1)
+    results = [gradient(gpt, layers, dataclasses.replace(c, rows=rows, normalize=normalize, kl_coef=kl_coef), reference) for rows in (999, 12, 6, 5)]
+    whole, sums = results[0]
+    assert whole.norm() > 1e-3
+    for other, found in results[1:]:
+        assert (other - whole).norm() < 1e-5 * whole.norm()
+        assert sum(s["loss"] for s in found) == pytest.approx(sum(s["loss"] for s in sums), abs=1e-5)
+
+
+def test_gradient_equals_the_equation(rollout):
+    """The oracle for packing, sorting, skipping and weights together: (2) written out row by row over ALL rows, with w = 0.5."""
+    gpt, layers, c = rollout
+    found, _ = gradient(gpt, layers, dataclasses.replace(c, layer2_weight=0.5, rows=7))
+    gpt.zero_grad()
+    for layer, w in zip(layers, (1.0, 0.5)):
+        completions = layer.completions
+        for i in range(len(layer.texts)):
+            prompt, n = completions.prompts[i // completions.n], int(completions.lengths[i])
+            ids = torch.tensor([prompt + completions.tokens[i, :n].tolist()])
+            logp = (gpt(ids)[0] @ gpt.head.weight.T).log_softmax(-1)[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None])[:, 0]
+            ratio = (logp - completions.logprobs[i, :n]).exp()
+            A = layer.advantages[i]
+            objective = torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).mean() / len(layer.texts)
+            (-w * objective).backward()
+    expected = torch.cat([p.grad.flatten() for p in gpt.parameters()])
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_every_row_is_trained_once(rollout):
+    """Catches questions dropped or dealt twice by the minibatches, and a group torn apart."""
+    _, layers, c = rollout
+    for update, steps in (("joint", 2), ("alternating", 4)):
+        plan = optimiser_steps(layers, dataclasses.replace(c, update=update))
+        assert len(plan) == steps
+        for layer in layers:
+            mine = [rows for parts in plan for part, rows in parts if part is layer]
+            assert sorted(torch.cat(mine).tolist()) == list(range(len(layer.texts)))
+            assert not set(layer.parents[mine[0]].tolist()) & set(layer.parents[mine[1]].tolist())
+
+
+def test_gauge_is_near_zero_before_the_first_update(rollout):
+    """Catches the sampler and the trainer drifting apart, as the log line shows it: fp32, so below 1e-4, and the ratio is 1."""
+    gpt, layers, c = rollout
+    optimizer = torch.optim.AdamW(gpt.parameters(), 0.0)
+    found = learn(gpt, None, optimizer, layers, dataclasses.replace(c, epochs=2))
+    assert 0 < found["gauge_mean"] <= found["gauge_max"] < 1e-4 and found["ratio"] == pytest.approx(1, abs=1e-4)
+    assert found["updates"] == 4 and found["clipped"] == 0 and found["entropy"] > 0
+
+
+def test_no_signal_no_step(rollout):
+    """Catches weights moved by Adam's momentum alone when every group has equal rewards."""
+    gpt, layers, c = rollout
+    before = copy.deepcopy(gpt.state_dict())
+    for layer in layers:
+        layer.advantages.zero_()
+    found = learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, c)
+    assert found["updates"] == 0 and all(torch.equal(before[k], v) for k, v in gpt.state_dict().items())
+
+
+def test_a_nonfinite_gradient_stops_the_run(rollout):
+    """Catches NaN written into the weights, and into the next checkpoint."""
+    gpt, layers, c = rollout
+    layers[0].advantages[0], layers[0].trained[0] = float("nan"), True
+    with pytest.raises(train.BadInput, match="not finite"):
+        learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, c)
+
+
+def test_metrics_of_a_hand_written_tree(encoding):
+    """Catches fix and break swapped, or counted per attempt where the paper counts per answer."""
+    layers, _ = scripted_rollout(encoding)
+    found = rollout_metrics(layers)
+    assert found["accuracy1"] == 0.5 and found["accuracy2"] == 5 / 8
+    assert found["fix"] == 3 / 8 and found["broke"] == 2 / 8        # wrong attempts: 1, 0 / 1, 1; right ones: 1, 0 / 1, 0
+    assert found["fix"] - found["broke"] == found["accuracy2"] - found["accuracy1"]
+    assert found["signal1"] == 1.0 and found["signal2"] == 3 / 4 and found["cut1"] == found["cut2"] == 0
+
+
+def test_tree_text_shows_the_whole_tree(encoding):
+    """Catches a transcript that lacks the phrase, a node, or who was right."""
+    from tasks import Problem
+    layers, sampler = scripted_rollout(encoding)
+    text = tree_text(layers, Problem("a", "1", None), 0)
+    assert text.count("├─") == 2 + 4 and text.count("WRONG") == 1 + 2 and sampler.asked[0].strip() in text and "gold: 1" in text
+
+
+def test_learning_rate_of_base_training():
+    """Catches a decay that does not end at 0, or begins before accuracy says so."""
+    c = Config()
+    assert learning_rate(c, 0, None) < learning_rate(c, 49, None) == learning_rate(c, 5000, None) == c.base_lr
+    assert learning_rate(c, 1000, 1000) == c.base_lr and learning_rate(c, 1200, 1000) == 0
+
+
+def test_layers_weigh_as_documented():
+    """Catches the sum of two means turned into a mean of both: with w = 0, layer 2 must leave no gradient at all."""
+    logp = torch.zeros(2, 3, requires_grad=True)
+    loss, _ = policy_loss(logp, logp.detach(), torch.tensor([1.0, -1.0]), torch.ones(2, 3).bool(), denominator=10)
+    loss.backward()
+    assert logp.grad.abs().sum().item() == pytest.approx(2 / 10)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+def script(cwd, *words):
+    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """`python train.py --preset smoke` in a folder of its own -> folder, what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    return folder, script(folder, "train.py", "--preset", "smoke")
+
+
+def test_smoke_run_learns_in_both_layers(smoke):
+    """Catches a loop that runs but does not learn: both layers' reward rises, and the second look ends above the base's."""
+    folder, printed = smoke
+    steps = [json.loads(line) for line in (folder / "out/solve-mgrpo-0/metrics.jsonl").read_text().splitlines()]
+    few = max(2, len(steps) // 5)
+    for reward in ("reward1", "reward2"):
+        early, late = (sum(s[reward] for s in part) / few for part in (steps[:few], steps[-few:]))
+        assert late > early + 0.01, f"{reward} went from {early:.3f} to {late:.3f}"
+    result = json.loads((folder / "out/solve-mgrpo-0/result.json").read_text())
+    assert result["MGRPO"]["temperature 1"]["t2"][0] > result["base"]["temperature 1"]["t2"][0] + 0.02
+    assert all(word in printed for word in ("Acc@t1", "Acc@t2", "Δ(t1,t2)", "Δ i→c", "Δ c→i", "base", "MGRPO", "held-out"))
+
+
+def test_smoke_run_leaves_what_the_readme_promises(smoke):
+    """Catches a missing file or field: config with versions, one JSON line a step, whole trees, a checkpoint."""
+    run = smoke[0] / "out/solve-mgrpo-0"
+    config = json.loads((run / "config.json").read_text())
+    assert config["made_by"]["torch"] == torch.__version__ and {f.name for f in dataclasses.fields(Config)} <= set(config)
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {name for name, _, _ in train.LINE} <= set(line) and line["gauge_max"] < 0.5
+    assert (run / "samples.md").read_text().count("best tree") >= 3 and (run / "checkpoint.pt").exists()
+
+
+def test_eval_on_the_smoke_checkpoint(smoke):
+    """Catches an eval.py that disagrees with train.py's own table: same questions, same greedy answers."""
+    folder, _ = smoke
+    printed = script(folder, "eval.py", "--checkpoint", "out/solve-mgrpo-0/checkpoint.pt", "--questions", "256", "--samples", "2", "--json", "t.json")
+    mine, theirs = json.loads((folder / "t.json").read_text())["greedy"], json.loads((folder / "out/solve-mgrpo-0/result.json").read_text())["MGRPO"]
+    assert mine["t1"] == theirs["greedy"]["t1"] and mine["t2"] == theirs["greedy"]["t2"] and "Acc@t2" in printed
+    t1, t2, delta, i2c, c2i = (mine[k][0] for k in ("t1", "t2", "delta", "i2c", "c2i"))
+    assert delta == pytest.approx(t2 - t1, abs=1e-6) and delta == pytest.approx(i2c - c2i, abs=1e-6)
+
+
+def test_same_seed_same_metrics_and_the_base_is_reused(smoke):
+    """Catches hidden randomness: two short runs of one seed agree in every figure but the clock's; another seed differs."""
+    folder, runs = smoke[0], []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        printed = script(folder, "train.py", "--preset", "smoke", "--tokens", "20000", "--eval-questions", "32", "--seed", str(seed), "--run", name)
+        assert "base: reusing out/base-" in printed
+        lines = [json.loads(line) for line in (folder / "out" / name / "metrics.jsonl").read_text().splitlines()]
+        runs.append([{k: v for k, v in line.items() if "second" not in k and "_per_s" not in k} for line in lines])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_changed_setting_never_reuses_the_base(smoke):
+    """Catches a cache keyed by too little: every field of the base's config, preset's name aside, changes its name."""
+    import pretrain
+    c = pretrain.resolve(pretrain.Config(**pretrain.PRESETS["smoke"], device="cpu", dtype="float32"))
+    other = dict(task="chain", device="cuda", dtype="bfloat16")
+    names = {pretrain.fingerprint(c)}
+    for field in dataclasses.fields(pretrain.Config):
+        if field.name != "preset":
+            value = getattr(c, field.name)
+            names.add(pretrain.fingerprint(dataclasses.replace(c, **{field.name: other.get(field.name, value if isinstance(value, str) else value + 1)})))
+    assert len(names) == len(dataclasses.fields(pretrain.Config))
+    assert pretrain.fingerprint(c) == pretrain.fingerprint(dataclasses.replace(c, preset="smoke"))
+
+
+def test_a_run_is_never_written_over(smoke):
+    """Catches a second `python train.py` that destroys the first one's checkpoint."""
+    folder = smoke[0]
+    before = (folder / "out/a/checkpoint.pt").read_bytes()
+    printed = script(folder, "train.py", "--preset", "smoke", "--tokens", "2000", "--eval-questions", "8", "--run", "a", "--layers", "1")
+    assert "run: out/a.2" in printed and (folder / "out/a/checkpoint.pt").read_bytes() == before
+    assert json.loads((folder / "out/a.2/result.json").read_text()).keys() == {"base", "GRPO"}

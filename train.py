@@ -1,0 +1,337 @@
+"""MGRPO from a base model to the paper's table: sample layer 1, sample layer 2, score, advantages, loss, step, log.
+
+    python train.py                          # no GPU, no download: a base model, then MGRPO, then the table; minutes on 2 cores
+    python train.py --layers 1 --attempts 16 # plain GRPO with as many rollouts per question
+    python train.py --preset smoke           # the same in under a minute, on a toy size
+
+The idea. One step draws P questions and grows a tree on each: G attempts, and H corrections of every attempt. Both layers are
+scored by a rule and trained by one loss (mgrpo.py); nothing else makes it "multi-layer". A run ends after `--tokens` generated
+tokens, not after steps, so that runs of different shape compare at equal cost.
+
+A run leaves in out/<run>/: config.json, metrics.jsonl (a line per step, every field by name), samples.md (whole trees, the best and
+the worst), result.json (the table), checkpoint.pt (`python eval.py --checkpoint ...`). README explains every column of the log.
+"""
+import copy
+import dataclasses
+import json
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import pretrain
+from eval import evaluate, held_out_questions, table, task_of
+from flags import BadInput, guarded, parse_flags
+from mgrpo import Sampling, collect, completion_logprobs, count, pack, policy_loss
+from model import save_checkpoint
+from pretrain import base_model, pick_preset, resolve
+from sample import Sampler, fold
+from tasks import draw, phrase_text, token_limits
+from tokenizer import build_encoding
+
+
+@dataclass(frozen=True)
+class Config(pretrain.Config):
+    run: str = ""             # folder under out/; empty: named after task, method and seed, with a number if that exists
+    seed: int = 0             # of RL: questions, sampling, phrases; the base has its own, so that seeds share a base
+    tokens: int = 1_260_000   # generated tokens, both layers together, after which the run ends
+    prompts: int = 32         # P, questions per step
+    attempts: int = 4         # G, layer-1 answers per question
+    corrections: int = 3      # H, layer-2 answers per attempt
+    layers: int = 2           # 2: MGRPO; 1: GRPO
+    sources: Literal["all", "wrong", "balanced"] = "all"          # attempts that get a second look; balanced: one right, one wrong
+    failed: Literal["mask", "keep", "raw"] = "mask"               # failed corrections: dropped after normalising | kept | raw reward
+    group: Literal["attempt", "question"] = "attempt"             # siblings in layer 2: corrections of one attempt | of one question
+    layer2_weight: float = 1.0     # w in J = J_1 + w J_2
+    update: Literal["joint", "alternating"] = "joint"             # one step on both layers | a step on layer 1, then one on layer 2
+    lr: float = 3e-4          # AdamW's learning rate, constant, no weight decay
+    clip_low: float = 0.2     # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2    # 0.28 is DAPO's "clip higher"
+    kl_coef: float = 0.0      # β, weight of KL(policy || base); the paper: 0.001
+    kl: Literal["k1", "k2", "k3"] = "k3"                          # KL estimator; k1 has no gradient on average (mgrpo.kl_estimate)
+    normalize: Literal["sequence", "token", "constant"] = "sequence"   # mean over a row's tokens (paper) | all tokens | fixed length
+    epochs: int = 1           # passes over each rollout
+    minibatches: int = 2      # optimiser steps per pass, each on its share of the questions
+    rows: int = 128           # rows per micro-batch: less memory, same gradient
+    max_new_tokens: int = 0   # per completion; 0: half as much again as a right answer can need
+    temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
+    format_weight: float = 0.0     # reward for <think>..</think><answer>..</answer>, at most 0.5 so that it never beats being right
+    eval_questions: int = 1024     # held-out questions of the final table
+
+
+PRESETS = {
+    "cpu": pretrain.PRESETS["cpu"],
+    "gpu": pretrain.PRESETS["gpu"] | dict(prompts=128, attempts=8, corrections=4, tokens=100_000_000, rows=1024, lr=1e-4,
+                                          eval_questions=4096),     # more of everything a GPU does in parallel
+    "smoke": pretrain.PRESETS["smoke"] | dict(tokens=120_000, prompts=16, eval_questions=256),
+}
+
+
+def validate(c):
+    """BadInput for values that cannot work together, with the consequence and the way out."""
+    for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "rows"):
+        if getattr(c, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    if c.layers not in (1, 2):
+        raise BadInput(f"--layers {c.layers}: 1 is GRPO, 2 is MGRPO")
+    if c.layers == 2 and c.corrections == 1 and c.group == "attempt" and c.failed != "raw":
+        raise BadInput("--corrections 1: an attempt's only correction has no siblings to be better than, so layer 2 would learn "
+                       "nothing; use --corrections 2 or more, --group question, or --failed raw")
+    if c.layers == 1 and c.attempts == 1:
+        raise BadInput("--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or more")
+    if c.prompts % c.minibatches:
+        raise BadInput(f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}: choose a multiple")
+    if c.temperature <= 0:
+        raise BadInput(f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike and teach nothing")
+    if not 0 <= c.format_weight <= 0.5:
+        raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
+    if not 0 < c.clip_low < 1 or c.clip_high <= 0:
+        raise BadInput(f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0")
+
+
+# ------------------------------------------------------------------------------------------------------------------ loop
+
+def train(c):
+    """The whole run for a config -> path of its folder."""
+    policy, encoding, task, base_path, c = prepare(c)
+    folder, start = run_folder(c, base_path), time.time()
+    sampler = Sampler(policy, encoding.eot_token)
+    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    reference = copy.deepcopy(policy).requires_grad_(False) if c.kl_coef else None
+    results = {"base": final_table(sampler, encoding, task, c, "base")}
+    generated, step, bar = 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
+    try:
+        while generated < c.tokens:
+            problems = [draw(task, "train", c.seed, step * c.prompts + i) for i in range(c.prompts)]
+            clock = time.perf_counter()
+            how = Sampling(c.max_new_tokens, c.temperature, fold(c.seed, step), c.format_weight)
+            layers = collect(sampler, encoding, problems, c.attempts, c.corrections, how,                 # MGRPO: two of them
+                             layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
+            sampled = time.perf_counter()
+            learned = learn(policy, reference, optimizer, layers, c)
+            sampler.refresh()
+            seconds = sampled - clock, time.perf_counter() - sampled
+            new = sum(int(layer.lengths.sum()) for layer in layers)
+            generated, step = generated + new, step + 1
+            log(folder, bar, dict(step=step, generated=generated) | rollout_metrics(layers) | learned
+                | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1]))
+            if generated // (c.tokens // 10 + 1) > (generated - new) // (c.tokens // 10 + 1) or step == 1:
+                write_samples(folder / "samples.md", step, layers, problems)
+                save(folder, policy, c)
+            bar.update(new)
+    except KeyboardInterrupt:
+        save(folder, policy, c)
+        raise BadInput(f"interrupted at step {step}; the policy so far is in {folder}/checkpoint.pt") from None
+    finally:
+        bar.close()
+    save(folder, policy, c)
+    results[method(c)] = final_table(sampler, encoding, task, c, method(c))
+    finish(folder, results, c, time.time() - start)
+    return folder
+
+
+def prepare(c):
+    """Checks the config, makes or loads the base -> policy, encoding, task, path of the base, the config with nothing left open."""
+    validate(c)
+    task, encoding = task_of(c), build_encoding()
+    c = resolve(c)
+    longest = token_limits(task)[1]
+    if not 0 <= c.max_new_tokens <= longest:
+        raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
+                       f"model; use at most {longest}, or 0 for that")
+    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest, run=c.run or f"{c.task}-{method(c).lower()}-{c.seed}")
+    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured the faster here)' if c.device == 'cpu' else ''}; {task}")
+    policy, _, base_path = base_model(base_config(c), say)
+    return policy, encoding, task, base_path, c
+
+
+def base_config(c):
+    """The part of a config that makes the base."""
+    return pretrain.Config(**{field.name: getattr(c, field.name) for field in dataclasses.fields(pretrain.Config)})
+
+
+def learn(policy, reference, optimizer, layers, c):
+    """Epochs x minibatches of optimiser steps on one rollout -> diagnostics of all of them."""
+    sums, norms = {}, []
+    for epoch in range(c.epochs):
+        for parts in optimiser_steps(layers, c):
+            for layer, rows in parts:
+                first = epoch == 0 and not norms                      # the policy still is the one that sampled
+                for name, value in accumulate(policy, reference, layer, rows, c, first).items():
+                    sums[name] = max(sums.get(name, 0.0), value) if name.startswith("gauge_max") else sums.get(name, 0.0) + value
+            if any(p.grad is not None for p in policy.parameters()):  # all advantages 0: Adam's momentum alone is no reason to move
+                norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
+                check_finite(norms[-1])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    tokens = max(sums.get("tokens", 0), 1)
+    return dict(loss=sums.get("loss", 0.0), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms),
+                **{name: sums.get(name, 0.0) / tokens for name in ("clipped", "entropy", "kl", "ratio")},
+                gauge_max=sums.get("gauge_max", 0.0), gauge_mean=sums.get("gauge", 0.0) / max(sums.get("gauge_tokens", 0), 1))
+
+
+def optimiser_steps(layers, c):
+    """What each optimiser step trains on -> [[(layer, its row indices), ...], ...].
+
+    Questions are dealt over the minibatches; siblings stay together, since a question's rows do.
+    """
+    steps = []
+    for m in range(c.minibatches):
+        parts = [(layer, (layer.questions % c.minibatches == m).nonzero()[:, 0]) for layer in layers]
+        steps += [parts] if c.update == "joint" else [[part] for part in parts]                        # MGRPO: both layers, one step
+    return steps
+
+
+def accumulate(policy, reference, layer, rows, c, first):
+    """Adds the gradient of these rows of a layer, in micro-batches -> sums over their tokens.
+
+    The denominator counts ALL rows, before the first backward: neither how rows are cut into micro-batches nor which of them
+    carry a gradient changes the result. Rows go longest beside longest, so that little is padding.
+    """
+    denominator = count(layer.lengths[rows], c.normalize, c.max_new_tokens)
+    weight = 1.0 if layer.completions.depth == 1 else c.layer2_weight                                   # MGRPO: J = J_1 + w J_2
+    rows, sums = rows[layer.active(c.kl_coef)[rows]], {}
+    rows = rows[layer.lengths[rows].argsort(stable=True)]
+    for index in rows.split(c.rows) if len(rows) else ():
+        batch, old_logp, advantages = pack(layer, index)
+        logp, entropy = completion_logprobs(policy, batch, c.temperature)
+        ref_logp = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logp, _ = completion_logprobs(reference, batch, c.temperature)
+        loss, found = policy_loss(logp, old_logp, advantages, batch.mask, clip_low=c.clip_low, clip_high=c.clip_high,
+                                  ref_logp=ref_logp, kl_coef=c.kl_coef, kl=c.kl, normalize=c.normalize, denominator=denominator)
+        (weight * loss).backward()
+        found |= dict(loss=weight * loss.detach(), entropy=entropy.sum())
+        if first:
+            gap = (logp.detach() - old_logp).abs()[batch.mask]
+            found |= dict(gauge=gap.sum(), gauge_tokens=len(gap))
+            sums["gauge_max"] = max(sums.get("gauge_max", 0.0), gap.max().item())
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
+
+
+def check_finite(norm):
+    if not torch.isfinite(torch.tensor(norm)):
+        raise BadInput("the gradient is not finite; the last checkpoint is intact. Lower --lr, or use --dtype float32")
+
+
+# --------------------------------------------------------------------------------------------------------------- logging
+
+def rollout_metrics(layers):
+    """What a rollout shows before any training: rewards, accuracies, transitions, lengths, signal."""
+    found = {}
+    for i, layer in enumerate(layers, 1):
+        found |= {f"reward{i}": layer.rewards.mean().item(), f"accuracy{i}": layer.correct.float().mean().item(),
+                  f"length{i}": layer.lengths.float().mean().item(), f"signal{i}": signal_share(layer),
+                  f"cut{i}": 1 - layer.completions.ended.float().mean().item()}
+    if len(layers) == 2:
+        before, after = layers[0].correct[layers[1].parents], layers[1].correct
+        found |= dict(fix=(~before & after).float().mean().item(), broke=(before & ~after).float().mean().item())
+    return found
+
+
+def signal_share(layer):
+    """Share of sibling groups (children of one parent) in which some row is trained with an advantage that is not 0."""
+    groups = int(layer.parents.unique().numel())
+    return layer.parents[layer.active(0)].unique().numel() / groups
+
+
+LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2", "  R2", "{:4.2f}"), ("accuracy1", "acc1", "{:4.2f}"),
+        ("accuracy2", "acc2", "{:4.2f}"), ("fix", " fix", "{:4.2f}"), ("broke", "brok", "{:4.2f}"), ("length1", "len1", "{:4.0f}"),
+        ("length2", "len2", "{:4.0f}"), ("entropy", "entr", "{:4.2f}"), ("grad_norm", "|grad|", "{:6.3f}"), ("clipped", "clip%", "{:5.1%}"),
+        ("gauge_max", " gauge", "{:6.0e}"), ("signal1", "sig1", "{:4.0%}"), ("signal2", "sig2", "{:4.0%}"), ("cut", " cut", "{:4.0%}"),
+        ("tokens_per_s", " tok/s", "{:6.0f}"), ("seconds_sampling", "s smp", "{:5.2f}"), ("seconds_training", "s trn", "{:5.2f}"))
+
+
+def log(folder, bar, metrics):
+    """One line on the screen, one line of JSON in metrics.jsonl."""
+    metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({k: round(v, 6) for k, v in metrics.items()}) + "\n")
+    if metrics["step"] % 20 == 1:
+        bar.write(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
+    bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
+
+
+def write_samples(path, step, layers, problems):
+    """Appends the trees of the best and the worst question of this rollout, by mean reward of all their nodes."""
+    total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)
+    with open(path, "a") as file:
+        for name, question in (("best", int(total.argmax())), ("worst", int(total.argmin()))):
+            file.write(f"## Step {step}, {name} tree\n\n```\n{tree_text(layers, problems[question], question)}\n```\n\n")
+
+
+def tree_text(layers, problem, question):
+    """A whole tree as indented text: reward and advantage at each node."""
+    first, lines = layers[0], [problem.question, f"gold: {problem.gold}"]
+    for i in (first.questions == question).nonzero()[:, 0].tolist():
+        lines.append(f"├─ [{'right' if first.correct[i] else 'WRONG'} R={first.rewards[i]:.2f} A={first.advantages[i]:+.2f}] {first.texts[i]}")
+        if len(layers) == 2:
+            second, encoding = layers[1], build_encoding()
+            for row, j in enumerate((second.parents == i).nonzero()[:, 0].tolist()):
+                if row == 0:
+                    given = encoding.decode(second.completions.prompts[j // second.completions.n])
+                    lines.append("│  " + given[given.rindex(phrase_text("")) + 1:])
+                lines.append(f"│  ├─ [{'right' if second.correct[j] else 'WRONG'} R={second.rewards[j]:.2f} "
+                             f"A={second.advantages[j]:+.2f}] {second.texts[j]}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ run folder
+
+def method(c):
+    return "MGRPO" if c.layers == 2 else "GRPO"
+
+
+def say(text):
+    """Prints beside a progress bar without tearing it."""
+    tqdm.write(text)
+
+
+def run_folder(c, base_path):
+    """Makes out/<run> with config.json -> its path. A run that exists is never written over."""
+    folder, number = Path("out") / c.run, 1
+    while folder.exists():
+        number += 1
+        folder = Path("out") / f"{c.run}.{number}"
+    folder.mkdir(parents=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.processor() or
+                   platform.machine(), threads=torch.get_num_threads(), commit=commit)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c) | dict(made_by=made_by), indent=1) + "\n")
+    say(f"run: {folder}")
+    return folder
+
+
+def save(folder, policy, c):
+    save_checkpoint(folder / "checkpoint.pt", policy, config=dataclasses.asdict(c))
+
+
+def final_table(sampler, encoding, task, c, name):
+    """Held-out accuracy, greedy and at temperature 1 -> {"greedy": ..., "temperature 1": ...}."""
+    problems = held_out_questions(task, c.eval_questions)
+    return {label: evaluate(sampler, encoding, problems, c.max_new_tokens, temperature=temperature, say=f"{name}, {label}")
+            for label, temperature in (("greedy", 0.0), ("temperature 1", 1.0))}
+
+
+def finish(folder, results, c, seconds):
+    """Prints the paper's table and writes result.json."""
+    (folder / "result.json").write_text(json.dumps(results, indent=1) + "\n")
+    for label in ("greedy", "temperature 1"):
+        say(f"\n{label}\n{table({name: result[label] for name, result in results.items()})}")
+    say(f"\n{folder}: {seconds / 60:.1f} minutes after the base; python eval.py --checkpoint {folder}/checkpoint.pt")
+
+
+def main():
+    train(parse_flags(Config, __doc__, lambda given: pick_preset(given, PRESETS)))
+
+
+if __name__ == "__main__":
+    guarded(main)
