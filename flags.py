@@ -97,10 +97,10 @@ def parse_flags(config, doc, presets=None, argv=None):
 
 
 def guarded(main):
-    """Runs a script's main: BadInput becomes one sentence and exit code 2, Ctrl-C exit code 130."""
+    """Runs a script's main: bad input, or a disk that is full or cannot be written, is one sentence and exit code 2; Ctrl-C is 130."""
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -60,7 +60,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # compute; masters are fp32. auto: the faster one, measured
     base_seed: int = 0        # seed of the base model: its weights and its texts
     base_tokens: int = 6_000_000   # base training gives up after so many tokens (it stops by accuracy before)
-    base_lr: float = 2e-3     # peak learning rate of base training
+    base_lr: float = 1e-3     # peak learning rate of base training
     base_batch: int = 24      # texts per step of base training, half of them reviews
 
 

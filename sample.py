@@ -163,7 +163,7 @@ class Cache:
     def begin(self, S):
         """Makes room for S more columns, and unlocks them in the mask."""
         if self.filled + S > self.k.shape[3]:
-            extra = max(WIDEN, S) if self.filled or S == 1 else S         # a prefill fills its columns exactly
+            extra = WIDEN if S == 1 else S                                # a prefill fills its columns exactly
             self.k, self.v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (self.k, self.v))
             self.bias = None
         if self.bias is None or S > 1:

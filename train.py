@@ -126,7 +126,8 @@ def train(c):
             bar.update(new)
     except KeyboardInterrupt:
         save(folder, policy, c)
-        raise BadInput(f"interrupted at step {step}; the policy so far is in {folder}/checkpoint.pt") from None
+        say(f"stopped after step {step}: python eval.py --checkpoint {folder}/checkpoint.pt shows how far it got")
+        raise
     finally:
         bar.close()
     save(folder, policy, c)
@@ -303,8 +304,8 @@ def run_folder(c, base_path):
         folder = Path("out") / f"{c.run}.{number}"
     folder.mkdir(parents=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.processor() or
-                   platform.machine(), threads=torch.get_num_threads(), commit=commit)
+    made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.platform(),
+                   threads=torch.get_num_threads(), commit=commit)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c) | dict(made_by=made_by), indent=1) + "\n")
     say(f"run: {folder}")
     return folder
