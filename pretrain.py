@@ -213,11 +213,20 @@ def train_step(gpt, optimizers, micro_batches, lr):
 # ----------------------------------------------------------------------------------------------------------------- cache
 
 def fingerprint(config):
-    """12 hex digits of everything that makes a base: the fields of Config above, and the code (comments aside) of the files that
-    run. The preset's name does not count, its values do."""
+    """12 hex digits of everything that makes a base: the fields of Config above, and the code of the files that run. The preset's
+    name does not count (its values do), nor do comments and docstrings."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "preset"}
-    code = [ast.dump(ast.parse(inspect.getsource(m))) for m in (model, tasks, tokenizer, mgrpo, sys.modules[pretrain.__module__])]
+    code = [code_of(m) for m in (model, tasks, tokenizer, mgrpo, sys.modules[pretrain.__module__])]
     return hashlib.sha256(repr([sorted(fields.items()), *code]).encode()).hexdigest()[:12]
+
+
+def code_of(module):
+    """A module's syntax tree as text, without docstrings."""
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def base_model(config, say=print):

@@ -49,7 +49,7 @@ class Config(pretrain.Config):
     group: Literal["attempt", "question"] = "attempt"             # siblings in layer 2: corrections of one attempt | of one question
     layer2_weight: float = 1.0     # w in J = J_1 + w J_2
     update: Literal["joint", "alternating"] = "joint"             # one step on both layers | a step on layer 1, then one on layer 2
-    lr: float = 3e-4          # AdamW's learning rate, constant, no weight decay
+    lr: float = 1e-4          # AdamW's learning rate, constant, no weight decay
     clip_low: float = 0.2     # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2    # 0.28 is DAPO's "clip higher"
     kl_coef: float = 0.0      # β, weight of KL(policy || base); the paper: 0.001
@@ -66,7 +66,7 @@ class Config(pretrain.Config):
 
 PRESETS = {
     "cpu": pretrain.PRESETS["cpu"],
-    "gpu": pretrain.PRESETS["gpu"] | dict(prompts=128, attempts=8, corrections=4, tokens=100_000_000, rows=1024, lr=1e-4,
+    "gpu": pretrain.PRESETS["gpu"] | dict(prompts=128, attempts=8, corrections=4, tokens=100_000_000, rows=1024, lr=3e-5,
                                           eval_questions=4096),     # more of everything a GPU does in parallel
     "smoke": pretrain.PRESETS["smoke"] | dict(tokens=120_000, prompts=16, eval_questions=256),
 }
@@ -101,7 +101,7 @@ def train(c):
     policy, encoding, task, base_path, c = prepare(c)
     folder, start = run_folder(c, base_path), time.time()
     sampler = Sampler(policy, encoding.eot_token)
-    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, weight_decay=0.0, fused=True)
     reference = copy.deepcopy(policy).requires_grad_(False) if c.kl_coef else None
     results = {"base": final_table(sampler, encoding, task, c, "base")}
     generated, step, bar = 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
