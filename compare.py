@@ -50,6 +50,7 @@ ARMS = {  # name -> what it adds to train.py's defaults
     "alternating": "--update alternating",
     "kl": "--kl-coef 0.001",                                    # the paper's coefficient
 }
+KEYS = {"greedy": "greedy", "T=1": "temperature 1"}         # what the table calls it -> what result.json calls it
 VOTES = 3
 LOCK = threading.Lock()
 T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # Student's t, 97.5 %, by degrees of freedom
@@ -134,7 +135,7 @@ def read_lines(path):
 def figures(line):
     """One run -> {column: value in percent}, greedy and at temperature 1, and GRPO-style extra answers."""
     found = {}
-    for label, key in (("greedy", "greedy"), ("T=1", "temperature 1")):
+    for label, key in KEYS.items():
         found |= {f"{label} {title}": 100 * line["result"][key][name][0] for name, title in COLUMNS.items()}
     return found | {"T=1 fresh 2nd": 100 * line["extra"]["fresh"][0], f"T=1 majority of {VOTES}": 100 * line["extra"]["majority"][0]}
 
@@ -152,17 +153,15 @@ def interval(differences):
     return statistics.mean(differences), half
 
 
-def main_table(lines):
-    """Markdown: a row per arm, mean ± standard error over seeds."""
-    arms = list(dict.fromkeys(line["arm"] for line in lines))
-    runs = {arm: [figures(line) for line in lines if line["arm"] == arm] for arm in arms}
-    columns = list(runs[arms[0]][0])
-    rows = ["| arm (seeds) | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    base = {name: lines[0]["base_result"][key] for name, key in (("greedy", "greedy"), ("T=1", "temperature 1"))}
-    cells = [f"{100 * base[label][name][0]:.1f}" for label in base for name in COLUMNS] + ["", ""]
-    rows.append("| base | " + " | ".join(cells) + " |")
-    for arm in arms:
-        rows.append(f"| {arm} ({len(runs[arm])}) | " + " | ".join(mean_error([run[column] for run in runs[arm]]) for column in columns) + " |")
+def main_table(lines, label):
+    """Markdown: the paper's columns at one temperature ("greedy" or "T=1"), the base and a row per arm, mean ± standard error over seeds."""
+    arms = {arm: [figures(line) for line in lines if line["arm"] == arm] for arm in dict.fromkeys(line["arm"] for line in lines)}
+    columns = [column for column in figures(lines[0]) if column.startswith(label)]
+    rows = [f"| {label} | " + " | ".join(column.removeprefix(label + " ") for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    base = lines[0]["base_result"][KEYS[label]]
+    rows.append("| base | " + " | ".join(f"{100 * base[name][0]:.1f}" for name in COLUMNS) + " |" + " |" * (len(columns) - len(COLUMNS)))
+    for arm, runs in arms.items():
+        rows.append(f"| {arm} ({len(runs)} seeds) | " + " | ".join(mean_error([run[column] for run in runs]) for column in columns) + " |")
     return "\n".join(rows)
 
 
@@ -211,7 +210,7 @@ def main():
     lines = [line for line in read_lines(path) if line["flags"] == c.flags]
     if not lines:
         raise BadInput(f"{path} holds no runs with these flags; use --seeds 1 or more")
-    print("\n\n".join(filter(None, (main_table(lines), paired_table(lines), footnotes(lines)))))
+    print("\n\n".join(filter(None, (*(main_table(lines, label) for label in KEYS), paired_table(lines), footnotes(lines)))))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from tokenizer import PHRASES, build_encoding
 CHECK_EVERY = 50          # steps between measurements
 CHECK_ON = 512            # problems per measurement: a standard error of .02
 NEAR = (0.90, 0.90)       # decay begins when accuracy in turn 1 and 2 is this share of the texts' own
+LR = 1e-3                 # peak learning rate at width 128, smaller as 1 / sqrt(width)
 DECAY = 0.20              # length of the decay, as a share of the steps before it
 
 
@@ -60,16 +61,14 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # compute; masters are fp32. auto: the faster one, measured
     base_seed: int = 0        # seed of the base model: its weights and its texts
     base_tokens: int = 6_000_000   # base training gives up after so many tokens (it stops by accuracy before)
-    base_lr: float = 1e-3     # peak learning rate of base training
-    base_batch: int = 24      # texts per step of base training, half of them reviews
 
 
 PRESETS = {
     "cpu": {},                                             # the defaults above: what two cores train in minutes
     "gpu": dict(candidates=5, operations=6, modulus=23,    # harder, since a larger model saturates the small task
-                width=512, depth=8, base_tokens=200_000_000, base_lr=1e-3, base_batch=512),
+                width=512, depth=8, base_tokens=200_000_000),
     "smoke": dict(candidates=2, operations=2, modulus=3,   # the least that still learns both skills: ends in seconds
-                  width=64, depth=2, base_tokens=1_500_000, base_batch=64),
+                  width=64, depth=2, base_tokens=1_500_000),
 }
 
 
@@ -105,8 +104,11 @@ def text_pair(task, encoding, seed, index, review):
 
 
 def batches(task, encoding, config, step):
-    """The two micro-batches of a step, solutions and reviews apart because their lengths are."""
-    half = config.base_batch // 2
+    """The two micro-batches of a step, solutions and reviews apart because their lengths are: 12 of each, more for a wider model.
+
+    Small steps, because what is to be learnt comes suddenly after about 1,200 of them, hardly sooner with twice the texts in each.
+    """
+    half = max(12, 12 * (config.width // 128) ** 2)
     for review in (False, True):
         pairs = [text_pair(task, encoding, config.base_seed, (2 * step + review) * half + i, review) for i in range(half)]
         yield pad_rows(*zip(*pairs), config.device)
@@ -149,14 +151,15 @@ def pretrain(config, say=print):
     encoding, task = build_encoding(), make_task(config.task, config.candidates, config.operations, config.modulus, config.numbers)
     max_new = token_limits(task)[1]
     gpt = new_model(config, encoding, task)
-    optimizers = make_optimizers(gpt, config.base_lr)
+    peak = LR * (128 / config.width) ** 0.5
+    optimizers = make_optimizers(gpt, peak)
     sampler, ceiling = Sampler(gpt, encoding.eot_token), texts_accuracy(task, 4 * CHECK_ON)
     say(f"base: {sum(p.numel() for p in gpt.parameters()):,} parameters in {config.dtype}; its texts are right in "
         f"{ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews")
     tokens, step, decay_from, found = 0, 0, None, (0.0, 0.0)
     bar = tqdm(total=config.base_tokens, unit="tok", unit_scale=True, desc="base model", disable=None)
     while decay_from is None or step < decay_from * (1 + DECAY):
-        seen = train_step(gpt, optimizers, list(batches(task, encoding, config, step)), learning_rate(config, step, decay_from))
+        seen = train_step(gpt, optimizers, list(batches(task, encoding, config, step)), learning_rate(peak, step, decay_from))
         tokens, step = tokens + seen, step + 1
         bar.update(seen)
         if decay_from is None and step % CHECK_EVERY == 0:
@@ -188,11 +191,11 @@ def make_optimizers(gpt, lr):
             torch.optim.AdamW(plain, lr, betas=(0.9, 0.95), fused=True)]
 
 
-def learning_rate(config, step, decay_from):
+def learning_rate(peak, step, decay_from):
     """Warm-up over 50 steps, then constant, then linearly to 0 from `decay_from` on."""
     if decay_from is not None:
-        return config.base_lr * max(0.0, 1 - (step - decay_from) / (DECAY * decay_from))
-    return config.base_lr * min(1.0, (step + 1) / 50)
+        return peak * max(0.0, 1 - (step - decay_from) / (DECAY * decay_from))
+    return peak * min(1.0, (step + 1) / 50)
 
 
 def train_step(gpt, optimizers, micro_batches, lr):

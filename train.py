@@ -68,7 +68,7 @@ PRESETS = {
     "cpu": pretrain.PRESETS["cpu"],
     "gpu": pretrain.PRESETS["gpu"] | dict(prompts=128, attempts=8, corrections=4, tokens=100_000_000, rows=1024, lr=3e-5,
                                           eval_questions=4096),     # more of everything a GPU does in parallel
-    "smoke": pretrain.PRESETS["smoke"] | dict(tokens=120_000, prompts=16, eval_questions=256),
+    "smoke": pretrain.PRESETS["smoke"] | dict(tokens=200_000, prompts=16, eval_questions=256),
 }
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 import compare
@@ -13,14 +14,10 @@ import eval as evaluation
 import pretrain
 import tasks
 import train
-from flags import BadInput, comments, help_text, parse, parse_flags
+from flags import BadInput, comments, guarded, help_text, parse, parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = dict(train=train, eval=evaluation, pretrain=pretrain, compare=compare, bench=bench, tasks=tasks)
-
-
-def run(*words, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -77,19 +74,30 @@ def test_bad_flags(words, says):
     (["compare.py", "--arms", "grpo,nothing"], "'nothing'"),
     (["bench.py", "--what", "nothing"], "choose one of"),
 ])
-def test_bad_input_is_one_sentence_and_exit_code_2(words, says, tmp_path):
+def test_bad_input_is_one_sentence_and_exit_code_2(words, says, tmp_path, monkeypatch, capsys):
     """Catches tracebacks, exit code 0 or 1, and files left behind by a run that never began."""
-    if words[0] == "train.py" and "cuda" in words and __import__("torch").cuda.is_available():
+    if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     (tmp_path / "README.md").write_text("not a checkpoint")
-    done = run(*words, cwd=tmp_path)
-    assert done.returncode == 2 and says in done.stderr, done.stderr + done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        guarded(SCRIPTS[words[0].removesuffix(".py")].main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and said.startswith("error: ") and said.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
+def test_the_exit_code_reaches_the_shell(tmp_path):
+    """Catches a script that is guarded in tests and not when run: the same through a real process."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--attemps", "3"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2 and done.stderr == "error: unknown flag '--attemps': did you mean --attempts?\n" and not done.stdout
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help(name):
+def test_help(name, monkeypatch, capsys):
     """Catches a --help that fails, or starts work."""
-    done = run(f"{name}.py", "--help")
-    assert done.returncode == 0 and "Flags" in done.stdout and not done.stderr
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        guarded(SCRIPTS[name].main)
+    assert stop.value.code == 0 and "Flags" in capsys.readouterr().out

@@ -13,8 +13,8 @@ def test_attention_is_causal_and_ignores_right_pads(gpt):
     a = torch.randint(0, 370, (2, 12))
     b = a.clone()
     b[:, 7:] = 0
-    torch.testing.assert_close(gpt(a)[:, :7], gpt(b)[:, :7], atol=1e-5, rtol=0)
-    torch.testing.assert_close(gpt(a[:, :7]), gpt(a)[:, :7], atol=1e-5, rtol=0)
+    torch.testing.assert_close(gpt(a)[:, :7], gpt(b)[:, :7], atol=1e-4, rtol=0)
+    torch.testing.assert_close(gpt(a[:, :7]), gpt(a)[:, :7], atol=1e-4, rtol=0)
 
 
 def test_attention_equals_torchs(gpt):

@@ -147,7 +147,7 @@ def test_seeds(gpt):
 
 def test_rows_that_end(gpt, random_prompts):
     """Catches an end token left out of length or log-probs, tokens after the end, and a wrong ended flag."""
-    c = Sampler(gpt, END).generate(random_prompts, 30, 40, seed=2)
+    c = Sampler(gpt, END).generate(random_prompts, 100, 40, seed=2)
     assert 10 < int(c.ended.sum()) < len(c) - 10
     for i in range(len(c)):
         n, row = int(c.lengths[i]), c.tokens[i]

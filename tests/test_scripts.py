@@ -65,8 +65,8 @@ def test_differences_are_paired_by_seed():
     """Catches runs paired by position: seeds written in another order must give the same interval, here of width 0."""
     lines = [line("grpo", s, 0.6 + s / 100) for s in (0, 1, 2)] + [line("mgrpo", s, 0.7 + s / 100) for s in (2, 0, 1)]
     assert "| greedy Acc@t2 | greedy Acc@t2 | +10.0 [+10.0, +10.0] |" in compare.paired_table(lines)
-    text = compare.main_table(lines)
-    assert "| grpo (3) | 60.0 ± 0.0 | 61.0 ± 0.6 |" in text and text.splitlines()[1].count("---") == text.splitlines()[0].count("|") - 1
+    text = compare.main_table(lines, "T=1")
+    assert "| grpo (3 seeds) | 60.0 ± 0.0 | 61.0 ± 0.6 |" in text and len({row.count("|") for row in text.splitlines()}) == 1
 
 
 def test_runs_that_are_there_are_not_run_again():
@@ -83,7 +83,7 @@ def test_compare_end_to_end(tmp_path):
     lines = [json.loads(text) for text in (tmp_path / "results/compare-t.jsonl").read_text().splitlines()]
     assert {entry["arm"] for entry in lines} == {"grpo", "mgrpo"} and len({entry["base"] for entry in lines}) == 1
     assert all(6000 <= entry["generated"] < 12000 and 0 <= entry["extra"]["majority"][0] <= 1 for entry in lines)
-    assert "| grpo (1) |" in printed and "| mgrpo (1) |" in printed and "tokens for two turns" in printed
+    assert "| grpo (1 seeds) |" in printed and "| mgrpo (1 seeds) |" in printed and "tokens for two turns" in printed
     again = script(tmp_path, *words)
     assert len((tmp_path / "results/compare-t.jsonl").read_text().splitlines()) == 2 and again.splitlines()[-1] == printed.splitlines()[-1]
 
