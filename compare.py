@@ -7,13 +7,15 @@
 The idea. Both methods start from one base and stop after the same number of GENERATED tokens, the currency of RL; GRPO gets as
 many rollouts per question (16) as MGRPO's tree has nodes (4 + 4 x 3). GRPO's second answer is what its first-answer training makes
 of the guiding phrase ("intrinsic" correction, never trained). Since MGRPO spends two completions at inference, GRPO is also given
-more of them: a second fresh sample, and the majority of three.
+more of them: a second fresh sample in place of the second look, and the majority of three.
 
-Every run adds a JSON line to results/compare-<name>.jsonl; runs already there are not run again. The table shows mean ± standard
-error over seeds, and paired differences (same seed) with a 95 % interval from Student's t.
+Every run adds a JSON line to results/compare-<name>.jsonl. Runs already there are not run again, as long as flags, base and code
+(comments aside) are what they were. The table shows mean ± standard error over seeds, and paired differences (same seed) with a
+95 % interval from Student's t.
 """
 import collections
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -29,18 +31,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import eval as evaluation
 import pretrain
 import train
-from eval import COLUMNS, held_out_questions, load_policy, mean_and_error, task_of
+from eval import COLUMNS, held_out_questions, load_policy, mean_and_error
 from flags import BadInput, guarded, parse_flags
 from mgrpo import Sampling, expand
 from reward import extract_answer
 from sample import Sampler
-from tasks import prompt_text
+from tasks import prompts_and_golds, task_of
 from tokenizer import build_encoding
 
 ARMS = {  # name -> what it adds to train.py's defaults
-    "grpo": "--layers 1 --attempts 16",
+    "grpo": "--layers 1",                                       # and as many attempts as the tree has nodes, G + G x H (see `words`)
     "mgrpo": "",                                                # the paper's way: all attempts go on, failures masked after normalising
     "keep": "--failed keep",
     "raw": "--failed raw",
@@ -53,7 +56,8 @@ ARMS = {  # name -> what it adds to train.py's defaults
 KEYS = {"greedy": "greedy", "T=1": "temperature 1"}         # what the table calls it -> what result.json calls it
 VOTES = 3
 LOCK = threading.Lock()
-T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}   # Student's t, 97.5 %, by degrees of freedom
+# Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,29 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------------------ runs
 
+def settled(c):
+    """train.py's config for these flags, with device and compute type chosen once, here, and so alike for all runs."""
+    return pretrain.resolve(parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), shlex.split(c.flags)))
+
+
+def version(config):
+    """8 hex digits of the base and of the code that trains and evaluates."""
+    parts = [pretrain.fingerprint(train.base_config(config)), *map(pretrain.code_of, (train, evaluation))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+
+
+def words_for(c, arm, seed):
+    """The flags of one run, all of them."""
+    config = settled(c)
+    words = shlex.split(f"{c.flags} {ARMS[arm]}") + ["--seed", str(seed), "--run", f"compare-{c.name}-{arm}-{seed}"]
+    if arm == "grpo":
+        words += ["--attempts", str(config.attempts * (1 + config.corrections))]
+    return [*words, "--device", config.device, "--dtype", config.dtype]
+
+
 def run_once(c, arm, seed):
     """Trains one arm with one seed in a process of its own -> its line for the result file."""
-    words = shlex.split(f"{c.flags} {ARMS[arm]}") + ["--seed", str(seed), "--run", f"compare-{c.name}-{arm}-{seed}"]
+    words = words_for(c, arm, seed)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // c.jobs))}
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -78,7 +102,7 @@ def run_once(c, arm, seed):
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = result["GRPO" if config["layers"] == 1 else "MGRPO"]
-    return dict(arm=arm, seed=seed, flags=c.flags, command=shlex.join(["python", "train.py", *words]), base=config["made_by"]["base"],
+    return dict(arm=arm, seed=seed, flags=c.flags, version=version(settled(c)), command=shlex.join(["python", "train.py", *words]), base=config["made_by"]["base"],
                 date=datetime.date.today().isoformat(), made_by=config["made_by"], generated=steps[-1]["generated"], steps=len(steps),
                 seconds=round(sum(s["seconds_sampling"] + s["seconds_training"] for s in steps), 1),
                 base_result=result["base"], result=trained, extra=more_answers(folder / "checkpoint.pt", config))
@@ -88,18 +112,17 @@ def more_answers(checkpoint, config):
     """First answers at temperature 1, `VOTES` per question: accuracy of a second fresh sample and of the majority.
 
     -> {"fresh": (mean, error), "majority": (mean, error), "tokens": mean tokens of all votes of a question}. Ties go to the answer
-    that was given first.
+    that was given first; a missing answer has no vote unless all are missing.
     """
     torch.set_num_threads(1)
     model, _ = load_policy(checkpoint, config["dtype"], config["device"])
     encoding, task = build_encoding(), task_of(config)
     problems = held_out_questions(task, config["eval_questions"])
-    prompts = [encoding.encode_ordinary(prompt_text(p)) for p in problems]
-    how = Sampling(config["max_new_tokens"], 1.0, seed=77)
-    layer = expand(Sampler(model, encoding.eot_token), encoding, [p.gold for p in problems], prompts, VOTES, how)
+    prompts, golds = prompts_and_golds(encoding, problems)
+    layer = expand(Sampler(model), encoding, golds, prompts, VOTES, Sampling(config["max_new_tokens"], 1.0, seed=77))
     right, answers = layer.correct.view(-1, VOTES).float(), [extract_answer(text) for text in layer.texts]
     groups = [answers[i:i + VOTES] for i in range(0, len(answers), VOTES)]
-    chosen = [group.index(collections.Counter(group).most_common(1)[0][0]) for group in groups]
+    chosen = [group.index(collections.Counter([a for a in group if a] or group).most_common(1)[0][0]) for group in groups]
     majority = right[torch.arange(len(right)), torch.tensor(chosen)]
     return dict(fresh=mean_and_error(right[:, 1]), majority=mean_and_error(majority),
                 tokens=layer.lengths.view(-1, VOTES).sum(1).float().mean().item())
@@ -116,13 +139,13 @@ def run_and_keep(c, path, arm, seed):
 
 def make_base(c):
     """The base all runs share, made once, with all cores, before they start."""
-    config = parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), shlex.split(c.flags))
-    pretrain.base_model(train.base_config(pretrain.resolve(config)))
+    pretrain.base_model(train.base_config(settled(c)))
 
 
 def missing_runs(c, lines):
-    """The (arm, seed) pairs asked for that the result file does not hold yet."""
-    there = {(line["arm"], line["seed"]) for line in lines if line["flags"] == c.flags}
+    """The (arm, seed) pairs asked for that the result file does not hold yet, as this code would run them."""
+    now = version(settled(c))
+    there = {(line["arm"], line["seed"]) for line in lines if (line["flags"], line["version"]) == (c.flags, now)}
     return [(arm, seed) for seed in range(c.seeds) for arm in c.arms.split(",") if (arm, seed) not in there]
 
 
@@ -149,7 +172,7 @@ def mean_error(values):
 def interval(differences):
     """Mean of paired differences and the half-width of its 95 % interval."""
     n = len(differences)
-    half = T95.get(n - 1, 1.96) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    half = T95[n - 2] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
     return statistics.mean(differences), half
 
 
@@ -173,7 +196,7 @@ def paired_table(lines, ours="mgrpo", theirs="grpo"):
         return ""
     majority = f"T=1 majority of {VOTES}"
     pairs = [(f"{t} Acc@t2", f"{t} {other}") for t in ("greedy", "T=1") for other in ("Acc@t1", "Acc@t2")]
-    pairs += [("T=1 Acc@t2", majority), ("greedy Acc@t1", "greedy Acc@t1"), ("T=1 Δ c→i", "T=1 Δ c→i")]
+    pairs += [("T=1 Acc@t2", "T=1 fresh 2nd"), ("T=1 Acc@t2", majority), ("greedy Acc@t1", "greedy Acc@t1"), ("T=1 Δ c→i", "T=1 Δ c→i")]
     rows = [f"| {ours} | minus {theirs} | points, 95 % interval, {len(seeds)} seeds |", "|---|---|---|"]
     for a, b in pairs:
         mean, half = interval([by_seed[ours][s][a] - by_seed[theirs][s][b] for s in seeds])
@@ -198,8 +221,8 @@ def main():
     for arm in c.arms.split(","):
         if arm not in ARMS:
             raise BadInput(f"--arms: there is no arm {arm!r}; choose from {', '.join(ARMS)}")
-    if c.jobs < 1 or c.seeds < 0:
-        raise BadInput("--jobs must be at least 1 and --seeds at least 0")
+    if c.jobs < 1 or not 0 <= c.seeds <= len(T95) + 1:
+        raise BadInput(f"--jobs must be at least 1 and --seeds 0 to {len(T95) + 1}")
     path = Path("results") / f"compare-{c.name}.jsonl"
     todo = missing_runs(c, read_lines(path))
     if todo:
@@ -208,6 +231,7 @@ def main():
         with ThreadPoolExecutor(c.jobs) as pool:
             list(tqdm(pool.map(lambda pair: run_and_keep(c, path, *pair), todo), total=len(todo), unit="run", disable=None))
     lines = [line for line in read_lines(path) if line["flags"] == c.flags]
+    lines = [line for line in lines if line["version"] == lines[-1]["version"]]          # never two versions in one table
     if not lines:
         raise BadInput(f"{path} holds no runs with these flags; use --seeds 1 or more")
     print("\n\n".join(filter(None, (*(main_table(lines, label) for label in KEYS), paired_table(lines), footnotes(lines)))))

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from flags import BadInput, guarded, parse_flags
 from mgrpo import Sampling, expand, second_look
 from model import compute_dtype, load_checkpoint
+from pretrain import pick_device
 from sample import Sampler
-from tasks import draw, make_task, prompt_text, token_limits
+from tasks import draw, prompts_and_golds, task_of, token_limits
 from tokenizer import build_encoding
 
 COLUMNS = {"t1": "Acc@t1", "t2": "Acc@t2", "delta": "Δ(t1,t2)", "i2c": "Δ i→c", "c2i": "Δ c→i"}
@@ -45,19 +46,20 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # compute type; auto: the faster one, measured
 
 
-def task_of(config):
-    """The task that a run's saved config (a dict) or a Config trained on."""
-    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name)
-    return make_task(get("task"), *(get(name) for name in ("candidates", "operations", "modulus", "numbers")))
-
-
 def held_out_questions(task, count, seed=0):
-    return [draw(task, "held out", seed, index) for index in range(count)]
+    """`count` DIFFERENT held-out problems; fewer when 20 x count draws do not bring as many (Countdown has few)."""
+    found = {}
+    for index in range(20 * count):
+        problem = draw(task, "held out", seed, index)
+        found.setdefault(task.canonical(problem), problem)
+        if len(found) == count:
+            break
+    return list(found.values())
 
 
 def two_turns(sampler, encoding, problems, how, samples=1, turns=2):
     """-> (right [Q, samples, turns] bool, cut [Q, samples, turns] bool, tokens [Q, samples, turns]) for Q problems."""
-    golds, prompts = [p.gold for p in problems], [encoding.encode_ordinary(prompt_text(p)) for p in problems]
+    prompts, golds = prompts_and_golds(encoding, problems)
     layers = [expand(sampler, encoding, golds, prompts, samples, how)]
     if turns == 2:
         layers.append(second_look(sampler, encoding, golds, layers[0], 1, how))
@@ -67,10 +69,10 @@ def two_turns(sampler, encoding, problems, how, samples=1, turns=2):
 
 
 def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, samples=1, turns=2, seed=0, say="evaluating"):
-    """-> {"t1": (mean, standard error), ..., "cut": share, "tokens": mean of both turns, "questions", "samples", "temperature"}."""
+    """-> {"t1": (mean, standard error), ..., "cut": share, "tokens": mean of both turns together, "questions", "samples", "temperature"}."""
     parts, at_once = [], max(1, ROWS // samples)
     for start in tqdm(range(0, len(problems), at_once), desc=say, unit="batch", disable=None, leave=False):
-        how = Sampling(max_new_tokens, temperature, seed=seed + start)
+        how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples)
         parts.append(two_turns(sampler, encoding, problems[start:start + at_once], how, samples, turns))
     right, cut, tokens = (torch.cat(column).float() for column in zip(*parts))
     result = summarise(right)
@@ -107,16 +109,14 @@ def load_policy(path, dtype, device):
     """-> (model, the config it was trained with as a dict). BadInput for what is not a checkpoint of a run or a base."""
     if not path:
         raise BadInput("--checkpoint is missing: name the checkpoint.pt of a run, say out/solve-mgrpo-0/checkpoint.pt")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     try:
         model, extra = load_checkpoint(path, compute_dtype(dtype, device), device)
+        return model, extra["config"]
     except FileNotFoundError:
         raise BadInput(f"--checkpoint {path}: there is no such file; `python train.py` makes out/<run>/checkpoint.pt") from None
-    except ValueError as error:
-        raise BadInput(f"--checkpoint {error}") from None
-    return model, extra["config"]
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"--checkpoint {error}" if isinstance(error, ValueError) else f"--checkpoint {path} does not say its task") from None
 
 
 def main():
@@ -125,7 +125,7 @@ def main():
         raise BadInput("--questions must be at least 2, --samples at least 1, --temperature at least 0")
     model, trained = load_policy(c.checkpoint, c.dtype, c.device)
     encoding, task = build_encoding(), task_of(trained)
-    problems, sampler = held_out_questions(task, c.questions, c.seed), Sampler(model, encoding.eot_token)
+    problems, sampler = held_out_questions(task, c.questions, c.seed), Sampler(model)
     max_new, turns = trained.get("max_new_tokens") or token_limits(task)[1], int(c.turns)
     rows = {"greedy": evaluate(sampler, encoding, problems, max_new, turns=turns, seed=c.seed)}
     if c.temperature:

@@ -46,7 +46,7 @@ def help_text(config, doc):
 
 def convert(name, text, kind):
     """`text` as the field's type. BadInput names the flag, the value and what is accepted."""
-    accepted = {bool: "true or false", int: "a whole number", float: "a number"}
+    accepted = {int: "a whole number", float: "a number"}
     if get_origin(kind) is Literal:
         if text in get_args(kind):
             return text
@@ -54,10 +54,8 @@ def convert(name, text, kind):
         guess = f"; did you mean {near[0]!r}?" if near else ""
         raise BadInput(f"--{name} {text!r}: choose one of {', '.join(get_args(kind))}{guess}")
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
         return kind(text)
-    except (ValueError, KeyError):
+    except ValueError:
         raise BadInput(f"--{name} {text!r} is not {accepted[kind]}") from None
 
 
@@ -72,12 +70,9 @@ def parse(config, argv):
             near = difflib.get_close_matches(name, hints, 1, 0.5)
             guess = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists the flags"
             raise BadInput(f"unknown {'flag' if word.startswith('-') else 'argument'} {flag!r}: {guess}")
-        if not equals and hints[name] is bool and (not words or words[0].startswith("--")):
-            value = "true"
-        elif not equals and not words:
+        if not equals and not words:
             raise BadInput(f"{flag} needs a value")
-        elif not equals:
-            value = words.pop(0)
+        value = value if equals else words.pop(0)
         given[name] = convert(flag.removeprefix("--"), value, hints[name])
     return given
 

@@ -1,6 +1,6 @@
 """MGRPO: GRPO, called again one level down (Multi-Layer GRPO, arXiv 2506.04746). Rollouts, advantages, loss: the paper is here.
 
-    grep -n "MGRPO:" mgrpo.py train.py        # every line that plain GRPO would not have
+    grep -n "MGRPO:" mgrpo.py train.py        # the lines where it differs from plain GRPO
 
 Layer 1 is GRPO. For a question q the policy that samples, π_old, gives G attempts o_i; a rule scores them, R_i; and
 
@@ -30,9 +30,11 @@ the settings come from public re-implementations):
  5. Whether right attempts enter layer 2 is unknown: all do by default (`--sources`). With wrong ones only, nothing teaches the
     policy to leave a right answer alone.
  6. std is the sample standard deviation (n - 1) with 1e-4 added, as TRL and verl have it; the formula's may divide by n.
- 7. No KL term by default (β = 0; the paper's 0.001 is `--kl-coef 0.001`).
+ 7. No KL term by default (β = 0; the paper's 0.001 is `--kl-coef 0.001`); with one, discarded corrections are free of it too.
  8. Rows whose advantage is 0 (and KL off) are left out of the forward pass. They count in every denominator, so loss and
     gradient are what they would be.
+ 9. π_old is the sampler's own log-probability, in bf16 where compute is bf16 (the log's gauge shows how near it is). A rollout makes
+    two optimiser steps by default, each on half of the questions; the gradient is clipped to norm 1.
 
 Letters: P questions, G attempts, H corrections per attempt, B rows, T tokens of a completion, S tokens of prompt + completion.
 """
@@ -44,7 +46,7 @@ import torch
 from model import token_logprobs
 from reward import score
 from sample import fold
-from tasks import phrase_text, prompt_text
+from tasks import phrase_text, prompts_and_golds
 from tokenizer import PHRASES
 
 MAX_LOG_RATIO = 20.0     # |log r| is cut here before exp: e^20 is far outside of any clip range, and finite
@@ -71,16 +73,14 @@ def group_advantages(rewards, groups, std=True, eps=1e-4):
     return centred / (variance.sqrt() + eps)[groups]
 
 
-def layer2_advantages(rewards, correct, attempts, questions, failed="mask", group="attempt"):
+def layer2_advantages(rewards, correct, siblings, failed="mask"):
     """MGRPO: layer 2's advantages and who is trained, [B] each, for corrections with these rewards.
 
-    correct: [B] bool; attempts, questions: [B], whose child each correction is.
-    failed: "mask" (normalise over all siblings, then discard failures: positive advantages only, sqrt((1-p)/p) for a share p
-      of successes) | "keep" (failures push down, as in layer 1) | "raw" (advantage = reward; failures discarded).
-    group: "attempt" (siblings correct the same attempt: isolates the skill of correcting) | "question" (all corrections of a
-      question: also credits the luck of a better attempt; needed when H = 1, where an attempt's group is a single row).
+    correct: [B] bool; siblings: [B], equal for corrections of the same attempt (this isolates the skill of correcting) or of the same
+    question (this also credits the luck of a better attempt; needed when H = 1, where an attempt's group is a single row).
+    failed: "mask" (normalise over all siblings, then discard failures: positive advantages only, sqrt((1-p)/p · (n-1)/n) for
+      a share p of successes among n) | "keep" (failures push down, as in layer 1) | "raw" (advantage = reward; failures discarded).
     """
-    siblings = attempts if group == "attempt" else questions
     advantages = rewards.float() if failed == "raw" else group_advantages(rewards, siblings)
     trained = torch.ones_like(correct) if failed == "keep" else correct
     return advantages.masked_fill(~trained, 0.0), trained
@@ -90,7 +90,7 @@ def choose_sources(correct, questions, rule="all"):
     """MGRPO: which attempts go on to layer 2. correct: [B] bool; questions: [B] -> ascending row indices.
 
     "all" | "wrong" (no pressure against breaking right answers) | "balanced" (one right and one wrong attempt a question,
-    the first of each: half of the reviews then meet a right answer, whatever the accuracy).
+    the first of each; of a question whose attempts are all right or all wrong, one).
     """
     if rule != "balanced":
         return (torch.ones_like(correct) if rule == "all" else ~correct).nonzero()[:, 0]
@@ -110,7 +110,7 @@ def kl_estimate(logp, ref_logp, kl="k3"):
     k1 = -d: unbiased, but as a LOSS its expected gradient is 0: it does nothing.
     k2 = d²/2: biased as a value, its expected gradient is exactly that of KL(π || π_ref).
     k3 = e^d - 1 - d: unbiased, never negative, low variance; its expected gradient is that of KL(π_ref || π), the other
-    direction. k3 is what GRPO uses (arXiv 2402.03300, eq. 4). tests/test_mgrpo.py proves all six statements exactly.
+    direction. k3 is what GRPO uses (arXiv 2402.03300, eq. 4). tests/test_mgrpo.py checks values and gradients exactly.
     """
     d = (ref_logp - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if kl == "k1":
@@ -118,7 +118,7 @@ def kl_estimate(logp, ref_logp, kl="k3"):
     return d ** 2 / 2 if kl == "k2" else torch.expm1(d) - d
 
 
-def count(lengths, normalize, max_new_tokens):
+def loss_denominator(lengths, normalize, max_new_tokens):
     """What the summed loss of these rows is divided by, counted over a whole optimiser step BEFORE its first backward pass.
 
     lengths: [B] sampled tokens a row. "sequence": rows, each the mean of its tokens (the paper). "token": tokens, so long rows
@@ -134,7 +134,7 @@ def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2
     """Equation (2) with its sign turned, for rows of either layer: nothing here knows which.
 
     logp: [B, T] fp32 log π_θ of the sampled tokens, with gradient; old_logp: the sampler's; advantages: [B]; mask: [B, T] bool,
-    True on sampled tokens, end token included. denominator: see `count`; by default that of this batch alone, T being
+    True on sampled tokens, end token included. denominator: see `loss_denominator`; by default that of this batch alone, T being
     the constant. -> loss, sums over the masked tokens {tokens, clipped, kl, ratio}.
     """
     log_ratio = (logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -144,7 +144,7 @@ def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2
     divergence = kl_estimate(logp, ref_logp, kl) if kl_coef else torch.zeros_like(logp)
     loss = (kl_coef * divergence - surrogate) * mask
     if denominator is None:
-        denominator = count(mask.sum(1), normalize, mask.shape[1])
+        denominator = loss_denominator(mask.sum(1), normalize, mask.shape[1])
     if normalize == "sequence":
         loss = loss / mask.sum(1, keepdim=True).clamp(min=1)                                    # 1/|o_i|
     clipped = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))          # no gradient there
@@ -163,12 +163,19 @@ class Layer:
     correct: torch.Tensor     # bool
     questions: torch.Tensor   # which of the P questions
     parents: torch.Tensor     # layer 1: the question; layer 2: the row of the attempt
+    siblings: torch.Tensor = None  # the group whose mean and std make the advantages
     advantages: torch.Tensor = None
     trained: torch.Tensor = None   # bool: in the loss at all
 
     @property
     def lengths(self):
         return self.completions.lengths.cpu()
+
+    @property
+    def totals(self):
+        """[B] tokens of prompt and completion."""
+        c = self.completions
+        return self.lengths + torch.tensor([len(c.prompts[i // c.n]) for i in range(len(self.texts))])
 
     def active(self, kl_coef):
         """Rows that carry a gradient, [B] bool: a KL term acts on every trained row, the rest only where Â is not 0."""
@@ -181,6 +188,7 @@ class Sampling(NamedTuple):
     temperature: float
     seed: int                 # of this step: fold(run's seed, step)
     format_weight: float = 0.0
+    first_row: int = 0        # number of the first row, when a batch is a part of a larger one
 
 
 def expand(sampler, encoding, golds, prefixes, n, how, above=None, rows=None):
@@ -190,7 +198,7 @@ def expand(sampler, encoding, golds, prefixes, n, how, above=None, rows=None):
     phrases appended to them.
     """
     if above is None:
-        completions = sampler.generate(prefixes, n, how.max_new_tokens, how.temperature, how.seed)
+        completions = sampler.generate(prefixes, n, how.max_new_tokens, how.temperature, how.seed, how.first_row)
     else:
         completions = sampler.extend(above.completions, prefixes, n, how.max_new_tokens, how.temperature, how.seed, rows)
     parents = completions.parents.cpu()
@@ -223,16 +231,17 @@ def collect(sampler, encoding, problems, attempts, corrections, how, *, layers=2
 
     attempts: G; corrections: H; the other switches: choose_sources, layer2_advantages. layers=1 is plain GRPO.
     """
-    prompts, golds = [encoding.encode_ordinary(prompt_text(p)) for p in problems], [p.gold for p in problems]
+    prompts, golds = prompts_and_golds(encoding, problems)
     first = expand(sampler, encoding, golds, prompts, attempts, how)
-    first.advantages, first.trained = group_advantages(first.rewards, first.parents), torch.ones_like(first.correct)
+    first.siblings, first.trained = first.questions, torch.ones_like(first.correct)
+    first.advantages = group_advantages(first.rewards, first.siblings)
     if layers == 1:
         return [first]
     second = second_look(sampler, encoding, golds, first, corrections, how, sources)                    # MGRPO: the second layer
     if second is None:
         return [first]
-    second.advantages, second.trained = layer2_advantages(
-        second.rewards, second.correct, second.parents, second.questions, failed, group)
+    second.siblings = second.parents if group == "attempt" else second.questions
+    second.advantages, second.trained = layer2_advantages(second.rewards, second.correct, second.siblings, failed)
     return [first, second]
 
 

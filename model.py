@@ -45,6 +45,7 @@ class ModelConfig:
     qkv_bias: bool = False   # Qwen2, Qwen2.5
     qk_norm: bool = False    # Qwen3
     tied: bool = True        # the output head is the embedding table
+    end_token: int = -1      # the token that ends a completion; -1: none does
 
 
 # ------------------------------------------------------------------------------------------------------ building blocks
@@ -207,7 +208,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     forward:  logp = z[token] - logsumexp(z),  z = hidden @ weightᵀ / temperature
     backward: dz = (onehot(token) - softmax(z)) · dlogp / temperature, from logits computed a second time.
-    At V = 151,936 the logits of 16 x 2,048 tokens would be 20 GB in fp32; a chunk of 1,024 tokens is 0.6 GB.
+    At V = 151,936 the logits of 16 rows of 2,048 tokens are 20 GB in fp32, those of a chunk of 1,024 tokens 0.6 GB.
     The entropy is for looking at; no gradient flows through it.
     """
 
@@ -238,7 +239,7 @@ class TokenLogprobs(torch.autograd.Function):
         return dhidden, dweight, None, None, None
 
 
-def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=4096):
+def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=1024):
     """hidden: [M, D] vectors, weight: [V, D], tokens: [M] the tokens that followed -> logp [M] fp32, entropy [M] fp32.
 
     Off by one, with three tokens: in the row a b c, the vector at a predicts b, the vector at b predicts c; so
@@ -258,7 +259,7 @@ def compute_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
     if device == "cuda":
-        return torch.bfloat16
+        return torch.bfloat16 if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else torch.float32
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 512, dtype=dtype)
@@ -273,7 +274,7 @@ def compute_dtype(name, device):
 
 def save_checkpoint(path, model, **extra):
     """Writes weights, shape and `extra` (plain values) to `path` in one move: a run killed while writing leaves the old file."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     torch.save(dict(model_config=asdict(model.config), weights=model.state_dict(), extra=extra), temporary)
     os.replace(temporary, path)
 

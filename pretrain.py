@@ -31,13 +31,15 @@ from tqdm import tqdm
 
 import mgrpo
 import model
+import reward
+import sample
 import tasks
 import tokenizer
 from flags import BadInput, guarded, parse_flags
 from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
 from sample import Sampler
-from tasks import draw, make_task, phrase_text, prompt_text, token_limits
+from tasks import draw, phrase_text, prompt_text, prompts_and_golds, task_of, token_limits
 from tokenizer import PHRASES, build_encoding
 
 CHECK_EVERY = 50          # steps between measurements
@@ -60,40 +62,49 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"               # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # compute; masters are fp32. auto: the faster one, measured
     base_seed: int = 0        # seed of the base model: its weights and its texts
-    base_tokens: int = 6_000_000   # base training gives up after so many tokens (it stops by accuracy before)
+    base_tokens: int = 4_000_000   # base training gives up after so many tokens (it stops by accuracy before)
 
 
 PRESETS = {
     "cpu": {},                                             # the defaults above: what two cores train in minutes
     "gpu": dict(candidates=5, operations=6, modulus=23,    # harder, since a larger model saturates the small task
                 width=512, depth=8, base_tokens=200_000_000),
-    "smoke": dict(candidates=2, operations=2, modulus=3,   # the least that still learns both skills: ends in seconds
+    "smoke": dict(candidates=2, operations=2, modulus=5,   # the least that still learns both skills: ends in seconds
                   width=64, depth=2, base_tokens=1_500_000),
 }
 
 
+def preset_name(preset, device):
+    """ "auto" is gpu where CUDA is and may be used, else cpu."""
+    return preset if preset != "auto" else "gpu" if torch.cuda.is_available() and device != "cpu" else "cpu"
+
+
 def pick_preset(given, presets=PRESETS):
-    """What a preset puts under the given flags; "auto" is gpu where CUDA is, else cpu."""
-    name = given.get("preset", "auto")
-    return presets[("gpu" if torch.cuda.is_available() else "cpu") if name == "auto" else name]
+    """What a preset puts under the given flags."""
+    return presets[preset_name(given.get("preset", "auto"), given.get("device", "auto"))]
+
+
+def pick_device(name):
+    """-> "cpu" or "cuda". BadInput for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve(config):
-    """The config with device and compute type settled and checked."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    """The config with preset, device and compute type settled and checked."""
     if config.width < 32 or config.width % 32 or config.depth < 1:
         raise BadInput(f"--width {config.width} must be a multiple of 32, the head size, and --depth {config.depth} at least 1")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = pick_device(config.device)
     dtype = str(compute_dtype(config.dtype, device)).removeprefix("torch.")
-    return dataclasses.replace(config, device=device, dtype=dtype)
+    return dataclasses.replace(config, preset=preset_name(config.preset, config.device), device=device, dtype=dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------- texts
 
 def text_pair(task, encoding, seed, index, review):
     """Text `index` of the stream -> (prompt ids, target ids with the end token); the loss is on the target alone."""
-    problem, rng = draw(task, "train", seed, index), random.Random(f"text/{seed}/{index}")
+    problem, rng = draw(task, "train", f"base/{seed}", index), random.Random(f"text/{seed}/{index}")
     attempt = task.attempt(problem, rng)
     if review:
         prompt = prompt_text(problem) + attempt.text + phrase_text(rng.choice(PHRASES))
@@ -126,10 +137,9 @@ def texts_accuracy(task, count):
 
 
 def measure(sampler, encoding, task, count, max_new_tokens):
-    """Accuracy of the model at temperature 1 in both turns, on training-side questions it has not read."""
-    problems = [draw(task, "train", "check", index) for index in range(count)]
-    golds, how = [p.gold for p in problems], Sampling(max_new_tokens, 1.0, seed=0)
-    prompts = [encoding.encode_ordinary(prompt_text(p)) for p in problems]
+    """Accuracy of the model at temperature 1 in both turns, on training-side questions from a stream of their own."""
+    prompts, golds = prompts_and_golds(encoding, [draw(task, "train", "check", index) for index in range(count)])
+    how = Sampling(max_new_tokens, 1.0, seed=0)
     first = expand(sampler, encoding, golds, prompts, 1, how)
     second = second_look(sampler, encoding, golds, first, 1, how)
     return first.correct.float().mean().item(), second.correct.float().mean().item()
@@ -140,20 +150,20 @@ def measure(sampler, encoding, task, count, max_new_tokens):
 def new_model(config, encoding, task):
     """An untrained GPT for this config; its context holds the longest question, two completions and a phrase."""
     heads, (question, completion) = config.width // 32, token_limits(task)
-    shape = ModelConfig(encoding.n_vocab, config.width, config.depth, heads, kv_heads=max(1, heads // 4), head_size=32,
-                        hidden=3 * config.width, context=question + 2 * completion + 8, qk_norm=True)   # learns at twice the rate
+    shape = ModelConfig(encoding.n_vocab, config.width, config.depth, heads, kv_heads=1 if heads % 4 else heads // 4, head_size=32,
+                        hidden=3 * config.width, context=question + 2 * completion + 8, qk_norm=True, end_token=encoding.eot_token)
     torch.manual_seed(config.base_seed)
     return GPT(shape, getattr(torch, config.dtype)).to(config.device)
 
 
 def pretrain(config, say=print):
     """Trains a base model -> model, {"t1", "t2": measured accuracy, "tokens"}. `config` must be resolved."""
-    encoding, task = build_encoding(), make_task(config.task, config.candidates, config.operations, config.modulus, config.numbers)
+    encoding, task = build_encoding(), task_of(config)
     max_new = token_limits(task)[1]
     gpt = new_model(config, encoding, task)
     peak = LR * (128 / config.width) ** 0.5
     optimizers = make_optimizers(gpt, peak)
-    sampler, ceiling = Sampler(gpt, encoding.eot_token), texts_accuracy(task, 4 * CHECK_ON)
+    sampler, ceiling = Sampler(gpt), texts_accuracy(task, 4 * CHECK_ON)
     say(f"base: {sum(p.numel() for p in gpt.parameters()):,} parameters in {config.dtype}; its texts are right in "
         f"{ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews")
     tokens, step, decay_from, found = 0, 0, None, (0.0, 0.0)
@@ -216,11 +226,12 @@ def train_step(gpt, optimizers, micro_batches, lr):
 # ----------------------------------------------------------------------------------------------------------------- cache
 
 def fingerprint(config):
-    """12 hex digits of everything that makes a base: the fields of Config above, and the code of the files that run. The preset's
-    name does not count (its values do), nor do comments and docstrings."""
+    """12 hex digits of everything that makes a base: the fields of Config above, the code of the files that run, and torch's version.
+    The preset's name does not count (its values do), nor do comments and docstrings."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "preset"}
-    code = [code_of(m) for m in (model, tasks, tokenizer, mgrpo, sys.modules[pretrain.__module__])]
-    return hashlib.sha256(repr([sorted(fields.items()), *code]).encode()).hexdigest()[:12]
+    here = sys.modules[Config.__module__]
+    code = [code_of(m) for m in (here, model, tasks, tokenizer, mgrpo, sample, reward)]
+    return hashlib.sha256(repr([sorted(fields.items()), torch.__version__, *code]).encode()).hexdigest()[:12]
 
 
 def code_of(module):

@@ -43,8 +43,8 @@ def extract_answer(text):
     "Last" is by where it ends. Braces inside \\boxed are matched, so \\boxed{\\frac{1}{2}} comes out whole. One pass each:
     ten thousand opened boxes cost no more than ten thousand characters.
     """
-    tag_end = text.rfind("</answer>")
-    tag_start = text.rfind("<answer>", 0, max(tag_end, 0))
+    tag_start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    tag_end = text.find("</answer>", tag_start)
     tagged = (tag_end, text[tag_start + len("<answer>"):tag_end]) if tag_start >= 0 else (-1, None)
     end, answer = max(tagged, last_box(text), key=lambda found: found[0])
     return None if end < 0 else answer.strip()
@@ -58,7 +58,7 @@ def last_box(text):
             opened.append(brace.end())
         elif opened:
             start = opened.pop()
-            if text.endswith("\\boxed{", 0, start):
+            if text.endswith("\\boxed{", 0, start) and not text.startswith("\\boxed{", start):   # of a box in a box, the inner
                 found = (brace.start(), text[start:brace.start()])
     return found
 

@@ -2,11 +2,12 @@
 
     python bench.py sampler            # tokens per second, and the share of the floor
 
-The physics. Generating is two kinds of work. Prefill runs a prompt's tokens through the model at once: many rows of numbers
-meet each weight, so arithmetic is the limit. Decode adds one token to every row: each step must read all weights once and
-every key and value a row can see, for two operations a number, so memory is the limit. For the default model (0.8 M
-parameters, 1.6 MB in bf16; 4 layers x 2 x 32 numbers = 512 bytes of cache a token) at 256 rows of 100 tokens a step reads
-1.6 MB of weights and 13 MB of cache. What is shared should therefore be read once, and what has ended should leave.
+The physics. Generating is two kinds of work. Prefill runs a prompt's tokens through the model at once: many vectors meet each
+weight, so arithmetic is the limit. Decode adds one token to every row: a step reads all weights once, for two operations a weight
+and ROW, and every key and value that a row can see, for a few operations each; so the cache, and at few rows the weights, are limited by
+memory. For the default model (0.8 M parameters, 1.6 MB in bf16; 4 layers x 2 x 32 numbers = 512 bytes of cache a token) at
+256 rows of 100 tokens a step reads 1.6 MB of weights and 13 MB of cache, and does 0.4 GFLOP. What is shared should therefore be
+read once, and what has ended should leave.
 
 The design.
 1. A rollout is a tree: question -> attempts -> corrections. A `Level` holds the keys and values of one generation of segments;
@@ -69,11 +70,12 @@ def row_keys(seed, rows, positions):
 def exponentials(keys, size):
     """keys: int32 [R] -> fp32 [R, size], independent draws from the exponential distribution of mean 1.
 
-    24 random bits make a number u strictly inside (0, 1); -log u is exponential.
+    23 random bits and a half make a number u strictly inside (0, 1); -log u is exponential. (24 bits and a half do not fit into fp32's
+    24: all ones would round to u = 1, whose token would win at any probability.)
     """
     column = mix(torch.arange(size, dtype=torch.int32, device=keys.device))
     bits = mix(keys[:, None] ^ column[None])                                          # [R, V]
-    return (bits >> 8 & 0xFFFFFF).float().add_(0.5).mul_(2.0 ** -24).log_().neg_()
+    return (bits >> 9 & 0x7FFFFF).float().add_(0.5).mul_(2.0 ** -23).log_().neg_()
 
 
 def _signed(x):
@@ -186,7 +188,7 @@ class Cache:
 
     def attend(self, layer, q, k, v):
         """q: [R, S, N, C]; k, v: [R, S, K, C] -> [R, S, N, C]; k and v go into the cache. The arithmetic is that of
-        model.causal_attention, rounding included, so that sampler and trainer agree."""
+        model.causal_attention on a CPU; in bf16 the sums over levels round apart, by about 0.01 nats a token."""
         R, S, N, C = q.shape
         K = k.shape[2]
         own_k, own_v = self.k[layer], self.v[layer]                                        # [R, K, T, C]
@@ -241,8 +243,8 @@ class Completions:
 class Sampler:
     """Samples from a model with its own copy of the weights in the compute type; call refresh() after every optimiser step."""
 
-    def __init__(self, model, end_token):
-        self.source, self.end_token = model, end_token
+    def __init__(self, model):
+        self.source = model
         with torch.no_grad():
             self.model = copy.deepcopy(model).requires_grad_(False)
             for parameter in self.model.parameters():
@@ -262,7 +264,7 @@ class Sampler:
         temperature 0 is greedy. Row i of the result has number first_row + i; equal seeds and numbers draw equal tokens.
         Raises ValueError for no prompts, an empty prompt, a token outside of the vocabulary, or one too long for the context.
         """
-        self._check(prompts, [len(p) for p in prompts], max_new_tokens)
+        self._check(prompts, [len(p) for p in prompts], n, max_new_tokens, temperature)
         device = self.model.embed.weight.device
         starts = torch.zeros(len(prompts), dtype=torch.long, device=device)
         level, logits = self._prefill(prompts, [], starts, temperature)
@@ -283,7 +285,9 @@ class Sampler:
         prompts = [c.prompts[i // c.n] + c.text_ids(i) + phrase for i, phrase in zip(rows.tolist(), phrases, strict=True)]
         news = [([] if c.ended[i] else c.tokens[i, c.lengths[i] - 1:c.lengths[i]].tolist()) + phrase
                 for i, phrase in zip(rows.tolist(), phrases)]
-        self._check(news, [len(p) for p in prompts], max_new_tokens)
+        self._check(news, [len(p) for p in prompts], n, max_new_tokens, temperature)
+        if (rows[1:] <= rows[:-1]).any():
+            raise ValueError("rows must be given in ascending order: siblings lie side by side")
         own, starts = c.level.select(rows), c.starts[rows]
         path = [(level, node[rows]) for level, node in c.path]
         me = torch.arange(len(rows), device=device)
@@ -294,7 +298,9 @@ class Sampler:
         return self._decode(path, logits, prompts, n, max_new_tokens, temperature, seed, parents, numbers,
                             starts + own.lengths, c.depth + 1)
 
-    def _check(self, news, lengths, max_new_tokens):
+    def _check(self, news, lengths, n, max_new_tokens, temperature):
+        if n < 1 or temperature < 0:
+            raise ValueError(f"cannot sample {n} completions at temperature {temperature}: at least 1, and 0 (greedy) or more")
         V, context = self.model.config.vocab_size, self.model.config.context
         if not news or min(map(len, news)) == 0:
             raise ValueError("nothing to sample from: there are no prompts, or one of them is empty")
@@ -329,7 +335,7 @@ class Sampler:
         for t in range(max_new):
             token, logp = choose(logits, None if keys is None else keys[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logp
-            ends = (token == self.end_token) & ~ended[rows]
+            ends = (token == model.config.end_token) & ~ended[rows]
             lengths[rows[ends]], ended[rows[ends]] = t + 1, True
             alive = ~ended[rows]
             if t == max_new - 1 or not alive.any():

@@ -137,12 +137,14 @@ class Solve:
 
     def review(self, problem, attempt, rng):
         """Compares, then confirms the attempt or tries another candidate."""
-        return compare_then(self, problem, attempt, problem.data[2], rng)
+        target = problem.data[2]
+        return compare_then(attempt, target, (target - attempt.reached) % self.modulus,
+                            lambda: self.attempt(problem, rng, without=attempt.choice), rng)
 
 
 @dataclass(frozen=True)
 class Countdown:
-    """Make the target from all of `numbers` given numbers with + - *, every value on the way in 0..99."""
+    """Make the target from all of `numbers` given numbers with + - *, every value on the way in 0..24."""
     numbers: int = 3
 
     def sample(self, rng):
@@ -155,7 +157,7 @@ class Countdown:
         return str(problem.gold)
 
     def expression(self, numbers, rng):
-        """-> first number, operations and values of a random left-to-right expression that stays in 0..99."""
+        """-> first number, operations and values of a random left-to-right expression that stays in 0..24."""
         while True:
             first, *rest = rng.sample(numbers, len(numbers))
             operations = [(rng.choice("+-*"), b) for b in rest]
@@ -163,7 +165,7 @@ class Countdown:
             for op, b in operations:
                 value = apply(op, value, b)
                 values.append(value)
-            if all(0 <= v <= 99 for v in values):
+            if all(0 <= v <= 24 for v in values):
                 return first, operations, values
 
     def attempt(self, problem, rng):
@@ -175,7 +177,8 @@ class Countdown:
         return Attempt(respond(worked(first, operations, values), nested(str(first), operations)), values[-1], None)
 
     def review(self, problem, attempt, rng):
-        return compare_then(self, problem, attempt, problem.gold.target, rng)
+        target = problem.gold.target
+        return compare_then(attempt, target, target - attempt.reached, lambda: self.attempt(problem, rng), rng)
 
 
 @dataclass(frozen=True)
@@ -213,15 +216,13 @@ class Chain:
         return respond("again: " + worked(*problem.data, values), str(values[-1]))
 
 
-def compare_then(task, problem, attempt, target, rng):
+def compare_then(attempt, target, off, another, rng):
     """A review that opens by comparing, "off by 6-4=2" (asked minus reached), says yes or no, and confirms the attempt or makes
-    another one."""
-    off = target - attempt.reached
-    opening = f"off by {target}-{attempt.reached}={off % task.modulus if hasattr(task, 'modulus') else off}"
+    `another` (a function of nothing, so that nothing is drawn when it is not needed)."""
+    opening = f"off by {target}-{attempt.reached}={off}"
     if not says_no(attempt.reached == target, rng):
         return f"<think>{opening}: yes</think>" + attempt.text.partition("</think>")[2]
-    others = {} if attempt.choice is None else {"without": attempt.choice}
-    return task.attempt(problem, rng, **others).text.replace("<think>", f"<think>{opening}: no. ", 1)
+    return another().text.replace("<think>", f"<think>{opening}: no. ", 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- streams
@@ -259,6 +260,17 @@ def draw(task, split, seed, index):
         if held_out(task, problem) == (split == "held out"):
             return problem
     raise BadInput(f"no {split} question in 10,000 draws: the task {task} has too few different questions; make it harder")
+
+
+def task_of(config):
+    """The task that a config with the fields task, candidates, operations, modulus and numbers (an object or a dict) describes."""
+    fields = config if isinstance(config, dict) else vars(config)
+    return make_task(fields["task"], *(fields[name] for name in ("candidates", "operations", "modulus", "numbers")))
+
+
+def prompts_and_golds(encoding, problems):
+    """-> (token ids of each prompt, each gold answer)."""
+    return [encoding.encode_ordinary(prompt_text(p)) for p in problems], [p.gold for p in problems]
 
 
 @dataclass(frozen=True)

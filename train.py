@@ -14,6 +14,7 @@ the worst), result.json (the table), checkpoint.pt (`python eval.py --checkpoint
 import copy
 import dataclasses
 import json
+import math
 import platform
 import subprocess
 import time
@@ -25,13 +26,13 @@ import torch
 from tqdm import tqdm
 
 import pretrain
-from eval import evaluate, held_out_questions, table, task_of
+from eval import evaluate, held_out_questions, table
 from flags import BadInput, guarded, parse_flags
-from mgrpo import Sampling, collect, completion_logprobs, count, pack, policy_loss
+from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
 from model import save_checkpoint
-from pretrain import base_model, pick_preset, resolve
+from pretrain import base_model, pick_device, pick_preset, resolve
 from sample import Sampler, fold
-from tasks import draw, phrase_text, token_limits
+from tasks import draw, phrase_text, task_of, token_limits
 from tokenizer import build_encoding
 
 
@@ -48,7 +49,7 @@ class Config(pretrain.Config):
     failed: Literal["mask", "keep", "raw"] = "mask"               # failed corrections: dropped after normalising | kept | raw reward
     group: Literal["attempt", "question"] = "attempt"             # siblings in layer 2: corrections of one attempt | of one question
     layer2_weight: float = 1.0     # w in J = J_1 + w J_2
-    update: Literal["joint", "alternating"] = "joint"             # one step on both layers | a step on layer 1, then one on layer 2
+    update: Literal["joint", "alternating"] = "joint"             # one step on both layers | one on layer 1, then one on layer 2 (Adam then undoes the weight)
     lr: float = 1e-4          # AdamW's learning rate, constant, no weight decay
     clip_low: float = 0.2     # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2    # 0.28 is DAPO's "clip higher"
@@ -77,6 +78,9 @@ def validate(c):
     for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "rows"):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    for name, least in (("eval_questions", 2), ("lr", 0), ("kl_coef", 0), ("layer2_weight", 0)):
+        if not least <= getattr(c, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
     if c.layers not in (1, 2):
         raise BadInput(f"--layers {c.layers}: 1 is GRPO, 2 is MGRPO")
     if c.layers == 2 and c.corrections == 1 and c.group == "attempt" and c.failed != "raw":
@@ -86,7 +90,9 @@ def validate(c):
         raise BadInput("--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or more")
     if c.prompts % c.minibatches:
         raise BadInput(f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}: choose a multiple")
-    if c.temperature <= 0:
+    if c.failed == "raw" and c.group == "question":
+        raise BadInput("--failed raw takes the reward itself as advantage, so --group question would change nothing; drop one of them")
+    if not 0 < c.temperature < math.inf:
         raise BadInput(f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike and teach nothing")
     if not 0 <= c.format_weight <= 0.5:
         raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
@@ -100,14 +106,14 @@ def train(c):
     """The whole run for a config -> path of its folder."""
     policy, encoding, task, base_path, c = prepare(c)
     folder, start = run_folder(c, base_path), time.time()
-    sampler = Sampler(policy, encoding.eot_token)
+    sampler = Sampler(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), c.lr, weight_decay=0.0, fused=True)
     reference = copy.deepcopy(policy).requires_grad_(False) if c.kl_coef else None
     results = {"base": final_table(sampler, encoding, task, c, "base")}
     generated, step, bar = 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
     try:
         while generated < c.tokens:
-            problems = [draw(task, "train", c.seed, step * c.prompts + i) for i in range(c.prompts)]
+            problems = [draw(task, "train", f"rl/{c.seed}", step * c.prompts + i) for i in range(c.prompts)]
             clock = time.perf_counter()
             how = Sampling(c.max_new_tokens, c.temperature, fold(c.seed, step), c.format_weight)
             layers = collect(sampler, encoding, problems, c.attempts, c.corrections, how,                 # MGRPO: two of them
@@ -120,7 +126,7 @@ def train(c):
             generated, step = generated + new, step + 1
             log(folder, bar, dict(step=step, generated=generated) | rollout_metrics(layers) | learned
                 | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1]))
-            if generated // (c.tokens // 10 + 1) > (generated - new) // (c.tokens // 10 + 1) or step == 1:
+            if step == 1 or 10 * generated // c.tokens > 10 * (generated - new) // c.tokens:               # ten times a run
                 write_samples(folder / "samples.md", step, layers, problems)
                 save(folder, policy, c)
             bar.update(new)
@@ -140,13 +146,13 @@ def prepare(c):
     """Checks the config, makes or loads the base -> policy, encoding, task, path of the base, the config with nothing left open."""
     validate(c)
     task, encoding = task_of(c), build_encoding()
-    c = resolve(c)
+    measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
     longest = token_limits(task)[1]
     if not 0 <= c.max_new_tokens <= longest:
         raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
                        f"model; use at most {longest}, or 0 for that")
     c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest, run=c.run or f"{c.task}-{method(c).lower()}-{c.seed}")
-    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured the faster here)' if c.device == 'cpu' else ''}; {task}")
+    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}; {task}")
     policy, _, base_path = base_model(base_config(c), say)
     return policy, encoding, task, base_path, c
 
@@ -157,7 +163,7 @@ def base_config(c):
 
 
 def learn(policy, reference, optimizer, layers, c):
-    """Epochs x minibatches of optimiser steps on one rollout -> diagnostics of all of them."""
+    """Epochs x minibatches of optimiser steps on one rollout -> diagnostics, means over its steps or over the tokens trained on."""
     sums, norms = {}, []
     for epoch in range(c.epochs):
         for parts in optimiser_steps(layers, c):
@@ -171,7 +177,7 @@ def learn(policy, reference, optimizer, layers, c):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     tokens = max(sums.get("tokens", 0), 1)
-    return dict(loss=sums.get("loss", 0.0), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms),
+    return dict(loss=sums.get("loss", 0.0) / max(len(norms), 1), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms),
                 **{name: sums.get(name, 0.0) / tokens for name in ("clipped", "entropy", "kl", "ratio")},
                 gauge_max=sums.get("gauge_max", 0.0), gauge_mean=sums.get("gauge", 0.0) / max(sums.get("gauge_tokens", 0), 1))
 
@@ -194,10 +200,10 @@ def accumulate(policy, reference, layer, rows, c, first):
     The denominator counts ALL rows, before the first backward: neither how rows are cut into micro-batches nor which of them
     carry a gradient changes the result. Rows go longest beside longest, so that little is padding.
     """
-    denominator = count(layer.lengths[rows], c.normalize, c.max_new_tokens)
+    denominator = loss_denominator(layer.lengths[rows], c.normalize, c.max_new_tokens)
     weight = 1.0 if layer.completions.depth == 1 else c.layer2_weight                                   # MGRPO: J = J_1 + w J_2
     rows, sums = rows[layer.active(c.kl_coef)[rows]], {}
-    rows = rows[layer.lengths[rows].argsort(stable=True)]
+    rows = rows[layer.totals[rows].argsort(stable=True)]
     for index in rows.split(c.rows) if len(rows) else ():
         batch, old_logp, advantages = pack(layer, index)
         logp, entropy = completion_logprobs(policy, batch, c.temperature)
@@ -239,9 +245,8 @@ def rollout_metrics(layers):
 
 
 def signal_share(layer):
-    """Share of sibling groups (children of one parent) in which some row is trained with an advantage that is not 0."""
-    groups = int(layer.parents.unique().numel())
-    return layer.parents[layer.active(0)].unique().numel() / groups
+    """Share of sibling groups in which some row is trained with an advantage that is not 0."""
+    return layer.siblings[layer.active(0)].unique().numel() / layer.siblings.unique().numel()
 
 
 LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2", "  R2", "{:4.2f}"), ("accuracy1", "acc1", "{:4.2f}"),
@@ -262,7 +267,7 @@ def log(folder, bar, metrics):
 
 
 def write_samples(path, step, layers, problems):
-    """Appends the trees of the best and the worst question of this rollout, by mean reward of all their nodes."""
+    """Appends the trees of the best and the worst question of this rollout, by the sum of rewards of all their nodes."""
     total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)
     with open(path, "a") as file:
         for name, question in (("best", int(total.argmax())), ("worst", int(total.argmin()))):
@@ -303,12 +308,20 @@ def run_folder(c, base_path):
         number += 1
         folder = Path("out") / f"{c.run}.{number}"
     folder.mkdir(parents=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.platform(),
-                   threads=torch.get_num_threads(), commit=commit)
+                   threads=torch.get_num_threads(), commit=commit())
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c) | dict(made_by=made_by), indent=1) + "\n")
     say(f"run: {folder}")
     return folder
+
+
+def commit():
+    """The git commit of this code, with "+" when files differ from it; empty without git."""
+    try:
+        words = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
 
 
 def save(folder, policy, c):

@@ -1,4 +1,6 @@
-"""What several tests need: a small random model, its encoding, and where the optional shared data lies."""
+"""What several tests need: a small random model, its encoding, scripts run as a user runs them, and where optional data lies."""
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,17 @@ import torch
 from model import GPT, ModelConfig
 from tokenizer import build_encoding
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+VOCABULARY = build_encoding().n_vocab
+END = build_encoding().eot_token
+
+
+def script(cwd, *words):
+    """Runs a script in a process of its own, in folder cwd -> what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +31,7 @@ def encoding():
 def gpt():
     """A random fp32 GPT whose embeddings are large enough for its predictions to differ (an untrained one is nearly uniform)."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=370, width=64, depth=3, heads=4, kv_heads=2, head_size=16, hidden=96, context=256))
+    model = GPT(ModelConfig(VOCABULARY, width=64, depth=3, heads=4, kv_heads=2, head_size=16, hidden=96, context=256, end_token=END))
     with torch.no_grad():
         model.embed.weight.mul_(12)
     return model
@@ -29,4 +41,4 @@ def gpt():
 def random_prompts():
     """Prompts of different lengths, random tokens."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 369, (length,), generator=generator).tolist() for length in (3, 17, 9, 1, 24, 12, 5)]
+    return [torch.randint(0, END, (length,), generator=generator).tolist() for length in (3, 17, 9, 1, 24, 12, 5)]

@@ -5,16 +5,16 @@ import statistics
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import END, SHARED
 
 from mgrpo import (
     choose_sources,
     collect,
     completion_logprobs,
-    count,
     group_advantages,
     kl_estimate,
     layer2_advantages,
+    loss_denominator,
     pack,
     pad_rows,
     policy_loss,
@@ -51,8 +51,8 @@ def test_a_single_sibling_has_advantage_zero():
 def test_filter_after_normalising_leaves_a_gradient():
     """The trap of reading "failed corrections are discarded" literally: filtering first leaves equal rewards, so nothing to learn."""
     rewards, correct = torch.tensor([1.0, 0, 0, 1, 1, 1]), torch.tensor([True, False, False, True, True, True])
-    attempts, questions = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0] * 6)
-    advantages, trained = layer2_advantages(rewards, correct, attempts, questions, "mask")
+    attempts = torch.tensor([0, 0, 0, 1, 1, 1])
+    advantages, trained = layer2_advantages(rewards, correct, attempts, "mask")
     p = 1 / 3
     assert advantages[0].item() == pytest.approx(math.sqrt((1 - p) / p) * math.sqrt(2 / 3), rel=1e-3)
     assert advantages[1:].tolist() == [0.0] * 5 and trained.tolist() == correct.tolist()
@@ -64,12 +64,12 @@ def test_layer2_switches():
     """Catches a switch that changes nothing: each of keep, raw and question gives its own hand-computed numbers."""
     rewards, correct = torch.tensor([1.0, 0, 1, 1]), torch.tensor([True, False, True, True])
     attempts, questions = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 0])
-    keep, everyone = layer2_advantages(rewards, correct, attempts, questions, "keep")
+    keep, everyone = layer2_advantages(rewards, correct, attempts, "keep")
     r = 0.5 / (math.sqrt(0.5) + 1e-4)
     torch.testing.assert_close(keep, torch.tensor([r, -r, 0, 0]))
     assert everyone.all()
-    assert layer2_advantages(rewards, correct, attempts, questions, "raw")[0].tolist() == [1, 0, 1, 1]
-    pooled, _ = layer2_advantages(rewards, correct, attempts, questions, "keep", "question")
+    assert layer2_advantages(rewards, correct, attempts, "raw")[0].tolist() == [1, 0, 1, 1]
+    pooled, _ = layer2_advantages(rewards, correct, questions, "keep")
     torch.testing.assert_close(pooled, torch.tensor([0.25, -0.75, 0.25, 0.25]) / (0.5 + 1e-4))
 
 
@@ -121,7 +121,7 @@ def test_normalisations_by_hand():
 
 
 def test_what_stands_outside_of_the_mask_cannot_matter():
-    """Catches prompt tokens or pads in the loss: garbage there, even infinite log-ratios, changes neither value nor gradient."""
+    """Catches prompt tokens or pads in the loss: garbage there, a log-ratio of 1,000 say, changes neither value nor gradient."""
     mask = torch.tensor([[True, True, False]])
     results = []
     for garbage in (0.0, 500.0):
@@ -168,7 +168,7 @@ def test_losses_and_gradients_equal_trl():
         logp, mask = inputs["policy"].clone().requires_grad_(), inputs[case["mask"]].bool()
         old = inputs["old"] if case["old"] else logp.detach()
         normalize, k = names[case["loss_type"]], case["accum"]
-        whole = count(mask.sum(1), normalize, golden["max_completion_length"])
+        whole = loss_denominator(mask.sum(1), normalize, golden["max_completion_length"])
         if case["loss_type"] == "dapo":
             whole = case.get("num_items_in_batch", int(mask.sum()))
         parts = [slice(i * len(logp) // k, (i + 1) * len(logp) // k) for i in range(k)]
@@ -207,7 +207,7 @@ def test_transcript_mask_covers_exactly_the_sampled_tokens(gpt):
 
     Layer 2 by hand: question 5 6, attempt 7 8, phrase 9, correction 10 11 end. Only the last three may carry a gradient.
     """
-    end = 369
+    end = END
     rows = pad_rows([[5, 6, 7, 8, 9], [5]], [[10, 11, end], [12, end]], "cpu")
     assert rows.mask.tolist() == [[True, True, True], [True, True, False]]
     logp, entropy = completion_logprobs(gpt, rows)
@@ -220,7 +220,7 @@ def test_transcript_mask_covers_exactly_the_sampled_tokens(gpt):
 
 def test_the_end_token_is_trained(gpt):
     """Catches a mask that stops before the end token: the model would never learn to stop. Its logit must get gradient."""
-    rows = pad_rows([[5, 6]], [[10, 369]], "cpu")
+    rows = pad_rows([[5, 6]], [[10, END]], "cpu")
     logp, _ = completion_logprobs(gpt, rows)
     loss, _ = policy_loss(logp, logp.detach(), torch.tensor([1.0]), rows.mask)
     loss.backward()
@@ -229,7 +229,7 @@ def test_the_end_token_is_trained(gpt):
     short = pad_rows([[5, 6]], [[10]], "cpu")
     logp, _ = completion_logprobs(gpt, short)
     policy_loss(logp, logp.detach(), torch.tensor([1.0]), short.mask)[0].backward()
-    assert (with_end[369] - gpt.embed.weight.grad[369]).abs().max() > 1e-3
+    assert (with_end[END] - gpt.embed.weight.grad[END]).abs().max() > 1e-3
 
 
 class Scripted:
@@ -247,7 +247,7 @@ class Scripted:
         return Completions(prompts, n, depth, torch.tensor([r + [0] * (width - len(r)) for r in rows]), torch.zeros(len(rows), width),
                            lengths, torch.ones(len(rows)).bool(), parents, torch.arange(len(rows)), [], None, None)
 
-    def generate(self, prompts, n, max_new_tokens, temperature, seed):
+    def generate(self, prompts, n, max_new_tokens, temperature, seed, first_row):
         return self._completions(prompts, n, 1, torch.arange(len(prompts)).repeat_interleave(n))
 
     def extend(self, c, phrases, n, max_new_tokens, temperature, seed, rows):
@@ -279,6 +279,26 @@ def test_collect_on_a_hand_written_tree(encoding):
     assert second.trained.tolist() == second.correct.tolist()
     prompt = encoding.decode(second.completions.prompts[1])
     assert prompt == "a\n" + first.texts[1] + sampler.asked[1] and sampler.asked[1].startswith("\n")
+
+
+def test_only_sampled_tokens_of_layer_2_carry_loss(encoding, gpt):
+    """The transcript through the real path, pack and all: the loss must answer to each correction's tokens, and only to them.
+
+    d loss / d embedding of a PROMPT token is not 0 (it is context), so the test moves the targets: replacing any token of the copied
+    attempt or the phrase as a TARGET is impossible, since log-probabilities come out for exactly the sampled positions.
+    """
+    (_, second), _ = scripted_rollout(encoding)
+    rows, old, advantages = pack(second, torch.arange(8))
+    logp, _ = completion_logprobs(gpt, rows)
+    assert logp.shape == old.shape and rows.mask.sum(1).tolist() == second.lengths.tolist()
+    for i in range(8):
+        prompt, sampled = second.completions.prompts[i // 2], second.completions.tokens[i, :second.lengths[i]].tolist()
+        assert rows.tokens[i, :len(prompt) + len(sampled)].tolist() == prompt + sampled and sampled[-1] == END
+        full = (gpt(torch.tensor([prompt + sampled]))[0] @ gpt.head.weight.T).log_softmax(-1)
+        expected = [full[len(prompt) - 1 + t, token].item() for t, token in enumerate(sampled)]
+        assert logp[i, :len(sampled)].tolist() == pytest.approx(expected, abs=1e-4)
+    grad, = torch.autograd.grad(policy_loss(logp, old, advantages, rows.mask)[0], logp)
+    assert ((grad != 0) == (rows.mask & (advantages != 0)[:, None])).all()
 
 
 def test_layer_1_alone_is_grpo(encoding):

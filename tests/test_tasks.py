@@ -50,7 +50,7 @@ def test_solve_has_exactly_one_solution():
 
 
 def test_the_base_doubts_as_stated():
-    """Catches reviews that reveal the truth, or hold no seed of it: P(no | wrong) = .92, P(no | right) = .40 within 4 standard errors."""
+    """Catches reviews that reveal the truth, or hold no seed of it: P(no | wrong) and P(no | right) within 4 standard errors."""
     task, rng, said = make_task("solve"), random.Random(0), {True: [], False: []}
     for i in range(3000):
         problem = draw(task, "train", 0, i)
