@@ -8,6 +8,7 @@ quoted as ratios, each side runs in whichever of fp32 and bf16 is faster for it,
 matrix products alone would take at the speed measured for a large product. Work is fixed: no row ends early, all draw from the
 full distribution at temperature 1.
 """
+import gc
 import platform
 import statistics
 import sys
@@ -46,19 +47,6 @@ def ours(dtype, c, prompts):
     return lambda: sampler.generate(prompts, c.group, c.new, seed=0)
 
 
-def recompute(dtype, c, prompts):
-    """What a sampler without a cache does: the whole row again for every token. The first rung of the ladder."""
-    model = default_model(dtype)
-
-    @torch.no_grad()
-    def run():
-        tokens = torch.tensor(prompts).repeat_interleave(c.group, 0)
-        for _ in range(c.new):
-            logits = model.head.weight @ model(tokens)[:, -1].float().mT
-            tokens = torch.cat([tokens, torch.multinomial(logits.mT.softmax(-1), 1)], 1)
-    return run
-
-
 def theirs(dtype, c, prompts):
     """transformers' generate with its default (dynamic) cache on a Qwen3 of the same shape, which is our default architecture."""
     import transformers
@@ -79,14 +67,19 @@ def theirs(dtype, c, prompts):
 
 
 def in_turns(variants, rounds):
-    """{name: function} -> {name: seconds of each round}; one round warms up, then all take turns."""
+    """{name: function} -> {name: seconds of each round}; all take turns.
+
+    Every timed call comes right after an untimed one of the same variant: the library of matrix products keeps a limited number
+    of compiled kernels, and a variant whose shapes change from step to step throws out those of the others.
+    """
+    gc.freeze()             # else collections walk the millions of objects that importing transformers leaves, in everybody's time
     seconds = {name: [] for name in variants}
-    for i in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in variants.items():
+            run()
             start = time.perf_counter()
             run()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -112,7 +105,7 @@ def bench_sampler(c):
     generator = torch.Generator().manual_seed(0)
     vocabulary = build_encoding().n_vocab
     prompts = torch.randint(0, vocabulary, (c.rows // c.group, c.prompt), generator=generator).tolist()
-    makers = {"recompute everything": recompute, "ours": ours}
+    makers = {"ours": ours}
     try:
         import transformers
         makers["transformers generate"] = theirs

@@ -59,15 +59,21 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension; the mean is taken in fp32 (arXiv 1910.07467, eq. 4)."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467, eq. 4)."""
 
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return x * inverse.to(x.dtype) * self.weight.to(x.dtype)
+        return rms_normalise(x, self.eps) * self.weight.to(x.dtype)
+
+
+def rms_normalise(x, eps):
+    """x / sqrt(mean(x²) + eps) over the last dimension; the sum is taken in fp32. vector_norm reads x once, where square and mean
+    would write it out twice."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x * torch.rsqrt(length.square() / x.shape[-1] + eps).to(x.dtype)
 
 
 def rope_tables(context, head_size, theta):
@@ -128,9 +134,9 @@ class Block(nn.Module):
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_size)                       # [B, T, N + 2K, C]
         qk, v = qkv.split([c.heads + c.kv_heads, c.kv_heads], 2)
-        if c.qk_norm:
-            q, k = qk.split([c.heads, c.kv_heads], 2)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        if c.qk_norm:                                                       # q_norm(q) and k_norm(k) in one pass over both
+            weight = torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
+            qk = rms_normalise(qk, c.norm_eps) * weight.to(qk.dtype)
         q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2)
         return self.out(attend(self.layer, q, k, v).reshape(B, T, -1))
 

@@ -25,7 +25,7 @@ C head size, V vocabulary.
 """
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,6 +35,8 @@ WIDEN = 16        # columns added to the rows' own cache at a time: whole blocks
 
 
 # ------------------------------------------------------------------------------------------------- keyed random numbers
+
+MULTIPLIER = 0x846CA68B - (1 << 32)         # as the signed number with these 32 bits
 
 def mix(x):
     """A bijective scrambler of 32-bit integers ("lowbias32", C. Wellons): every input bit flips each output bit half the time.
@@ -49,7 +51,7 @@ def mix(x):
     x = x ^ (x >> 16 & 0xFFFF)
     x = x.mul_(0x7FEB352D)
     x = x.bitwise_xor_(x >> 15 & 0x1FFFF)
-    x = x.mul_(0x846CA68B - (1 << 32))
+    x = x.mul_(MULTIPLIER)
     return x.bitwise_xor_(x >> 16 & 0xFFFF)
 
 
@@ -70,12 +72,13 @@ def row_keys(seed, rows, positions):
 def exponentials(keys, size):
     """keys: int32 [R] -> fp32 [R, size], independent draws from the exponential distribution of mean 1.
 
-    23 random bits and a half make a number u strictly inside (0, 1); -log u is exponential. (24 bits and a half do not fit into fp32's
-    24: all ones would round to u = 1, whose token would win at any probability.)
+    Keys and columns are well mixed already, so half of a `mix` joins them. u = bits / 2³² + 1/2 is then squeezed a little, to stay inside
+    (0, 1): at u = 1, to which the largest numbers would round in fp32, E is 0 and its token wins at ANY probability. -log u is exponential.
     """
     column = mix(torch.arange(size, dtype=torch.int32, device=keys.device))
-    bits = mix(keys[:, None] ^ column[None])                                          # [R, V]
-    return (bits >> 9 & 0x7FFFFF).float().add_(0.5).mul_(2.0 ** -23).log_().neg_()
+    bits = (keys[:, None] ^ column[None]).mul_(0x7FEB352D)                            # [R, V], the largest tensor of a step:
+    bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(MULTIPLIER)     # written in place where it can be
+    return bits.float().mul_(2.0 ** -32 * (1 - 2.0 ** -21)).add_(0.5).log_().neg_()
 
 
 def _signed(x):
@@ -85,11 +88,12 @@ def _signed(x):
 def choose(logits, keys):
     """logits: fp32 [R, V], already divided by the temperature; keys: int32 [R], or None for greedy -> tokens [R], logp [R].
 
-    An exponential race: if every token v waits an exponential time E_v / p_v, the first to arrive is v with probability
-    p_v. As argmax of z - log E it is the Gumbel-max trick. logp is the fp32 log-probability of the token chosen.
+    An exponential race: if every token v waits a time E_v / p_v, E_v exponential, the first to arrive is v with probability p_v. (Its
+    logarithm is the Gumbel-max trick.) logp is the fp32 log-probability of the token chosen.
     """
-    tokens = (logits if keys is None else logits - exponentials(keys, logits.shape[1]).log_()).argmax(-1)
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    p = logits.softmax(-1)                                                            # [R, V]
+    tokens = (p if keys is None else p / exponentials(keys, p.shape[1])).argmax(-1)
+    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
 
 
 # --------------------------------------------------------------------------------------------------------- the KV cache
@@ -128,21 +132,25 @@ class Ancestor:
         self.slot = node * self.width + torch.arange(len(node), device=node.device) - first[node] if uneven else None
 
     def regroup(self, x):
-        """[R, K, Q, *] -> [nodes, K, width * Q, *], a node's rows side by side."""
+        """[R * K, Q, *] -> [nodes * K, width * Q, *], a node's rows side by side. (A view where K = 1 and no row has left.)"""
+        K, Q, size = x.shape[0] // len(self.node), x.shape[1], x.shape[2]
         if self.slot is not None:
-            x = x.new_zeros(self.nodes * self.width, *x.shape[1:]).index_copy_(0, self.slot, x)
-        return x.view(self.nodes, self.width, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+            x = x.new_zeros(self.nodes * self.width, K * Q * size).index_copy_(0, self.slot, x.view(len(self.node), -1))
+        return x.view(self.nodes, self.width, K, Q, size).transpose(1, 2).reshape(self.nodes * K, self.width * Q, size)
 
-    def ungroup(self, x):
-        """The inverse: [nodes, K, width * Q, *] -> [R, K, Q, *]."""
-        x = x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.slot is None else x.index_select(0, self.slot)
+    def ungroup(self, x, Q):
+        """The inverse: [nodes * K, width * Q, *] -> [R * K, Q, *]."""
+        K, size = x.shape[0] // self.nodes, x.shape[2]
+        x = x.view(self.nodes, K, self.width, Q, size).transpose(1, 2).reshape(self.nodes * self.width, K * Q * size)
+        return (x if self.slot is None else x.index_select(0, self.slot)).view(-1, Q, size)
 
     def scores(self, layer, q):
-        return self.ungroup(self.regroup(q) @ self.level.k[layer].mT)
+        """q: [R * K, Q, C] -> [R * K, Q, T]."""
+        return self.ungroup(torch.bmm(self.regroup(q), self.level.k[layer].flatten(0, 1).mT), q.shape[1])
 
     def values(self, layer, weights):
-        return self.ungroup(self.regroup(weights) @ self.level.v[layer])
+        """weights: [R * K, Q, T] -> [R * K, Q, C]."""
+        return self.ungroup(torch.bmm(self.regroup(weights), self.level.v[layer].flatten(0, 1)), weights.shape[1])
 
     def hidden(self):
         """[R, T] bool: the pad columns, which no row may see."""
@@ -189,17 +197,17 @@ class Cache:
     def attend(self, layer, q, k, v):
         """q: [R, S, N, C]; k, v: [R, S, K, C] -> [R, S, N, C]; k and v go into the cache. The arithmetic is that of
         model.causal_attention on a CPU; in bf16 the sums over levels round apart, by about 0.01 nats a token."""
-        R, S, N, C = q.shape
-        K = k.shape[2]
+        (R, S, N, C), K = q.shape, k.shape[2]
         own_k, own_v = self.k[layer], self.v[layer]                                        # [R, K, T, C]
         own_k[:, :, self.start:self.filled], own_v[:, :, self.start:self.filled] = k.transpose(1, 2), v.transpose(1, 2)
-        q = (q * C ** -0.5).view(R, S, K, N // K, C).transpose(1, 2).reshape(R, K, -1, C)  # [R, K, S*g, C]
-        scores = torch.cat([*(a.scores(layer, q) for a in self.ancestors), q @ own_k.mT], -1)
-        weights = (scores + self.bias).softmax(-1).to(q.dtype)                             # softmax in fp32
-        *shared, own = weights.split([*(a.level.k.shape[3] for a in self.ancestors), own_k.shape[2]], -1)
-        out = own @ own_v
+        own_k, own_v = own_k.flatten(0, 1), own_v.flatten(0, 1)                            # [R * K, T, C], and so are all below
+        q = (q * C ** -0.5).view(R, S, K, N // K, C).transpose(1, 2).reshape(R * K, -1, C)
+        scores = torch.cat([*(a.scores(layer, q) for a in self.ancestors), torch.bmm(q, own_k.mT)], -1)
+        weights = (scores.view(R, K, *scores.shape[1:]) + self.bias).softmax(-1).to(q.dtype).flatten(0, 1)   # softmax in fp32
+        *shared, own = weights.split([*(a.level.k.shape[3] for a in self.ancestors), own_k.shape[1]], -1)
+        out = torch.bmm(own, own_v)
         for ancestor, weight in zip(self.ancestors, shared):
-            out = out + ancestor.values(layer, weight)
+            out = out + ancestor.values(layer, weight.contiguous())
         return out.view(R, K, S, N // K, C).transpose(1, 2).reshape(R, S, N, C)
 
     def keep(self, rows):
@@ -240,6 +248,12 @@ class Completions:
         return self.tokens[i, :int(self.lengths[i]) - bool(self.ended[i])].tolist()
 
 
+def usable(completions):
+    """Completions whose tensors may meet autograd: those made in inference mode (which is faster than no_grad) may not, copies may."""
+    names = ("tokens", "logprobs", "lengths", "ended", "parents", "numbers", "starts")
+    return replace(completions, **{name: getattr(completions, name).clone() for name in names})
+
+
 class Sampler:
     """Samples from a model with its own copy of the weights in the compute type; call refresh() after every optimiser step."""
 
@@ -257,7 +271,6 @@ class Sampler:
         for mine, master in zip(self.model.parameters(), self.source.parameters()):
             mine.copy_(master)
 
-    @torch.no_grad()
     def generate(self, prompts, n, max_new_tokens, temperature=1.0, seed=0, first_row=0):
         """Samples n completions of each prompt (lists of token ids, lengths may differ).
 
@@ -269,10 +282,9 @@ class Sampler:
         starts = torch.zeros(len(prompts), dtype=torch.long, device=device)
         level, logits = self._prefill(prompts, [], starts, temperature)
         parents = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        return self._decode([(level, parents)], logits, prompts, n, max_new_tokens, temperature, seed, parents,
-                            first_row + torch.arange(len(parents), device=device), starts + level.lengths, depth=1)
+        return usable(self._decode([(level, parents)], logits, prompts, n, max_new_tokens, temperature, seed, parents,
+                                   first_row + torch.arange(len(parents), device=device), starts + level.lengths, depth=1))
 
-    @torch.no_grad()
     def extend(self, completions, phrases, n, max_new_tokens, temperature=1.0, seed=0, rows=None):
         """Samples n continuations of (prompt + completion without its end token + phrase), one phrase (token ids) a row.
 
@@ -288,15 +300,17 @@ class Sampler:
         self._check(news, [len(p) for p in prompts], n, max_new_tokens, temperature)
         if (rows[1:] <= rows[:-1]).any():
             raise ValueError("rows must be given in ascending order: siblings lie side by side")
-        own, starts = c.level.select(rows), c.starts[rows]
-        path = [(level, node[rows]) for level, node in c.path]
-        me = torch.arange(len(rows), device=device)
-        phrase_level, logits = self._prefill(news, [*path, (own, me)], starts + own.lengths, temperature)
-        own, me, parents = own.append(phrase_level), me.repeat_interleave(n), rows.repeat_interleave(n)
+        with torch.inference_mode():
+            own, starts = c.level.select(rows), c.starts[rows]
+            path = [(level, node[rows]) for level, node in c.path]
+            me = torch.arange(len(rows), device=device)
+            phrase_level, logits = self._prefill(news, [*path, (own, me)], starts + own.lengths, temperature)
+            own = own.append(phrase_level)
+        me, parents = me.repeat_interleave(n), rows.repeat_interleave(n)
         path = [(level, node[me]) for level, node in path] + [(own, me)]
         numbers = c.numbers[parents] * n + torch.arange(n, device=device).repeat(len(rows))
-        return self._decode(path, logits, prompts, n, max_new_tokens, temperature, seed, parents, numbers,
-                            starts + own.lengths, c.depth + 1)
+        return usable(self._decode(path, logits, prompts, n, max_new_tokens, temperature, seed, parents, numbers,
+                                   starts + own.lengths, c.depth + 1))
 
     def _check(self, news, lengths, n, max_new_tokens, temperature):
         if n < 1 or temperature < 0:
@@ -310,6 +324,7 @@ class Sampler:
             raise ValueError(f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones do not fit the context of "
                              f"{context} tokens: shorten the prompts or max_new_tokens, or give the model a longer context")
 
+    @torch.inference_mode()
     def _prefill(self, segments, path, starts, temperature):
         """Runs ragged segments behind their path -> (Level of them, logits [rows, V] after the last token of each)."""
         model, device = self.model, starts.device
@@ -323,35 +338,49 @@ class Sampler:
         last = hidden[torch.arange(len(segments), device=device), lengths - 1]
         return Level(cache.k, cache.v, lengths), scaled_logits(last, model.head.weight, temperature)
 
+    @torch.inference_mode()
     def _decode(self, path, logits, prompts, n, max_new, temperature, seed, parents, numbers, starts, depth):
         """The loop: choose a token for every row, note it, let ended rows leave, run the model on the tokens chosen."""
         model, B, device = self.model, len(parents), logits.device
-        starts, logits = starts.repeat_interleave(n), logits.repeat_interleave(n, 0)           # n rows from each prompt
-        tokens, logprobs = torch.zeros(B, max_new, dtype=torch.long, device=device), torch.zeros(B, max_new, device=device)
-        lengths, ended = torch.full((B,), max_new, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-        keys = row_keys(fold(seed, depth), numbers, max_new) if temperature > 0 else None       # [B, max_new]
+        logits, position = logits.repeat_interleave(n, 0), starts.repeat_interleave(n)[:, None]         # n rows from each prompt
+        tokens, logprobs = torch.zeros(max_new, B, dtype=torch.long, device=device), torch.zeros(max_new, B, device=device)
+        keys = row_keys(fold(seed, depth), numbers, max_new) if temperature > 0 else None               # [B, max_new]
         cache = Cache(model.config, model.compute, [Ancestor(*p) for p in path], B, device)
         rows, left = torch.arange(B, device=device), []                        # who is in the batch; segments of who left
+        done = torch.zeros(B, dtype=torch.bool, device=device)                 # of rows
         for t in range(max_new):
-            token, logp = choose(logits, None if keys is None else keys[rows, t])
-            tokens[rows, t], logprobs[rows, t] = token, logp
-            ends = (token == model.config.end_token) & ~ended[rows]
-            lengths[rows[ends]], ended[rows[ends]] = t + 1, True
-            alive = ~ended[rows]
-            if t == max_new - 1 or not alive.any():
+            token, logp = choose(logits, None if keys is None else keys[:, t])
+            tokens[t].index_copy_(0, rows, token)
+            logprobs[t].index_copy_(0, rows, logp)
+            done = done | (token == model.config.end_token)
+            ended = int(done.sum())
+            if t == max_new - 1 or ended == len(rows):
                 break
-            if alive.sum() <= len(rows) * 7 // 8:
-                left.append((rows[~alive], cache.k[:, ~alive], cache.v[:, ~alive]))
-                cache.keep(alive.nonzero()[:, 0])
-                rows, token = rows[alive], token[alive]
+            if 8 * ended >= len(rows):
+                stay = (~done).nonzero()[:, 0]
+                left.append((rows[done], cache.k[:, done], cache.v[:, done]))
+                cache.keep(stay)
+                rows, token, position, done, keys = (x if x is None else x[stay] for x in (rows, token, position, done, keys))
             cache.begin(1)
-            hidden = model(token[:, None], (starts[rows] + t)[:, None], cache.attend)           # [R, 1, D]
+            hidden = model(token[:, None], position + t, cache.attend)                                   # [R, 1, D]
             logits = scaled_logits(hidden[:, 0], model.head.weight, temperature)
         left.append((rows, cache.k, cache.v))
-        T = int(lengths.max())
-        behind = torch.arange(T, device=device) >= lengths[:, None]            # ended rows stayed a while: drop what they said
-        return Completions(prompts, n, depth, tokens[:, :T].masked_fill_(behind, 0), logprobs[:, :T].masked_fill_(behind, 0.0),
-                           lengths, ended, parents, numbers, path, gather(left, B, T, lengths - 1), starts)
+        tokens, logprobs, lengths, ended = finished(tokens.T, logprobs.T, model.config.end_token)
+        level = gather(left, B, tokens.shape[1], lengths - 1)
+        return Completions(prompts, n, depth, tokens, logprobs, lengths, ended, parents, numbers, path, level, starts.repeat_interleave(n))
+
+
+def finished(tokens, logprobs, end_token):
+    """[B, max_new] buffers -> tokens, logprobs cut at the longest row and blank behind each row's end, lengths, ended.
+
+    A row ends at its FIRST end token: it stays in the batch for a while and goes on sampling, and that is dropped here.
+    """
+    ends = tokens == end_token
+    ended = ends.any(1)
+    lengths = torch.where(ended, ends.int().argmax(1) + 1, tokens.shape[1])
+    T = int(lengths.max())
+    behind = torch.arange(T, device=lengths.device) >= lengths[:, None]
+    return tokens[:, :T].masked_fill(behind, 0), logprobs[:, :T].masked_fill(behind, 0.0), lengths, ended
 
 
 def gather(left, B, T, lengths):
