@@ -24,7 +24,6 @@ from sample import Sampler
 from tokenizer import build_encoding
 
 
-
 @dataclass(frozen=True)
 class Config:
     what: Literal["sampler"] = "sampler"      # what to measure; may also be given as a bare first word
@@ -54,11 +53,13 @@ def theirs(dtype, c, prompts):
     m = default_model(dtype).config
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        vocab_size=m.vocab_size, hidden_size=m.width, num_hidden_layers=m.depth, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads,
-        head_dim=m.head_size, intermediate_size=m.hidden, max_position_embeddings=m.context, tie_word_embeddings=True)
+        vocab_size=m.vocab_size, hidden_size=m.width, num_hidden_layers=m.depth, num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads, head_dim=m.head_size, intermediate_size=m.hidden, max_position_embeddings=m.context,
+        tie_word_embeddings=True)
     model = transformers.Qwen3ForCausalLM(config).to(dtype).eval()
     tokens = torch.tensor(prompts).repeat_interleave(c.group, 0)
-    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=c.new, min_new_tokens=c.new, eos_token_id=None, pad_token_id=0)
+    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=c.new, min_new_tokens=c.new, eos_token_id=None,
+                    pad_token_id=0)
 
     @torch.no_grad()
     def run():
@@ -114,8 +115,9 @@ def bench_sampler(c):
         peer = "transformers is not installed (pip install -r requirements-extra.txt)"
     variants = {(name, dtype): make(dtype, c, prompts) for name, make in makers.items() for dtype in (torch.float32, torch.bfloat16)}
     seconds = in_turns(variants, c.rounds)
-    print(f"{c.rows} rows ({c.rows // c.group} prompts x {c.group}), {c.prompt} prompt + {c.new} new tokens; {torch.get_num_threads()} threads, "
-          f"{platform.processor() or platform.machine()}, torch {torch.__version__}; {peer}; medians of {c.rounds} rounds in turns")
+    print(f"{c.rows} rows ({c.rows // c.group} prompts x {c.group}), {c.prompt} prompt + {c.new} new tokens; "
+          f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}; "
+          f"{peer}; medians of {c.rounds} rounds in turns")
     print(f"{'':24}{'':10}{'tokens/s':>10}{'ms/step':>9}{'of floor':>9}")
     floors = {dtype: floor(c, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for (name, dtype), times in seconds.items():
@@ -134,7 +136,8 @@ def main():
         words = ["--what", *words]
     c = parse_flags(Config, __doc__, argv=words)
     if c.rows < 1 or c.group < 1 or c.rows % c.group or min(c.prompt, c.new, c.rounds, c.threads + 1) < 1:
-        raise BadInput(f"--rows {c.rows} must be a multiple of --group {c.group}; --prompt, --new and --rounds at least 1; --threads at least 0")
+        raise BadInput(f"--rows {c.rows} must be a multiple of --group {c.group}; --prompt, --new and --rounds at least 1; "
+                       "--threads at least 0")
     {"sampler": bench_sampler}[c.what](c)
 
 

@@ -15,6 +15,7 @@ Every run adds a JSON line to results/compare-<name>.jsonl. Runs already there a
 """
 import collections
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -71,6 +72,7 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------------------ runs
 
+@functools.cache
 def settled(c):
     """train.py's config for these flags, with device and compute type chosen once, here, and so alike for all runs."""
     return pretrain.resolve(parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), shlex.split(c.flags)))
@@ -95,14 +97,16 @@ def run_once(c, arm, seed):
     """Trains one arm with one seed in a process of its own -> its line for the result file."""
     words = words_for(c, arm, seed)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // c.jobs))}
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], capture_output=True, text=True, env=environment)
+    script = str(Path(__file__).with_name("train.py"))
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise BadInput(f"arm {arm}, seed {seed}: train.py failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+        raise BadInput(f"arm {arm}, seed {seed}: train.py failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
     folder = Path(next(line for line in done.stdout.splitlines() if line.startswith("run: "))[5:])
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = result["GRPO" if config["layers"] == 1 else "MGRPO"]
-    return dict(arm=arm, seed=seed, flags=c.flags, version=version(settled(c)), command=shlex.join(["python", "train.py", *words]), base=config["made_by"]["base"],
+    return dict(arm=arm, seed=seed, flags=c.flags, version=version(settled(c)),
+                command=shlex.join(["python", "train.py", *words]), base=config["made_by"]["base"],
                 date=datetime.date.today().isoformat(), made_by=config["made_by"], generated=steps[-1]["generated"], steps=len(steps),
                 seconds=round(sum(s["seconds_sampling"] + s["seconds_training"] for s in steps), 1),
                 base_result=result["base"], result=trained, extra=more_answers(folder / "checkpoint.pt", config))
@@ -134,7 +138,8 @@ def run_and_keep(c, path, arm, seed):
     with LOCK, open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
     shown = figures(line)
-    print(f"{arm} {seed}: " + ", ".join(f"{name} {shown[name]:.1f}" for name in list(shown)[:2]) + f" ({line['seconds']:.0f} s)", flush=True)
+    said = ", ".join(f"{name} {shown[name]:.1f}" for name in list(shown)[:2])
+    print(f"{arm} {seed}: {said} ({line['seconds']:.0f} s)", flush=True)
 
 
 def make_base(c):
@@ -177,7 +182,8 @@ def interval(differences):
 
 
 def main_table(lines, label):
-    """Markdown: the paper's columns at one temperature ("greedy" or "T=1"), the base and a row per arm, mean ± standard error over seeds."""
+    """Markdown: the paper's columns at one temperature ("greedy" or "T=1"); the base and a row per arm, mean ± standard error over
+    seeds."""
     arms = {arm: [figures(line) for line in lines if line["arm"] == arm] for arm in dict.fromkeys(line["arm"] for line in lines)}
     columns = [column for column in figures(lines[0]) if column.startswith(label)]
     rows = [f"| {label} | " + " | ".join(column.removeprefix(label + " ") for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -210,9 +216,11 @@ def footnotes(lines):
     for arm in dict.fromkeys(line["arm"] for line in lines):
         mine = [line for line in lines if line["arm"] == arm]
         middle = {k: statistics.median(line[k] for line in mine) for k in ("generated", "steps", "seconds")}
-        two, votes = (statistics.mean(x) for x in zip(*[(line["result"]["temperature 1"]["tokens"], line["extra"]["tokens"]) for line in mine]))
-        rows.append(f"{arm}: {middle['generated'] / 1e6:.2f} M generated tokens, {middle['steps']:.0f} steps, {middle['seconds']:.0f} s a run "
-                    f"({mine[0]['made_by']['threads']} thread); inference {two:.0f} tokens for two turns, {votes:.0f} for {VOTES} votes")
+        two = statistics.mean(line["result"][KEYS["T=1"]]["tokens"] for line in mine)
+        votes = statistics.mean(line["extra"]["tokens"] for line in mine)
+        rows.append(f"{arm}: {middle['generated'] / 1e6:.2f} M generated tokens, {middle['steps']:.0f} steps, {middle['seconds']:.0f} s "
+                    f"a run ({mine[0]['made_by']['threads']} thread); inference {two:.0f} tokens for two turns, {votes:.0f} for {VOTES} "
+                    "votes")
     return "\n".join(rows)
 
 

@@ -69,7 +69,8 @@ def two_turns(sampler, encoding, problems, how, samples=1, turns=2):
 
 
 def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, samples=1, turns=2, seed=0, say="evaluating"):
-    """-> {"t1": (mean, standard error), ..., "cut": share, "tokens": mean of both turns together, "questions", "samples", "temperature"}."""
+    """-> {"t1": (mean, standard error), ..., "cut": share, "tokens": mean of both turns together, "questions", "samples",
+    "temperature"}."""
     parts, at_once = [], max(1, ROWS // samples)
     for start in tqdm(range(0, len(problems), at_once), desc=say, unit="batch", disable=None, leave=False):
         how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples)

@@ -49,7 +49,7 @@ class Config(pretrain.Config):
     failed: Literal["mask", "keep", "raw"] = "mask"               # failed corrections: dropped after normalising | kept | raw reward
     group: Literal["attempt", "question"] = "attempt"             # siblings in layer 2: corrections of one attempt | of one question
     layer2_weight: float = 1.0     # w in J = J_1 + w J_2
-    update: Literal["joint", "alternating"] = "joint"             # one step on both layers | one on layer 1, then one on layer 2 (Adam then undoes the weight)
+    update: Literal["joint", "alternating"] = "joint"             # one step on both layers | one on each (Adam then undoes the weight)
     lr: float = 1e-4          # AdamW's learning rate, constant, no weight decay
     clip_low: float = 0.2     # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2    # 0.28 is DAPO's "clip higher"
@@ -278,7 +278,8 @@ def tree_text(layers, problem, question):
     """A whole tree as indented text: reward and advantage at each node."""
     first, lines = layers[0], [problem.question, f"gold: {problem.gold}"]
     for i in (first.questions == question).nonzero()[:, 0].tolist():
-        lines.append(f"├─ [{'right' if first.correct[i] else 'WRONG'} R={first.rewards[i]:.2f} A={first.advantages[i]:+.2f}] {first.texts[i]}")
+        lines.append(
+            f"├─ [{'right' if first.correct[i] else 'WRONG'} R={first.rewards[i]:.2f} A={first.advantages[i]:+.2f}] {first.texts[i]}")
         if len(layers) == 2:
             second, encoding = layers[1], build_encoding()
             for row, j in enumerate((second.parents == i).nonzero()[:, 0].tolist()):

@@ -88,7 +88,7 @@ def test_parameter_groups_cover_everything_once():
     for tied in (True, False):
         gpt = GPT(ModelConfig(vocab_size=50, qkv_bias=True, qk_norm=True, tied=tied))
         groups = gpt.parameter_groups()
-        everything = sum(groups.values(), [])
+        everything = [p for group in groups.values() for p in group]
         assert len({id(p) for p in everything}) == len(everything) == len(list(gpt.parameters()))
         assert len(groups["embeddings"]) == 2 - tied and all(p.dim() == 1 for p in groups["vectors"]) and len(groups["matrices"]) == 4 * 4
 
@@ -124,7 +124,7 @@ class Hostile:
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     """Catches a traceback from unpickling, and code from the file being run."""
     (tmp_path / "bad.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="bad.pt is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"bad\.pt is not a checkpoint"):
         load_checkpoint(tmp_path / "bad.pt")
 
 

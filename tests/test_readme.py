@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_flags import SCRIPTS
 
 from flags import parse
-from test_flags import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,7 +6,7 @@ import pytest
 import tasks
 from flags import BadInput
 from reward import is_correct, score
-from tasks import draw, held_out, make_task, phrase_text, prompt_text
+from tasks import draw, make_task, phrase_text, prompt_text
 from tokenizer import PHRASES, TAGS, WORDS
 
 NAMES = ("solve", "chain", "countdown")

@@ -9,7 +9,7 @@ from conftest import script
 from test_mgrpo import scripted_rollout
 
 import train
-from mgrpo import Sampling, collect, policy_loss
+from mgrpo import Sampling, collect
 from pretrain import learning_rate
 from sample import Sampler
 from tasks import draw, make_task
@@ -258,7 +258,7 @@ def test_changed_code_never_reuses_the_base(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     texts = []
     for i, body in enumerate(('"""a"""\nx = 1', '"""b"""\nx = 1  # c', '"""a"""\nx = 2')):
-        (tmp_path / f"fake{i}.py").write_text(body + '\ndef f():\n    "doc%d"\n    return x\n' % i)
+        (tmp_path / f"fake{i}.py").write_text(body + f'\ndef f():\n    "doc{i}"\n    return x\n')
         texts.append(pretrain.code_of(importlib.import_module(f"fake{i}")))
     assert texts[0] == texts[1] != texts[2]
 
