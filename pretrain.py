@@ -1,6 +1,6 @@
 """The base model that RL starts from: next-token training on the task's own texts, until it does what they do.
 
-    python pretrain.py                           # makes out/base-<hash>.pt, about two minutes on 2 CPU cores
+    python pretrain.py                           # makes out/base-<hash>.pt, about three minutes on 2 CPU cores
     python pretrain.py --task chain --modulus 23
 
 The idea. RL sharpens what a model already does sometimes; it cannot find what is never sampled. So the base must answer in

@@ -11,7 +11,7 @@ which never run out. Three tasks, because "when does a second look pay?" has an 
              <answer>8 10 6 4</answer>                    was reached with the one asked for. A second look pays.
   chain      ((3*4)+7)-2 = ? (mod 11)                     checking is computing again: as hard as the first time. A draw.
   countdown  make 24 from 3, 8, 1                         checking is easy, but when an attempt failed the next is hardly
-                                                          better placed than the first was. Near a draw.
+                                                          better placed than the first was.
 
 The answer to `solve` is the whole list of values from the right x to the target: one wrong step kills it, and no lucky guess of x
 alone can pass.
