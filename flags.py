@@ -33,15 +33,22 @@ def comments(config):
 
 
 def help_text(config, doc):
-    """The script's docstring, then a line or two for each flag: name, values, default, meaning."""
-    lines, notes, hints = [doc.strip(), "", "Flags (--name value or --name=value):", ""], comments(config), get_type_hints(config)
-    for field in dataclasses.fields(config):
-        kind = "|".join(get_args(hints[field.name])) if get_origin(hints[field.name]) is Literal else hints[field.name].__name__
-        note = f"{notes.get(field.name, '')} [{field.default!r}]" if field.default != "" else notes.get(field.name, "")
-        head = f"  --{field.name.replace('_', '-')} {kind}"
-        body = textwrap.wrap(note, 84, initial_indent=" " * 36, subsequent_indent=" " * 36)
-        lines += [head.ljust(36) + body[0].strip(), *body[1:]] if len(head) < 36 else [head, *body]
+    """The script's docstring, then its own flags, then those it takes over from another script's config, under that script's name."""
+    lines, fields = [doc.strip()], {field.name: field for field in dataclasses.fields(config)}
+    for cls in config.__mro__[:-1]:
+        lines += ["", "Flags (--name value or --name=value):" if cls is config else f"Flags of {cls.__module__}.py, taken here too:", ""]
+        lines += [line for name in inspect.get_annotations(cls) for line in help_lines(config, fields[name])]
     return "\n".join(lines)
+
+
+def help_lines(config, field):
+    """A line or two for a flag: name, values, meaning, default."""
+    kind, note = get_type_hints(config)[field.name], comments(config).get(field.name, "")
+    kind = "|".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__
+    note = f"{note} [{field.default!r}]" if field.default != "" else note
+    head = f"  --{field.name.replace('_', '-')} {kind}"
+    body = textwrap.wrap(note, 84, initial_indent=" " * 36, subsequent_indent=" " * 36)
+    return [head.ljust(36) + body[0].strip(), *body[1:]] if len(head) < 36 else [head, *body]
 
 
 def convert(name, text, kind):

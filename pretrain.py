@@ -17,6 +17,7 @@ The base is kept under out/, named by a hash of everything that made it: the set
 setting never meets a wrong base.
 """
 import ast
+import collections
 import dataclasses
 import hashlib
 import inspect
@@ -39,13 +40,14 @@ from flags import BadInput, guarded, parse_flags
 from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
 from sample import Sampler
-from tasks import draw, phrase_text, prompt_text, prompts_and_golds, task_of, token_limits
+from tasks import TASKS, attempt_to_review, draw, phrase_text, prompt_text, prompts_and_golds, task_of, token_limits
 from tokenizer import PHRASES, build_encoding
 
 CHECK_EVERY = 50          # steps between measurements
-CHECK_ON = 512            # problems per measurement: a standard error of .02
-NEAR = (0.90, 0.90)       # decay begins when accuracy in turn 1 and 2 is this share of the texts' own
-LR = 1e-3                 # peak learning rate at width 128, smaller as 1 / sqrt(width)
+CHECK_ON = 512            # problems per measurement
+CHECKS = 3                # measurements averaged before they count: together a standard error of .01
+NEAR = 0.90               # decay begins when accuracy in both turns is this share of the texts' own
+LR = 1e-3                 # peak learning rate at depth 4 (width 128), smaller as 1 / sqrt(width)
 DECAY = 0.20              # length of the decay, as a share of the steps before it
 
 
@@ -56,21 +58,20 @@ class Config:
     candidates: int = 3       # solve: most candidates for x
     operations: int = 4       # solve, chain: most operations of a problem
     modulus: int = 11         # solve, chain: arithmetic is mod this
-    numbers: int = 3          # countdown: how many numbers are given
-    width: int = 128          # model: size of a token's vector; heads have 32 numbers each
-    depth: int = 4            # model: number of blocks
+    numbers: int = 4          # countdown: how many numbers are given
+    depth: int = 4            # model: number of blocks, and of heads; the width is 32 x depth
     device: Literal["auto", "cpu", "cuda"] = "auto"               # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # compute; masters are fp32. auto: the faster one, measured
     base_seed: int = 0        # seed of the base model: its weights and its texts
-    base_tokens: int = 4_000_000   # base training gives up after so many tokens (it stops by accuracy before)
+    base_tokens: int = 6_000_000   # base training gives up after so many tokens (it stops by accuracy before)
 
 
 PRESETS = {
     "cpu": {},                                             # the defaults above: what two cores train in minutes
     "gpu": dict(candidates=5, operations=6, modulus=23,    # harder, since a larger model saturates the small task
-                width=512, depth=8, base_tokens=200_000_000),
+                depth=12, base_tokens=200_000_000),
     "smoke": dict(candidates=2, operations=2, modulus=5,   # the least that still learns both skills: ends in seconds
-                  width=64, depth=2, base_tokens=1_500_000),
+                  depth=2, base_tokens=1_500_000),
 }
 
 
@@ -80,7 +81,11 @@ def preset_name(preset, device):
 
 
 def pick_preset(given, presets=PRESETS):
-    """What a preset puts under the given flags."""
+    """What a preset puts under the given flags. BadInput for a difficulty that the task does not have."""
+    task, difficulty = given.get("task", "solve"), {"candidates", "operations", "modulus", "numbers"}
+    concerned = difficulty & {field.name for field in dataclasses.fields(TASKS[task])}
+    for name in difficulty & given.keys() - concerned:
+        raise BadInput(f"--{name} means nothing to the task {task}, whose difficulty is set by --{' and --'.join(sorted(concerned))}")
     return presets[preset_name(given.get("preset", "auto"), given.get("device", "auto"))]
 
 
@@ -93,8 +98,8 @@ def pick_device(name):
 
 def resolve(config):
     """The config with preset, device and compute type settled and checked."""
-    if config.width < 32 or config.width % 32 or config.depth < 1:
-        raise BadInput(f"--width {config.width} must be a multiple of 32, the head size, and --depth {config.depth} at least 1")
+    if not 1 <= config.depth <= 64:
+        raise BadInput(f"--depth {config.depth} is out of range: choose 1 to 64")
     device = pick_device(config.device)
     dtype = str(compute_dtype(config.dtype, device)).removeprefix("torch.")
     return dataclasses.replace(config, preset=preset_name(config.preset, config.device), device=device, dtype=dtype)
@@ -105,7 +110,7 @@ def resolve(config):
 def text_pair(task, encoding, seed, index, review):
     """Text `index` of the stream -> (prompt ids, target ids with the end token); the loss is on the target alone."""
     problem, rng = draw(task, "train", f"base/{seed}", index), random.Random(f"text/{seed}/{index}")
-    attempt = task.attempt(problem, rng)
+    attempt = attempt_to_review(task, problem, rng) if review else task.attempt(problem, rng)
     if review:
         prompt = prompt_text(problem) + attempt.text + phrase_text(rng.choice(PHRASES))
         target = task.review(problem, attempt, rng)
@@ -119,7 +124,7 @@ def batches(task, encoding, config, step):
 
     Small steps, because what is to be learnt comes suddenly after about 1,200 of them, hardly sooner with twice the texts in each.
     """
-    half = max(12, 12 * (config.width // 128) ** 2)
+    half = max(12, 12 * (config.depth // 4) ** 2)
     for review in (False, True):
         pairs = [text_pair(task, encoding, config.base_seed, (2 * step + review) * half + i, review) for i in range(half)]
         yield pad_rows(*zip(*pairs), config.device)
@@ -149,9 +154,9 @@ def measure(sampler, encoding, task, count, max_new_tokens):
 
 def new_model(config, encoding, task):
     """An untrained GPT for this config; its context holds the longest question, two completions and a phrase."""
-    heads, (question, completion) = config.width // 32, token_limits(task)
-    shape = ModelConfig(encoding.n_vocab, config.width, config.depth, heads, kv_heads=1 if heads % 4 else heads // 4, head_size=32,
-                        hidden=3 * config.width, context=question + 2 * completion + 8, qk_norm=True, end_token=encoding.eot_token)
+    heads, width, (question, completion) = config.depth, 32 * config.depth, token_limits(task)
+    shape = ModelConfig(encoding.n_vocab, width, config.depth, heads, kv_heads=1 if heads % 4 else heads // 4, head_size=32,
+                        hidden=3 * width, context=question + 2 * completion + 8, qk_norm=True, end_token=encoding.eot_token)
     torch.manual_seed(config.base_seed)
     return GPT(shape, getattr(torch, config.dtype)).to(config.device)
 
@@ -161,12 +166,12 @@ def pretrain(config, say=print):
     encoding, task = build_encoding(), task_of(config)
     max_new = token_limits(task)[1]
     gpt = new_model(config, encoding, task)
-    peak = LR * (128 / config.width) ** 0.5
+    peak = LR * (4 / config.depth) ** 0.5
     optimizers = make_optimizers(gpt, peak)
     sampler, ceiling = Sampler(gpt), texts_accuracy(task, 4 * CHECK_ON)
     say(f"base: {sum(p.numel() for p in gpt.parameters()):,} parameters in {config.dtype}; its texts are right in "
         f"{ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews")
-    tokens, step, decay_from, found = 0, 0, None, (0.0, 0.0)
+    tokens, step, decay_from, near, recent = 0, 0, None, False, collections.deque([(0.0, 0.0)] * CHECKS, CHECKS)
     bar = tqdm(total=config.base_tokens, unit="tok", unit_scale=True, desc="base model", disable=None)
     while decay_from is None or step < decay_from * (1 + DECAY):
         seen = train_step(gpt, optimizers, list(batches(task, encoding, config, step)), learning_rate(peak, step, decay_from))
@@ -174,16 +179,17 @@ def pretrain(config, say=print):
         bar.update(seen)
         if decay_from is None and step % CHECK_EVERY == 0:
             sampler.refresh()
-            found = measure(sampler, encoding, task, CHECK_ON, max_new)
+            recent.append(measure(sampler, encoding, task, CHECK_ON, max_new))
+            found = [sum(accuracy) / CHECKS for accuracy in zip(*recent)]
+            near = all(f >= NEAR * c for f, c in zip(found, ceiling))
             bar.set_postfix_str(f"right {found[0]:.2f} {found[1]:.2f}")
-        near = all(f >= n * c for f, n, c in zip(found, NEAR, ceiling))
         if decay_from is None and (near or tokens * (1 + DECAY) > config.base_tokens):
             decay_from = step
     bar.close()
     sampler.refresh()
     found = measure(sampler, encoding, task, 2 * CHECK_ON, max_new)
     say(f"base: right in {found[0]:.2f} of attempts and {found[1]:.2f} of reviews after {tokens / 1e6:.1f} M tokens, {step} steps")
-    if not all(f >= n * c for f, n, c in zip(found, NEAR, ceiling)):
+    if not near:
         say("base: WARNING: that is below the bar; RL may find nothing to strengthen. Raise --base-tokens, or make the task easier")
     return gpt, dict(t1=found[0], t2=found[1], tokens=tokens)
 

@@ -27,7 +27,7 @@ Train and held-out questions never overlap: a hash of the question in canonical 
 import hashlib
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from flags import BadInput, guarded, parse_flags
@@ -144,8 +144,8 @@ class Solve:
 
 @dataclass(frozen=True)
 class Countdown:
-    """Make the target from all of `numbers` given numbers with + - *, every value on the way in 0..24."""
-    numbers: int = 3
+    """Make the target from all of `numbers` given numbers with + - *, every value on the way in 0..12."""
+    numbers: int = 4
 
     def sample(self, rng):
         numbers = tuple(rng.randint(1, 9) for _ in range(self.numbers))
@@ -157,7 +157,7 @@ class Countdown:
         return str(problem.gold)
 
     def expression(self, numbers, rng):
-        """-> first number, operations and values of a random left-to-right expression that stays in 0..24."""
+        """-> first number, operations and values of a random left-to-right expression that stays in 0..12."""
         while True:
             first, *rest = rng.sample(numbers, len(numbers))
             operations = [(rng.choice("+-*"), b) for b in rest]
@@ -165,15 +165,14 @@ class Countdown:
             for op, b in operations:
                 value = apply(op, value, b)
                 values.append(value)
-            if all(0 <= v <= 24 for v in values):
+            if all(0 <= v <= 12 for v in values):
                 return first, operations, values
 
     def attempt(self, problem, rng):
-        """A right expression half of the time, else a random one, computed honestly either way."""
-        if rng.random() < 0.5:
-            first, operations, values = problem.data
-        else:
-            first, operations, values = self.expression(problem.gold.numbers, rng)
+        """Any expression over the numbers, computed honestly: about one in six hits the target."""
+        return self.written(*self.expression(problem.gold.numbers, rng))
+
+    def written(self, first, operations, values):
         return Attempt(respond(worked(first, operations, values), nested(str(first), operations)), values[-1], None)
 
     def review(self, problem, attempt, rng):
@@ -216,6 +215,12 @@ class Chain:
         return respond("again: " + worked(*problem.data, values), str(values[-1]))
 
 
+def attempt_to_review(task, problem, rng):
+    """The attempt that a review text stands behind. No loss is on it, so it need not be typical: where nearly all attempts fail, half
+    of them are made right here, or there would be too few "yes" to learn from."""
+    return task.written(*problem.data) if isinstance(task, Countdown) and rng.random() < 0.5 else task.attempt(problem, rng)
+
+
 def compare_then(attempt, target, off, another, rng):
     """A review that opens by comparing, "off by 6-4=2" (asked minus reached), says yes or no, and confirms the attempt or makes
     `another` (a function of nothing, so that nothing is drawn when it is not needed)."""
@@ -227,15 +232,17 @@ def compare_then(attempt, target, off, another, rng):
 
 # --------------------------------------------------------------------------------------------------------------- streams
 
-def make_task(name, candidates=3, operations=4, modulus=11, numbers=3):
+TASKS = {"solve": Solve, "chain": Chain, "countdown": Countdown}
+
+
+def make_task(name, candidates=3, operations=4, modulus=11, numbers=4):
     """The task called `name`, with the difficulty that concerns it. BadInput when a number is out of its range."""
     for what, value, least, most in (("modulus", modulus, 3, 97), ("candidates", candidates, 1, modulus), ("operations", operations, 2, 12),
                                      ("numbers", numbers, 2, 6)):
         if not least <= value <= most:
             raise BadInput(f"--{what} {value} is out of range: choose {least} to {most}")
-    if name == "solve":
-        return Solve(candidates, operations, modulus)
-    return Countdown(numbers) if name == "countdown" else Chain(operations, modulus)
+    given = dict(candidates=candidates, operations=operations, modulus=modulus, numbers=numbers)
+    return TASKS[name](**{field.name: given[field.name] for field in fields(TASKS[name]) if field.name in given})
 
 
 def token_limits(task):
@@ -264,8 +271,8 @@ def draw(task, split, seed, index):
 
 def task_of(config):
     """The task that a config with the fields task, candidates, operations, modulus and numbers (an object or a dict) describes."""
-    fields = config if isinstance(config, dict) else vars(config)
-    return make_task(fields["task"], *(fields[name] for name in ("candidates", "operations", "modulus", "numbers")))
+    given = config if isinstance(config, dict) else vars(config)
+    return make_task(given["task"], *(given[name] for name in ("candidates", "operations", "modulus", "numbers")))
 
 
 def prompts_and_golds(encoding, problems):
@@ -279,13 +286,13 @@ class Config:
     candidates: int = 3       # solve: most candidates for x
     operations: int = 4       # solve, chain: most operations
     modulus: int = 11         # solve, chain: arithmetic is mod this
-    numbers: int = 3          # countdown: how many numbers are given
+    numbers: int = 4          # countdown: how many numbers are given
     seed: int = 0             # another seed, other problems
 
 
 def main():
     c = parse_flags(Config, __doc__)
-    for name in ("solve", "chain", "countdown") if c.task == "all" else (c.task,):
+    for name in TASKS if c.task == "all" else (c.task,):
         task = make_task(name, c.candidates, c.operations, c.modulus, c.numbers)
         problem, rng = draw(task, "train", c.seed, 0), random.Random(c.seed)
         attempt = task.attempt(problem, rng)

@@ -34,10 +34,18 @@ def test_every_flag_is_used_and_explained(name):
     assert max(map(len, text.splitlines())) <= 140
 
 
+def test_own_flags_come_first():
+    """Catches a wall of flags: train.py's own are 25, in the order of the dataclass, and the base model's follow under a heading of their own."""
+    own, base = help_text(train.Config, train.__doc__).split("Flags of pretrain.py, taken here too:")
+    listed = [re.findall(r"^  --([\w-]+) ", part, re.M) for part in (own, base)]
+    assert [len(names) for names in listed] == [25, 11]
+    assert [name.replace("-", "_") for name in listed[1] + listed[0]] == [field.name for field in dataclasses.fields(train.Config)]
+
+
 def test_values_presets_and_order():
     """Catches a preset that overrules the command line, and ints refused for floats."""
     c = parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), ["--preset", "smoke", "--prompts=4", "--lr", "1"])
-    assert (c.prompts, c.width, c.lr, c.attempts) == (4, 64, 1.0, 4)
+    assert (c.prompts, c.depth, c.lr, c.attempts) == (4, 2, 1.0, 4)
     assert parse(train.Config, ["--clip_high", "0.3", "--max-new-tokens", "7"]) == dict(clip_high=0.3, max_new_tokens=7)
 
 
@@ -67,7 +75,9 @@ def test_bad_flags(words, says):
     (["train.py", "--eval-questions", "1"], "--eval-questions 1"),
     (["train.py", "--failed", "raw", "--group", "question"], "would change nothing"),
     (["train.py", "--device", "cuda"], "sees no CUDA device"),
-    (["train.py", "--width", "100"], "--width 100"),
+    (["train.py", "--depth", "0"], "--depth 0"),
+    (["train.py", "--task", "countdown", "--modulus", "7"], "means nothing to the task countdown"),
+    (["train.py", "--task", "chain", "--candidates", "7"], "set by --modulus and --operations"),
     (["train.py", "--preset", "smoke", "--max-new-tokens", "500"], "--max-new-tokens 500"),
     (["eval.py"], "--checkpoint is missing"),
     (["eval.py", "--checkpoint", "nowhere.pt"], "nowhere.pt: there is no such file"),

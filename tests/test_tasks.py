@@ -61,6 +61,16 @@ def test_the_base_doubts_as_stated():
         assert abs(sum(said[right]) / n - p) < 4 * (p * (1 - p) / n) ** 0.5
 
 
+def test_reviews_of_countdown_see_right_attempts_half_of_the_time():
+    """Catches a base that never reads "yes": one attempt in six is right, but of those under review 0.5 + 0.5 / 6, within 4 standard errors."""
+    task, rng = make_task("countdown"), random.Random(0)
+    problems = [draw(task, "train", 0, i) for i in range(2000)]
+    alone = sum(task.attempt(p, rng).reached == p.gold.target for p in problems) / 2000
+    reviewed = sum(tasks.attempt_to_review(task, p, rng).reached == p.gold.target for p in problems) / 2000
+    assert 0.10 < alone < 0.25 and abs(reviewed - (0.5 + alone / 2)) < 4 * (0.25 / 2000) ** 0.5
+    assert {tasks.attempt_to_review(make_task("solve"), draw(make_task("solve"), "train", 0, i), rng).choice for i in range(200)} == set(range(11))
+
+
 def test_a_doubting_review_tries_another_candidate():
     """Catches a review that says no and then repeats the attempt: half the use of a second look."""
     task, rng, changed = make_task("solve"), random.Random(1), 0
