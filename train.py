@@ -50,7 +50,7 @@ class Config(pretrain.Config):
     group: Literal["attempt", "question"] = "attempt"             # siblings in layer 2: corrections of one attempt | of one question
     layer2_weight: float = 1.0     # w in J = J_1 + w J_2
     update: Literal["joint", "alternating"] = "joint"             # one step on both layers | one on each (Adam then undoes the weight)
-    lr: float = 1e-4          # AdamW's learning rate, constant, no weight decay
+    lr: float = 1e-4          # AdamW's learning rate at the start; it falls to 0 in a straight line over --tokens. No weight decay
     clip_low: float = 0.2     # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2    # 0.28 is DAPO's "clip higher"
     kl_coef: float = 0.0      # β, weight of KL(policy || base); the paper: 0.001
@@ -119,6 +119,8 @@ def train(c):
             layers = collect(sampler, encoding, problems, c.attempts, c.corrections, how,                 # MGRPO: two of them
                              layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
             sampled = time.perf_counter()
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = c.lr * (1 - generated / c.tokens)
             learned = learn(policy, reference, optimizer, layers, c)
             sampler.refresh()
             seconds = sampled - clock, time.perf_counter() - sampled
