@@ -225,6 +225,7 @@ def footnotes(lines):
 
 
 def main():
+    """Flags, the runs that are missing, the tables."""
     c = parse_flags(Config, __doc__)
     for arm in c.arms.split(","):
         if arm not in ARMS:

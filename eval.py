@@ -39,7 +39,11 @@ class Config:
     questions: int = 1024     # held-out questions
     samples: int = 1          # answers sampled per question at --temperature (greedy needs one)
     temperature: float = 1.0  # besides greedy, which is always shown
+    top_k: int = 0            # at --temperature, draw from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0        # ... from the fewest likeliest whose probabilities sum to p
+    min_p: float = 0.0        # ... from those at least p times as likely as the likeliest
     turns: Literal["1", "2"] = "2"                            # 1 skips the second look
+    cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
     seed: int = 0             # of the questions and of the sampling
     json: str = ""            # also write the figures to this file
     device: Literal["auto", "cpu", "cuda"] = "auto"           # auto: cuda where there is one
@@ -68,12 +72,12 @@ def two_turns(sampler, encoding, problems, how, samples=1, turns=2):
                  zip(*[(layer.correct, ~layer.completions.ended.cpu(), layer.lengths) for layer in layers]))
 
 
-def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, samples=1, turns=2, seed=0, say="evaluating"):
+def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, samples=1, turns=2, seed=0, filters=None, say="evaluating"):
     """-> {"t1": (mean, standard error), ..., "cut": share, "tokens": mean of both turns together, "questions", "samples",
     "temperature"}."""
     parts, at_once = [], max(1, ROWS // samples)
     for start in tqdm(range(0, len(problems), at_once), desc=say, unit="batch", disable=None, leave=False):
-        how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples)
+        how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples, filters=filters or {})
         parts.append(two_turns(sampler, encoding, problems[start:start + at_once], how, samples, turns))
     right, cut, tokens = (torch.cat(column).float() for column in zip(*parts))
     result = summarise(right)
@@ -120,18 +124,29 @@ def load_policy(path, dtype, device):
         raise BadInput(f"--checkpoint {error}" if isinstance(error, ValueError) else f"--checkpoint {path} does not say its task") from None
 
 
+def make_sampler(model, cache_tokens):
+    """A sampler whose cache holds at least one row of any length. BadInput for a limit below that."""
+    if 0 < cache_tokens < model.config.context:
+        raise BadInput(f"--cache-tokens {cache_tokens}: a row may need {model.config.context}, the model's context; use that or more, or 0")
+    return Sampler(model, cache_tokens=cache_tokens)
+
+
 def main():
+    """Flags, the checkpoint, the table."""
     c = parse_flags(Config, __doc__)
-    if c.questions < 2 or c.samples < 1 or c.temperature < 0:
-        raise BadInput("--questions must be at least 2, --samples at least 1, --temperature at least 0")
+    if c.questions < 2 or c.samples < 1 or c.temperature < 0 or c.cache_tokens < 0:
+        raise BadInput("--questions must be at least 2, --samples at least 1, --temperature and --cache-tokens at least 0")
+    if c.top_k < 0 or not 0 < c.top_p <= 1 or not 0 <= c.min_p < 1:
+        raise BadInput("--top-k must be at least 0, --top-p above 0 and at most 1, --min-p at least 0 and below 1")
     model, trained = load_policy(c.checkpoint, c.dtype, c.device)
     encoding, task = build_encoding(), task_of(trained)
-    problems, sampler = held_out_questions(task, c.questions, c.seed), Sampler(model)
+    problems, sampler = held_out_questions(task, c.questions, c.seed), make_sampler(model, c.cache_tokens)
     max_new, turns = trained.get("max_new_tokens") or token_limits(task)[1], int(c.turns)
     rows = {"greedy": evaluate(sampler, encoding, problems, max_new, turns=turns, seed=c.seed)}
     if c.temperature:
         rows[f"temperature {c.temperature:g}"] = evaluate(sampler, encoding, problems, max_new, turns=turns, seed=c.seed,
-                                                          temperature=c.temperature, samples=c.samples)
+                                                          temperature=c.temperature, samples=c.samples,
+                                                          filters=dict(top_k=c.top_k, top_p=c.top_p, min_p=c.min_p))
     print(f"{c.checkpoint}: {task}\n{table(rows)}")
     if c.json:
         Path(c.json).write_text(json.dumps(dict(checkpoint=c.checkpoint, task=str(task), **rows), indent=1) + "\n")

@@ -66,13 +66,16 @@ def convert(name, text, kind):
         raise BadInput(f"--{name} {text!r} is not {accepted[kind]}") from None
 
 
-def parse(config, argv):
-    """-> {field: value} of the flags in argv. BadInput for an unknown flag, a flag without a value, or a stray word."""
+def parse(config, argv, refused=()):
+    """-> {field: value} of the flags in argv. BadInput for an unknown flag, a flag without a value, a stray word, or a flag that other
+    scripts have and this one `refused`: {name: reason}."""
     hints, given, words = get_type_hints(config), {}, list(argv)
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
+        if name in refused:
+            raise BadInput(f"{flag} is not for this script: {refused[name]}")
         if not word.startswith("--") or name not in hints:
             near = difflib.get_close_matches(name, hints, 1, 0.5)
             guess = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists the flags"
@@ -84,7 +87,7 @@ def parse(config, argv):
     return given
 
 
-def parse_flags(config, doc, presets=None, argv=None):
+def parse_flags(config, doc, presets=None, argv=None, refused=()):
     """The settings of a script: dataclass defaults, then the preset's, then the flags of the command line.
 
     presets(given) -> {field: value} may look at what was given (to pick a preset) and returns what to put under it.
@@ -94,7 +97,7 @@ def parse_flags(config, doc, presets=None, argv=None):
     if "--help" in argv or "-h" in argv:
         print(help_text(config, doc))
         sys.exit(0)
-    given = parse(config, argv)
+    given = parse(config, argv, refused)
     return config(**{**(presets(given) if presets else {}), **given})
 
 

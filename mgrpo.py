@@ -43,9 +43,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels import fold
 from model import token_logprobs
 from reward import score
-from sample import fold
+from sample import filtering
 from tasks import phrase_text, prompts_and_golds
 from tokenizer import PHRASES
 
@@ -189,6 +190,7 @@ class Sampling(NamedTuple):
     seed: int                 # of this step: fold(run's seed, step)
     format_weight: float = 0.0
     first_row: int = 0        # number of the first row, when a batch is a part of a larger one
+    filters: dict = {}        # top_k, top_p, min_p: in evaluation only
 
 
 def expand(sampler, encoding, golds, prefixes, n, how, above=None, rows=None):
@@ -198,12 +200,12 @@ def expand(sampler, encoding, golds, prefixes, n, how, above=None, rows=None):
     phrases appended to them.
     """
     if above is None:
-        completions = sampler.generate(prefixes, n, how.max_new_tokens, how.temperature, how.seed, how.first_row)
+        completions = sampler.generate(prefixes, n, how.max_new_tokens, how.temperature, how.seed, how.first_row, **how.filters)
     else:
-        completions = sampler.extend(above.completions, prefixes, n, how.max_new_tokens, how.temperature, how.seed, rows)
+        completions = sampler.extend(above.completions, prefixes, n, how.max_new_tokens, how.temperature, how.seed, rows, **how.filters)
     parents = completions.parents.cpu()
     questions = parents if above is None else above.questions[parents]
-    texts = encoding.decode_batch([completions.text_ids(i) for i in range(len(completions))])
+    texts = encoding.decode_batch(completions.ids)
     results = [score(text, golds[q], how.format_weight) for text, q in zip(texts, questions.tolist())]
     return Layer(completions, texts, torch.tensor([r.total for r in results]),
                  torch.tensor([r.accuracy == 1 for r in results]), questions, parents)
@@ -229,8 +231,12 @@ def collect(sampler, encoding, problems, attempts, corrections, how, *, layers=2
             group="attempt"):
     """A rollout: the tree of each problem, scored, with advantages -> [layer 1] or [layer 1, layer 2].
 
-    attempts: G; corrections: H; the other switches: choose_sources, layer2_advantages. layers=1 is plain GRPO.
+    attempts: G; corrections: H; the other switches: choose_sources, layer2_advantages. layers=1 is plain GRPO. Raises ValueError
+    for rollouts that top-k, top-p or min-p would cut: their log-probabilities are not the policy's.
     """
+    if filtering(**how.filters):
+        raise ValueError("a training rollout must be drawn from the whole distribution, since its log-probabilities are trained: no top-k, "
+                         "top-p or min-p")
     prompts, golds = prompts_and_golds(encoding, problems)
     first = expand(sampler, encoding, golds, prompts, attempts, how)
     first.siblings, first.trained = first.questions, torch.ones_like(first.correct)
@@ -269,7 +275,7 @@ def pack(layer, index):
     """Rows `index` of a layer as a micro-batch on the sampler's device -> Rows, old_logp [B, T], advantages [B]."""
     c, device = layer.completions, layer.completions.tokens.device
     rows = pad_rows([c.prompts[i // c.n] for i in index.tolist()],
-                    [c.tokens[i, :c.lengths[i]].tolist() for i in index.tolist()], device)
+                    [c.sampled[i] for i in index.tolist()], device)
     index = index.to(device)
     return rows, c.logprobs[index, :rows.mask.shape[1]], layer.advantages.to(device)[index]
 

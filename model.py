@@ -19,6 +19,7 @@ Two decisions that the rest of the project leans on:
 Letters: B rows, T tokens, L layers, D width, N query heads, K key/value heads, C head size, V vocabulary, M any number of
 flattened tokens.
 """
+import functools
 import math
 import os
 import time
@@ -73,7 +74,14 @@ def rms_normalise(x, eps):
     """x / sqrt(mean(x²) + eps) over the last dimension; the sum is taken in fp32. vector_norm reads x once, where square and mean
     would write it out twice."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x * torch.rsqrt(length.square() / x.shape[-1] + eps).to(x.dtype)
+    return x * torch.addcmul(constant(eps, x.device), length, length, value=1 / x.shape[-1]).rsqrt().to(x.dtype)
+
+
+@functools.cache
+def constant(value, device):
+    """A number as a tensor, made once: a Python number becomes one anew in every operation that it takes part in."""
+    with torch.inference_mode(False):              # autograd may meet it later
+        return torch.tensor(value, device=device)
 
 
 def rope_tables(context, head_size, theta):
@@ -104,9 +112,9 @@ def causal_attention(layer, q, k, v):
     # 4 query heads on 1): with K heads of n queries each, the n x T queries of a key head form one tall matrix.
     B, T, N, C = q.shape
     K, n = k.shape[2], N // k.shape[2]
-    q = (q * C ** -0.5).view(B, T, K, n, C).transpose(1, 2).reshape(B, K, T * n, C)
+    q = q.view(B, T, K, n, C).transpose(1, 2).reshape(B, K, T * n, C)
     hidden = torch.full((T, T), -math.inf, device=q.device).triu(1).repeat_interleave(n, 0)   # [T*n, T]
-    weights = (q @ k.transpose(1, 2).mT + hidden).softmax(-1).to(q.dtype)                       # softmax in fp32
+    weights = torch.add(hidden, q @ k.transpose(1, 2).mT, alpha=C ** -0.5).softmax(-1).to(q.dtype)    # softmax in fp32
     return (weights @ v.transpose(1, 2)).view(B, K, T, n, C).transpose(1, 2).reshape(B, T, N, C)
 
 
@@ -205,8 +213,12 @@ def scaled_logits(hidden, weight, temperature=1.0):
 
     hidden: [..., D]; weight: [V, D] -> fp32 [..., V], divided by the temperature (0 = greedy: left as they are).
     """
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
-    return logits / temperature if temperature not in (0, 1) else logits
+    return scaled(F.linear(hidden, weight.to(hidden.dtype)), temperature)
+
+
+def scaled(logits, temperature):
+    """Logits of any type -> fp32, divided by the temperature (0 = greedy: left as they are)."""
+    return logits.float() / temperature if temperature not in (0, 1) else logits.float()
 
 
 class TokenLogprobs(torch.autograd.Function):

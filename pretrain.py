@@ -30,6 +30,9 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import cache
+import crew
+import kernels
 import mgrpo
 import model
 import reward
@@ -236,7 +239,7 @@ def fingerprint(config):
     The preset's name does not count (its values do), nor do comments and docstrings."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "preset"}
     here = sys.modules[Config.__module__]
-    code = [code_of(m) for m in (here, model, tasks, tokenizer, mgrpo, sample, reward)]
+    code = [code_of(m) for m in (here, model, tasks, tokenizer, mgrpo, sample, cache, kernels, crew, reward)]
     return hashlib.sha256(repr([sorted(fields.items()), torch.__version__, *code]).encode()).hexdigest()[:12]
 
 

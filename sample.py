@@ -1,6 +1,6 @@
 """The sampler: n continuations of each prompt, and n continuations of each of those, over one KV cache that grows as a tree.
 
-    python bench.py sampler            # tokens per second, and the share of the floor
+    python bench.py sampler            # tokens per second, step by step from a naive sampler to this one, and the share of the floor
 
 The physics. Generating is two kinds of work. Prefill runs a prompt's tokens through the model at once: many vectors meet each
 weight, so arithmetic is the limit. Decode adds one token to every row: a step reads all weights once, for two operations a weight
@@ -10,214 +10,58 @@ memory. For the default model (0.8 M parameters, 1.6 MB in bf16; 4 layers x 2 x 
 read once, and what has ended should leave.
 
 The design.
-1. A rollout is a tree: question -> attempts -> corrections. A `Level` holds the keys and values of one generation of segments;
-   a node's prefix exists ONCE, however many rows continue it. Rows attend to their ancestors' levels (all rows of a node
-   in one matrix product) and to their own segment, under one softmax.
-2. `generate` prefills each prompt once and decodes n rows from it. `extend` goes one level down: it copies the chosen rows'
-   segments behind one another, prefills only the phrase (and a last token whose keys were never needed), and decodes again.
-3. All rows of a call decode in step. Once an eighth of them has ended they leave, and the rest closes up.
+1. A rollout is a tree: question -> attempts -> corrections. A node's keys and values exist ONCE, however many rows continue it (cache.py).
+   `generate` prefills each prompt and decodes n rows from it; `extend` goes one level down: it copies the chosen rows' segments, prefills
+   only the phrase behind them (and a last token whose keys were never needed), and decodes again.
+2. A decode step (`Sampler._logits`) is the same few lines on a CPU and on CUDA. Between its matrix products stand the operations
+   of kernels.py, as torch or as fused kernels. All that it needs lies in device tensors (`Rows`) that stay where they are, so that
+   CUDA replays it as one graph: a graph for each number of rows in BUCKETS. The host only looks now and then at who has ended.
+3. Rows that have ended leave once they are an eighth, and the rest closes up. Rows for which there is no memory wait, and take
+   the place of those. What does not fit at all is made in turns; only then is a cache dropped, and made again when `extend` asks for it.
 
 Random numbers are a pure function of (seed, depth in the tree, the row's own number, token position): what a row draws depends
-neither on the batch around it nor on rows that ended, nor on how many processes share the work.
+neither on the batch around it nor on rows that ended or waited, nor on how many processes share the work, nor on the device.
 
-Letters: P prompts, R rows alive, n continuations of a prompt, T tokens, L layers, N query heads, K key/value heads, g = N / K,
-C head size, V vocabulary.
+Letters: P prompts, R rows in flight, B rows in all, n continuations of a prompt, T tokens, V vocabulary.
 """
 import copy
-import math
-from dataclasses import dataclass, field, replace
+import functools
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from model import scaled_logits
+import kernels
+from cache import Grouped, Level, Pool, Prefill, Rows, Tables
+from crew import Crew, crew_size, together
+from kernels import fold, row_keys
 
-WIDEN = 16        # columns added to the rows' own cache at a time: whole blocks stay contiguous, which matrix products want
-
-
-# ------------------------------------------------------------------------------------------------- keyed random numbers
-
-MULTIPLIER = 0x846CA68B - (1 << 32)         # as the signed number with these 32 bits
-
-def mix(x):
-    """A bijective scrambler of 32-bit integers ("lowbias32", C. Wellons): every input bit flips each output bit half the time.
-
-    x: int32 tensor, or a Python int in [0, 2³²) -> the same kind. Tensors wrap at 32 bits by themselves; >> on a signed
-    tensor copies the sign, so its top bits are masked off.
-    """
-    if isinstance(x, int):
-        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
-        return x ^ x >> 16
-    x = x ^ (x >> 16 & 0xFFFF)
-    x = x.mul_(0x7FEB352D)
-    x = x.bitwise_xor_(x >> 15 & 0x1FFFF)
-    x = x.mul_(MULTIPLIER)
-    return x.bitwise_xor_(x >> 16 & 0xFFFF)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)    # rows of a CUDA graph
+LOOK = 8                  # steps between two looks at who has ended, on CUDA; on a CPU looking costs nothing
+SHARE = 0.5               # of the memory that is free after a warm-up: what the cache may take on CUDA when no limit is given
+SCORES = 1 << 28          # attention scores a prefill may hold at a time (fp32, a gigabyte); more prompts go in turns
 
 
-def fold(*numbers):
-    """One 32-bit number from several, order included: fold(seed, step) is a seed of its own for every step."""
-    key = 0
-    for number in numbers:
-        key = mix(key + 0x9E3779B9 & 0xFFFFFFFF ^ mix(number & 0xFFFFFFFF))
-    return key
-
-
-def row_keys(seed, rows, positions):
-    """rows: [R] row numbers, positions: T -> int32 [R, T], a key for each (row, position)."""
-    row = mix(rows.to(torch.int32) ^ _signed(fold(seed)))
-    return mix(row[:, None] ^ mix(torch.arange(positions, dtype=torch.int32, device=rows.device) + 1)[None])
-
-
-def exponentials(keys, size):
-    """keys: int32 [R] -> fp32 [R, size], independent draws from the exponential distribution of mean 1.
-
-    Keys and columns are well mixed already, so half of a `mix` joins them. u = bits / 2³² + 1/2 is then squeezed a little, to stay inside
-    (0, 1): at u = 1, to which the largest numbers would round in fp32, E is 0 and its token wins at ANY probability. -log u is exponential.
-    """
-    column = mix(torch.arange(size, dtype=torch.int32, device=keys.device))
-    bits = (keys[:, None] ^ column[None]).mul_(0x7FEB352D)                            # [R, V], the largest tensor of a step:
-    bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(MULTIPLIER)     # written in place where it can be
-    return bits.float().mul_(2.0 ** -32 * (1 - 2.0 ** -21)).add_(0.5).log_().neg_()
-
-
-def _signed(x):
-    return x - (1 << 32) if x >= 1 << 31 else x
-
-
-def choose(logits, keys):
-    """logits: fp32 [R, V], already divided by the temperature; keys: int32 [R], or None for greedy -> tokens [R], logp [R].
-
-    An exponential race: if every token v waits a time E_v / p_v, E_v exponential, the first to arrive is v with probability p_v. (Its
-    logarithm is the Gumbel-max trick.) logp is the fp32 log-probability of the token chosen.
-    """
-    p = logits.softmax(-1)                                                            # [R, V]
-    tokens = (p if keys is None else p / exponentials(keys, p.shape[1])).argmax(-1)
-    return tokens, p.gather(1, tokens[:, None])[:, 0].log()
-
-
-# --------------------------------------------------------------------------------------------------------- the KV cache
+# -------------------------------------------------------------------------------------------------- what goes in and out
 
 @dataclass
-class Level:
-    """Keys and values of one generation of the tree: k, v [L, nodes, K, T, C]; of node i the first lengths[i] columns count."""
-    k: torch.Tensor
-    v: torch.Tensor
-    lengths: torch.Tensor
-
-    def select(self, nodes):
-        return Level(self.k.index_select(1, nodes), self.v.index_select(1, nodes), self.lengths[nodes])
-
-    def append(self, other):
-        """Level with each node of `other` written right behind the same node of this one (over the pads that follow it)."""
-        S = other.k.shape[3]
-        columns = self.lengths[:, None] + torch.arange(S, device=self.lengths.device)          # [nodes, S]
-        index = columns[None, :, None, :, None].expand_as(other.k)
-        k, v = (torch.nn.functional.pad(x, (0, 0, 0, S)).scatter_(3, index, y)
-                for x, y in ((self.k, other.k), (self.v, other.v)))
-        return Level(k, v, self.lengths + other.lengths)
+class Job:
+    """B rows to be sampled: what is above them, and what is their own."""
+    path: list                # [(Level, node [B])], root first
+    node: torch.Tensor        # [B] which of the prefilled nodes a row continues
+    logits: torch.Tensor      # [nodes, V] of the first token
+    starts: torch.Tensor      # [nodes] position of the first token
+    limits: torch.Tensor      # [B]
+    keys: torch.Tensor        # [B] int32
 
 
-class Ancestor:
-    """A level as the rows below it see it: row r continues node[r] (ascending). Queries are regrouped so that the keys and
-    values of a node meet ALL its rows in one matrix product, and so are read once."""
+class Result(NamedTuple):
+    """What B rows write, each in its own line."""
+    tokens: torch.Tensor      # [B, most + 1]; the last column is for rows that have ended and do not know it
+    logprobs: torch.Tensor    # [B, most + 1] fp32
+    lengths: torch.Tensor     # [B]
 
-    def __init__(self, level, node):
-        alive, node = node.unique(return_inverse=True)
-        self.level = level if len(alive) == level.k.shape[1] else level.select(alive)
-        self.node, count = node, node.bincount()
-        self.nodes, self.width = len(count), int(count.max())
-        first = count.cumsum(0) - count
-        uneven = int(count.min()) != self.width          # rows have left: pad every node to the widest one
-        self.slot = node * self.width + torch.arange(len(node), device=node.device) - first[node] if uneven else None
-
-    def regroup(self, x):
-        """[R * K, Q, *] -> [nodes * K, width * Q, *], a node's rows side by side. (A view where K = 1 and no row has left.)"""
-        K, Q, size = x.shape[0] // len(self.node), x.shape[1], x.shape[2]
-        if self.slot is not None:
-            x = x.new_zeros(self.nodes * self.width, K * Q * size).index_copy_(0, self.slot, x.view(len(self.node), -1))
-        return x.view(self.nodes, self.width, K, Q, size).transpose(1, 2).reshape(self.nodes * K, self.width * Q, size)
-
-    def ungroup(self, x, Q):
-        """The inverse: [nodes * K, width * Q, *] -> [R * K, Q, *]."""
-        K, size = x.shape[0] // self.nodes, x.shape[2]
-        x = x.view(self.nodes, K, self.width, Q, size).transpose(1, 2).reshape(self.nodes * self.width, K * Q * size)
-        return (x if self.slot is None else x.index_select(0, self.slot)).view(-1, Q, size)
-
-    def scores(self, layer, q):
-        """q: [R * K, Q, C] -> [R * K, Q, T]."""
-        return self.ungroup(torch.bmm(self.regroup(q), self.level.k[layer].flatten(0, 1).mT), q.shape[1])
-
-    def values(self, layer, weights):
-        """weights: [R * K, Q, T] -> [R * K, Q, C]."""
-        return self.ungroup(torch.bmm(self.regroup(weights), self.level.v[layer].flatten(0, 1)), weights.shape[1])
-
-    def hidden(self):
-        """[R, T] bool: the pad columns, which no row may see."""
-        columns = torch.arange(self.level.k.shape[3], device=self.node.device)
-        return (columns >= self.level.lengths[:, None])[self.node]
-
-
-class Cache:
-    """What a set of rows attends to while its own segment grows: `ancestors`, shared, then k, v [L, R, K, T, C], its own.
-
-    `attend` is what model.GPT.forward calls; `begin(S)` must announce how many tokens the next forward pass brings.
-    """
-
-    def __init__(self, config, dtype, ancestors, rows, device):
-        self.config, self.ancestors, self.filled = config, ancestors, 0
-        shape = config.depth, rows, config.kv_heads, 0, config.head_size
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        self.bias = None
-
-    def begin(self, S):
-        """Makes room for S more columns, and unlocks them in the mask."""
-        if self.filled + S > self.k.shape[3]:
-            extra = WIDEN if S == 1 else S                                # a prefill fills its columns exactly
-            self.k, self.v = (torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in (self.k, self.v))
-            self.bias = None
-        if self.bias is None or S > 1:
-            self.bias = self._mask(S)
-        self.bias[..., self.bias.shape[-1] - self.k.shape[3] + self.filled] = 0.0
-        self.start, self.filled = self.filled, self.filled + S
-
-    def _mask(self, S):
-        """fp32 [R, 1, S * g or 1, all columns]: 0 where a row's query may look, -inf elsewhere.
-
-        Own columns are causal: token j of the S new ones sees what was filled before, and itself.
-        """
-        R, T = self.k.shape[1], self.k.shape[3]
-        column, new = torch.arange(T, device=self.k.device), torch.arange(S, device=self.k.device)
-        own = (column > self.filled + new[:, None]).expand(R, S, T)
-        hidden = torch.cat([*(a.hidden()[:, None].expand(R, S, -1) for a in self.ancestors), own], -1)
-        if S > 1:
-            hidden = hidden.repeat_interleave(self.config.heads // self.config.kv_heads, 1)
-        return torch.zeros(hidden.shape, device=self.k.device).masked_fill_(hidden, -math.inf)[:, None]
-
-    def attend(self, layer, q, k, v):
-        """q: [R, S, N, C]; k, v: [R, S, K, C] -> [R, S, N, C]; k and v go into the cache. The arithmetic is that of
-        model.causal_attention on a CPU; in bf16 the sums over levels round apart, by about 0.01 nats a token."""
-        (R, S, N, C), K = q.shape, k.shape[2]
-        own_k, own_v = self.k[layer], self.v[layer]                                        # [R, K, T, C]
-        own_k[:, :, self.start:self.filled], own_v[:, :, self.start:self.filled] = k.transpose(1, 2), v.transpose(1, 2)
-        own_k, own_v = own_k.flatten(0, 1), own_v.flatten(0, 1)                            # [R * K, T, C], and so are all below
-        q = (q * C ** -0.5).view(R, S, K, N // K, C).transpose(1, 2).reshape(R * K, -1, C)
-        scores = torch.cat([*(a.scores(layer, q) for a in self.ancestors), torch.bmm(q, own_k.mT)], -1)
-        weights = (scores.view(R, K, *scores.shape[1:]) + self.bias).softmax(-1).to(q.dtype).flatten(0, 1)   # softmax in fp32
-        *shared, own = weights.split([*(a.level.k.shape[3] for a in self.ancestors), own_k.shape[1]], -1)
-        out = torch.bmm(own, own_v)
-        for ancestor, weight in zip(self.ancestors, shared):
-            out = out + ancestor.values(layer, weight.contiguous())
-        return out.view(R, K, S, N // K, C).transpose(1, 2).reshape(R, S, N, C)
-
-    def keep(self, rows):
-        """Rows that are not in `rows` leave; the rest closes up, here and under every ancestor."""
-        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
-        self.ancestors = [Ancestor(a.level, a.node[rows]) for a in self.ancestors]
-        self.bias = self.bias.index_select(0, rows) if self.bias is not None else None
-
-
-# ---------------------------------------------------------------------------------------------------------- the sampler
 
 @dataclass
 class Completions:
@@ -225,7 +69,7 @@ class Completions:
 
     tokens [B, T] (end token included, zeros behind it), logprobs [B, T] fp32 at the sampling temperature (at 1 for greedy),
     lengths [B], ended [B] (False: cut at max_new_tokens), parents [B] (the prompt in `generate`, the row of the
-    completions extended in `extend`), numbers [B] (the row's own number, for keys).
+    completions extended in `extend`), numbers [B] (the row's own number, for keys). filtered: drawn with top-k, top-p or min-p.
     """
     prompts: list
     n: int
@@ -236,83 +80,139 @@ class Completions:
     ended: torch.Tensor
     parents: torch.Tensor
     numbers: torch.Tensor
-    path: list = field(repr=False)               # [(Level, node of each row)], root first
-    level: Level = field(repr=False)             # what the rows themselves wrote
-    starts: torch.Tensor = field(repr=False)     # [B] position of a row's first sampled token
+    filtered: bool = False
+    path: list = field(default=None, repr=False)         # [(Level, node of each row)], root first
+    level: Level = field(default=None, repr=False)       # what the rows themselves wrote; None: dropped
+    epoch: int = -1                                      # which tree of the sampler's they belong to
+    home: tuple = field(default=None, repr=False)        # which processes of the crew have them (crew.py); None: this one
 
     def __len__(self):
         return len(self.lengths)
 
-    def text_ids(self, i):
-        """The sampled tokens of row i without its end token."""
-        return self.tokens[i, :int(self.lengths[i]) - bool(self.ended[i])].tolist()
+    @functools.cached_property
+    def sampled(self):
+        """The sampled tokens of each row, end token included, as lists: one copy from the device for all."""
+        return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist())]
+
+    @functools.cached_property
+    def ids(self):
+        """The same without end tokens."""
+        return [ids[:-1] if ended else ids for ids, ended in zip(self.sampled, self.ended.tolist())]
 
 
-def usable(completions):
-    """Completions whose tensors may meet autograd: those made in inference mode (which is faster than no_grad) may not, copies may."""
-    names = ("tokens", "logprobs", "lengths", "ended", "parents", "numbers", "starts")
-    return replace(completions, **{name: getattr(completions, name).clone() for name in names})
+class Watch:
+    """The host's view of who is alive. On CUDA it is a copy that was begun `LOOK` steps ago and has arrived long since; nobody waits."""
 
+    def __init__(self, device):
+        self.event = torch.cuda.Event() if device.type == "cuda" else None
+        self.forget()
+
+    def forget(self):
+        """Rows have moved: what is under way says nothing about them."""
+        self.steps, self.copy = 0, None
+
+    def look(self, alive):
+        """alive: [R] bool -> the same on the CPU, perhaps of a while ago; None when nothing is known yet."""
+        if self.event is None:
+            return alive
+        self.steps += 1
+        if self.steps % LOOK:
+            return None
+        seen = self.copy
+        if seen is not None:
+            self.event.synchronize()
+        self.copy = torch.empty(len(alive), dtype=torch.bool, pin_memory=True).copy_(alive, non_blocking=True)
+        self.event.record()
+        return seen
+
+
+# ---------------------------------------------------------------------------------------------------------- the sampler
 
 class Sampler:
-    """Samples from a model with its own copy of the weights in the compute type; call refresh() after every optimiser step."""
+    """Samples from a model with its own copy of the weights in the compute type; call refresh() after every optimiser step.
 
-    def __init__(self, model):
+    cache_tokens: how many tokens' keys and values may exist at a time (0: no limit on a CPU; on CUDA half of the memory that is free
+    after a warm-up). workers: processes on a CPU (crew.py; None: one a thread). fused, graph: use the kernels, replay CUDA graphs (None:
+    where there is CUDA). leave: ended rows leave. share: a prompt's keys and values exist once, not once a row. The last five are for
+    measuring what each of them is worth.
+    """
+
+    def __init__(self, model, *, cache_tokens=0, workers=None, fused=None, graph=None, leave=True, share=True):
         self.source = model
         with torch.no_grad():
             self.model = copy.deepcopy(model).requires_grad_(False)
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.to(model.compute)
+        self.device = self.model.embed.weight.device
+        self.fused = self.device.type == "cuda" if fused is None else fused
+        self.graph = self.fused and self.device.type == "cuda" if graph is None else graph
+        if self.graph and not self.fused:
+            raise ValueError("graph needs fused: without the kernels a step depends on shapes that only the host knows")
+        self.leave, self.share, self.tables, self.graphs = leave, share, None, {}
+        self.pool = Pool(model.config, model.compute, self.device, shared=self.fused, limit=cache_tokens or None)
+        self.measured = bool(cache_tokens) or self.device.type != "cuda"
+        self.cos, self.sin = (x.to(model.compute) for x in (self.model.cos, self.model.sin))
+        c = model.config                                                # weights of q's and k's norms, head by head, or None
+        self.norms = [self.cos.new_empty(c.heads + c.kv_heads, c.head_size) if c.qk_norm else None for _ in self.model.blocks]
+        workers = workers or (1 if self.fused or cache_tokens else crew_size(self.device))
+        self.crew = Crew(self, workers) if workers > 1 else None
         self.refresh()
 
     @torch.no_grad()
     def refresh(self):
-        """Copies the master weights, so that decoding never casts them again."""
+        """Copies the master weights, so that decoding never casts them again. What is cached belongs to the old ones and is forgotten."""
         for mine, master in zip(self.model.parameters(), self.source.parameters()):
             mine.copy_(master)
+        for block, norms in zip(self.model.blocks, self.norms):
+            if norms is not None:
+                norms[:self.model.config.heads], norms[self.model.config.heads:] = block.q_norm.weight, block.k_norm.weight
+        self.pool.epoch += 1
 
-    def generate(self, prompts, n, max_new_tokens, temperature=1.0, seed=0, first_row=0):
+    def generate(self, prompts, n, max_new_tokens, temperature=1.0, seed=0, first_row=0, **filters):
         """Samples n completions of each prompt (lists of token ids, lengths may differ).
 
-        temperature 0 is greedy. Row i of the result has number first_row + i; equal seeds and numbers draw equal tokens.
+        max_new_tokens: one limit, or a list of one for each of the rows. temperature 0 is greedy. Row i of the result has number
+        first_row + i; equal seeds and numbers draw equal tokens. filters: top_k, top_p, min_p, for evaluation (see `filtered`).
         Raises ValueError for no prompts, an empty prompt, a token outside of the vocabulary, or one too long for the context.
         """
-        self._check(prompts, [len(p) for p in prompts], n, max_new_tokens, temperature)
-        device = self.model.embed.weight.device
-        starts = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        level, logits = self._prefill(prompts, [], starts, temperature)
-        parents = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        return usable(self._decode([(level, parents)], logits, prompts, n, max_new_tokens, temperature, seed, parents,
-                                   first_row + torch.arange(len(parents), device=device), starts + level.lengths, depth=1))
+        rows = torch.arange(len(prompts) * n, device=self.device)
+        shares = self.crew.shares(prompts, n) if self.crew else None
+        if shares:
+            limits = self._check(prompts, prompts, n, max_new_tokens, temperature)
+            orders = [("generate", None, (prompts[a:b], n, limits[a * n:b * n], temperature, seed, first_row + a * n), filters)
+                      for a, b in shares]
+            return self.crew.keep(together(self.crew.call(self, orders), prompts, rows // n), [a * n for a, _ in shares])
+        return self._sample(prompts, prompts, None, n, max_new_tokens, temperature, seed, rows // n, first_row + rows, 1, filters)
 
-    def extend(self, completions, phrases, n, max_new_tokens, temperature=1.0, seed=0, rows=None):
+    def extend(self, completions, phrases, n, max_new_tokens, temperature=1.0, seed=0, rows=None, **filters):
         """Samples n continuations of (prompt + completion without its end token + phrase), one phrase (token ids) a row.
 
-        rows: which rows of `completions` go on (indices, ascending; all if omitted), in step with `phrases`. Only the phrase
-        is prefilled, after the last token of a completion that was cut: its keys had not been needed.
-        Raises ValueError as generate does.
+        rows: which rows of `completions` go on (indices, ascending; all if omitted), in step with `phrases`. Only the phrase is prefilled,
+        after the last token of a completion that was cut: its keys had not been needed. (All of it is, when the cache has gone: a new tree
+        was begun on CUDA, weights were refreshed, or there was no room.) Raises ValueError as generate does.
         """
-        c, device = completions, completions.lengths.device
-        rows = torch.arange(len(c), device=device) if rows is None else torch.as_tensor(rows, device=device)
-        prompts = [c.prompts[i // c.n] + c.text_ids(i) + phrase for i, phrase in zip(rows.tolist(), phrases, strict=True)]
-        news = [([] if c.ended[i] else c.tokens[i, c.lengths[i] - 1:c.lengths[i]].tolist()) + phrase
-                for i, phrase in zip(rows.tolist(), phrases)]
-        self._check(news, [len(p) for p in prompts], n, max_new_tokens, temperature)
+        c = completions
+        rows = torch.arange(len(c), device=self.device) if rows is None else torch.as_tensor(rows, device=self.device)
         if (rows[1:] <= rows[:-1]).any():
             raise ValueError("rows must be given in ascending order: siblings lie side by side")
-        with torch.inference_mode():
-            own, starts = c.level.select(rows), c.starts[rows]
-            path = [(level, node[rows]) for level, node in c.path]
-            me = torch.arange(len(rows), device=device)
-            phrase_level, logits = self._prefill(news, [*path, (own, me)], starts + own.lengths, temperature)
-            own = own.append(phrase_level)
-        me, parents = me.repeat_interleave(n), rows.repeat_interleave(n)
-        path = [(level, node[me]) for level, node in path] + [(own, me)]
-        numbers = c.numbers[parents] * n + torch.arange(n, device=device).repeat(len(rows))
-        return usable(self._decode(path, logits, prompts, n, max_new_tokens, temperature, seed, parents, numbers,
-                                   starts + own.lengths, c.depth + 1))
+        prompts = [c.prompts[i // c.n] + c.ids[i] + phrase for i, phrase in zip(rows.tolist(), phrases, strict=True)]
+        news = [c.ids[i][len(c.sampled[i]) - 1:] + phrase for i, phrase in zip(rows.tolist(), phrases)]
+        parents = rows.repeat_interleave(n)
+        if c.home:
+            limits = self._check(prompts, news, n, max_new_tokens, temperature)
+            call, cuts = c.home
+            bounds = torch.searchsorted(rows, torch.tensor(cuts)).tolist()                             # whose rows are whose
+            orders = [("extend", call, (phrases[a:b], n, limits[a * n:b * n], temperature, seed, (rows[a:b] - first).numpy()), filters)
+                      if a < b else None for first, a, b in zip(cuts, bounds, bounds[1:])]
+            return self.crew.keep(together(self.crew.call(self, orders), prompts, parents), [a * n for a in bounds[:-1]])
+        numbers = c.numbers[parents] * n + torch.arange(n, device=self.device).repeat(len(rows))
+        return self._sample(prompts, news, (c, rows), n, max_new_tokens, temperature, seed, parents, numbers, c.depth + 1, filters)
 
-    def _check(self, news, lengths, n, max_new_tokens, temperature):
+    # ------------------------------------------------------------------------------------------------ from a call to jobs
+
+    def _check(self, prompts, news, n, max_new, temperature):
+        """-> the limit of each row. ValueError for what cannot be sampled."""
+        limits = [max_new] * (n * len(prompts)) if isinstance(max_new, int) else list(max_new)
         if n < 1 or temperature < 0:
             raise ValueError(f"cannot sample {n} completions at temperature {temperature}: at least 1, and 0 (greedy) or more")
         V, context = self.model.config.vocab_size, self.model.config.context
@@ -320,74 +220,222 @@ class Sampler:
             raise ValueError("nothing to sample from: there are no prompts, or one of them is empty")
         if max(map(max, news)) >= V or min(map(min, news)) < 0:
             raise ValueError(f"a prompt holds a token outside of the vocabulary of {V}")
-        if max_new_tokens < 1 or max(lengths) + max_new_tokens > context:
-            raise ValueError(f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones do not fit the context of "
+        if len(limits) != n * len(prompts):
+            raise ValueError(f"{len(limits)} limits for {n * len(prompts)} rows")
+        longest = max(map(len, prompts))
+        if min(limits) < 1 or longest + max(limits) > context:
+            raise ValueError(f"a prompt of {longest} tokens and {max(limits)} new ones do not fit the context of "
                              f"{context} tokens: shorten the prompts or max_new_tokens, or give the model a longer context")
+        return limits
+
+    def _sample(self, prompts, news, above, n, max_new, temperature, seed, parents, numbers, depth, filters):
+        """What generate and extend share. news: what is to be prefilled of each prompt; above: None, or (completions, their rows)."""
+        limits = self._check(prompts, news, n, max_new, temperature)
+        B, most = len(parents), max(limits)
+        result = Result(torch.zeros(B, most + 1, dtype=torch.long, device=self.device), torch.zeros(B, most + 1, device=self.device),
+                        torch.zeros(B, dtype=torch.long, device=self.device))
+        limits, keys = torch.tensor(limits, device=self.device), row_keys(fold(seed, depth), numbers)
+        filters = filters if filtering(**filters) else {}
+        for a, b, cached in self._turns(prompts, above, n, most):
+            rows = slice(a * n, b * n)
+            path, level = self._run(prompts[a:b], news if cached else prompts[a:b], above if cached else None, n, limits[rows],
+                                    keys[rows], temperature, filters, Result(*(x[rows] for x in result)))
+        path, level = (path, level) if b - a == len(prompts) else (None, None)
+        T, last = int(result.lengths.max()), result.tokens[torch.arange(B, device=self.device), result.lengths - 1]
+        behind = torch.arange(T, device=self.device) >= result.lengths[:, None]
+        tokens, logprobs = (x[:, :T].masked_fill(behind, 0) for x in (result.tokens, result.logprobs))
+        return Completions(prompts, n, depth, tokens, logprobs, result.lengths, last == self.model.config.end_token, parents, numbers,
+                           bool(filters), path, level, self.pool.epoch)
+
+    def _turns(self, prompts, above, n, most):
+        """Which prompts are worked on together, all if memory allows -> [(first, last, whether the cache of what is above serves)]."""
+        self._measure(prompts)
+        P, T = len(prompts), max(map(len, prompts))
+        cached = above is not None and above[0].level is not None and above[0].epoch == self.pool.epoch
+        if cached and P * (T + n * most) <= self.pool.free():
+            return [(0, P, True)]
+        self.pool.reset()
+        if P * (T + n * most) <= self.pool.free():
+            return [(0, P, False)]
+        at_once = int(min(P, max(1, self.pool.free() / 2 / T)))           # half for prompts, half for rows, which queue for it
+        if at_once * T + most > self.pool.free():
+            raise ValueError(f"a prompt of {T} tokens and a completion of {most} do not fit a cache of {self.pool.limit} tokens")
+        return [(a, min(a + at_once, P), False) for a in range(0, P, at_once)]
+
+    def _measure(self, prompts):
+        """Once, on CUDA: how much memory is left beside everything else, after a forward pass over a few prompts has taken its own."""
+        if not self.measured:
+            with torch.inference_mode():
+                self.model(torch.tensor([prompts[0][:64]] * 64, device=self.device))
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            c, free = self.model.config, torch.cuda.mem_get_info(self.device)[0]
+            self.pool.limit = int(SHARE * free) // (2 * c.depth * c.kv_heads * c.head_size * self.model.compute.itemsize)
+            self.measured = True
 
     @torch.inference_mode()
-    def _prefill(self, segments, path, starts, temperature):
-        """Runs ragged segments behind their path -> (Level of them, logits [rows, V] after the last token of each)."""
-        model, device = self.model, starts.device
-        lengths = torch.tensor([len(s) for s in segments], device=device)
-        S = int(lengths.max())
-        tokens = torch.tensor([s + [0] * (S - len(s)) for s in segments], device=device)      # pads on the right
-        cache = Cache(model.config, model.compute, [Ancestor(*p) for p in path], len(segments), device)
-        cache.begin(S)
-        positions = starts[:, None] + torch.arange(S, device=device)                           # [rows, S]
-        hidden = model(tokens, positions.clamp_(max=model.config.context - 1), cache.attend)   # a pad may lie beyond it
-        last = hidden[torch.arange(len(segments), device=device), lengths - 1]
-        return Level(cache.k, cache.v, lengths), scaled_logits(last, model.head.weight, temperature)
+    def _run(self, prompts, news, above, n, limits, keys, temperature, filters, result):
+        """A turn: prefill, then decode -> path of the rows, their level (or None)."""
+        if above is None:
+            self.pool.reset()
+            if not self.share:
+                news, prompts, n = [p for p in news for _ in range(n)], [p for p in prompts for _ in range(n)], 1
+            path, before = [], torch.zeros(len(news), dtype=torch.long, device=self.device)
+        else:
+            c, rows = above
+            path, before = [(level, node[rows]) for level, node in c.path], c.level.lengths[rows]
+        sizes = torch.tensor([len(s) for s in news], device=self.device)
+        T = int((before + sizes).max())
+        self.pool.reserve(self.pool.top + len(news) * T + len(keys) * int(limits.max()))
+        level = self.pool.level(len(news), T, before + sizes)
+        if above is not None:
+            for mine, theirs in zip(level.blocks(), c.level.blocks()):
+                width = min(level.T, c.level.T)
+                for layer in range(len(mine)):
+                    mine[layer, :, :width] = theirs[layer, :, :width].index_select(0, rows)
+        logits = self._prefill(news, path, level, before, sizes)
+        node = torch.arange(len(news), device=self.device).repeat_interleave(n)
+        starts = torch.tensor([len(p) for p in prompts], device=self.device)
+        path = [(above_level, up[node]) for above_level, up in path] + [(level, node)]
+        return path, self._decode(Job(path, node, logits, starts, limits, keys), temperature, filters, result)
 
-    @torch.inference_mode()
-    def _decode(self, path, logits, prompts, n, max_new, temperature, seed, parents, numbers, starts, depth):
-        """The loop: choose a token for every row, note it, let ended rows leave, run the model on the tokens chosen."""
-        model, B, device = self.model, len(parents), logits.device
-        logits, position = logits.repeat_interleave(n, 0), starts.repeat_interleave(n)[:, None]         # n rows from each prompt
-        tokens, logprobs = torch.zeros(max_new, B, dtype=torch.long, device=device), torch.zeros(max_new, B, device=device)
-        keys = row_keys(fold(seed, depth), numbers, max_new) if temperature > 0 else None               # [B, max_new]
-        cache = Cache(model.config, model.compute, [Ancestor(*p) for p in path], B, device)
-        rows, left = torch.arange(B, device=device), []                        # who is in the batch; segments of who left
-        done = torch.zeros(B, dtype=torch.bool, device=device)                 # of rows
-        for t in range(max_new):
-            token, logp = choose(logits, None if keys is None else keys[:, t])
-            tokens[t].index_copy_(0, rows, token)
-            logprobs[t].index_copy_(0, rows, logp)
-            done = done | (token == model.config.end_token)
-            ended = int(done.sum())
-            if t == max_new - 1 or ended == len(rows):
-                break
-            if 8 * ended >= len(rows):
-                stay = (~done).nonzero()[:, 0]
-                left.append((rows[done], cache.k[:, done], cache.v[:, done]))
-                cache.keep(stay)
-                rows, token, position, done, keys = (x if x is None else x[stay] for x in (rows, token, position, done, keys))
-            cache.begin(1)
-            hidden = model(token[:, None], position + t, cache.attend)                                   # [R, 1, D]
-            logits = scaled_logits(hidden[:, 0], model.head.weight, temperature)
-        left.append((rows, cache.k, cache.v))
-        tokens, logprobs, lengths, ended = finished(tokens.T, logprobs.T, model.config.end_token)
-        level = gather(left, B, tokens.shape[1], lengths - 1)
-        return Completions(prompts, n, depth, tokens, logprobs, lengths, ended, parents, numbers, path, level, starts.repeat_interleave(n))
+    def _prefill(self, news, path, level, before, sizes):
+        """Runs ragged segments through the model, behind what is there already -> logits [rows, V] after the last token of each."""
+        model, S = self.model, int(sizes.max())
+        tokens = torch.tensor([s + [0] * (S - len(s)) for s in news], device=self.device)              # pads on the right
+        positions = (sum((up.lengths[node] for up, node in path), before))[:, None] + torch.arange(S, device=self.device)
+        positions.clamp_(max=model.config.context - 1)                                                # a pad may lie beyond it
+        columns = S + level.T + sum(above.T for above, _ in path)
+        at_once, last = max(1, SCORES // (S * columns * model.config.heads)), []
+        for nodes in torch.arange(len(news), device=self.device).split(at_once):
+            attention = Prefill(model.config, [(above, node[nodes]) for above, node in path], level, nodes, before[nodes], sizes[nodes])
+            width = int(sizes[nodes].max())
+            hidden = model(tokens[nodes, :width], positions[nodes, :width], attention.attend)
+            last.append(hidden[torch.arange(len(nodes), device=self.device), sizes[nodes] - 1])
+        return F.linear(torch.cat(last), model.head.weight)
+
+    # ------------------------------------------------------------------------------------------------------------ decode
+
+    def _decode(self, job, temperature, filters, result):
+        """Seats rows as there is room, steps, looks who has ended, and closes up, until all have -> Level of the rows, or None."""
+        B, most, seated, R, step, last = len(job.keys), result.tokens.shape[1] - 1, 0, 0, 0, 0
+        capacity = int(min(B, self.pool.free() / most))
+        cache = self._cache(job.path, capacity, most)
+        rows, watch = cache.rows, Watch(self.device)
+        rows.tokens, rows.logprobs = result.tokens, result.logprobs
+        while True:
+            if seated < B and R < capacity:
+                new = torch.arange(seated, min(B, seated + capacity - R), device=self.device)
+                rows.seat(R, new, job)
+                cache.admit(R, len(new))
+                self._choose(job.logits[job.node[new]], temperature, filters, rows.part(R, R + len(new)))
+                seated, R, last = seated + len(new), R + len(new), max(last, step + int(job.limits[new].max()) - 1)
+                live = rows.part(0, R)
+                watch.forget()
+            alive = torch.zeros(R, dtype=torch.bool) if step == last else watch.look(live.alive)
+            ended = R - int(alive.sum()) if alive is not None else 0
+            if ended == R or (8 * ended >= R and ended and self.leave):
+                gone = (~alive).nonzero()[:, 0].to(self.device)
+                result.lengths[rows.row[gone]] = rows.length[gone]
+                cache.keep(alive, R)
+                rows.keep(alive, R)
+                R -= ended
+                cache.kept(R)
+                live = rows.part(0, R)
+                watch.forget()
+                if R == 0 and seated == B:
+                    break
+                continue
+            cache.begin(R)
+            logits = self._replay(R) if self.graph else self._logits(cache, live)
+            self._choose(logits, temperature, filters, live)
+            step += 1
+        return cache.finish(B, result.lengths - 1) if capacity == B else None
+
+    def _choose(self, logits, temperature, filters, rows):
+        """A token for each of these rows."""
+        if filters:
+            logits = filtered(logits.float() / (temperature or 1), **filters) * (temperature or 1)        # since choose divides
+        (kernels.choose if self.fused else kernels.choose_torch)(logits, temperature, rows)
+
+    def _cache(self, path, capacity, most):
+        """Grouped or Tables for this call; Tables (and graphs) of an earlier call if they are large enough and the pool has not moved."""
+        if not self.fused:
+            rows = Rows.blank(capacity, len(path), self.model.config.end_token, self.device)
+            return Grouped(self.pool, [level for level, _ in path], rows, most)
+        own = self.pool.level(capacity, most, torch.zeros(capacity, dtype=torch.long, device=self.device))
+        if self.tables is None or self.tables.k is not self.pool.k or len(self.tables.me) < capacity or len(self.tables.lines) < len(path):
+            places = next((b for b in BUCKETS if b >= capacity), capacity)
+            rows = Rows.blank(places, len(path), self.model.config.end_token, self.device)
+            self.tables, self.graphs = Tables(self.model.config, self.pool, rows, places, len(path)), {}
+        self.tables.rows.clear()                      # an interrupted call may have left rows behind
+        self.tables.open([level for level, _ in path], own)
+        return self.tables
+
+    def _logits(self, cache, rows):
+        """One decode step: the tokens chosen last go through the model -> logits [R, V] of the next ones.
+
+        This is model.Block, for one token a row, written so that what lies between two matrix products is one operation of kernels.py.
+        """
+        c, model = self.model.config, self.model
+        add_norm, swiglu = (kernels.add_norm, kernels.swiglu) if self.fused else (kernels.add_norm_torch, kernels.swiglu_torch)
+        x, delta = F.embedding(rows.token, model.embed.weight), None                               # [R, D]
+        cos, sin = self.cos[rows.position], self.sin[rows.position]                                # [R, C]
+        for layer, (block, norms) in enumerate(zip(model.blocks, self.norms)):
+            x, h = add_norm(x, delta, block.norm1.weight, c.norm_eps)
+            q = cache.store(F.linear(h, block.qkv.weight, block.qkv.bias), norms, cos, sin, rows.slot, cache.k[layer], cache.v[layer],
+                            c.heads, c.norm_eps)                                                   # [R, N, C]
+            x, h = add_norm(x, F.linear(cache.attend(layer, q).flatten(1), block.out.weight), block.norm2.weight, c.norm_eps)
+            delta = F.linear(swiglu(F.linear(h, block.gate_up.weight)), block.down.weight)
+        _, h = add_norm(x, delta, model.norm.weight, c.norm_eps)
+        return F.linear(h, model.head.weight)
+
+    def _replay(self, R):
+        """`_logits` as a CUDA graph: for the next larger bucket, whose rows beyond R are empty places and write nothing.
+
+        Graphs are captured when first needed, from the largest down, so that the smaller ones find room in the memory of the largest.
+        """
+        places, levels = len(self.tables.me), len(self.tables.path)
+        bucket = next((b for b in BUCKETS if b >= R and b <= places), places)
+        if (bucket, levels) not in self.graphs:
+            for b in sorted({places, *(b for b in BUCKETS if b < places)}, reverse=True):
+                self.graphs[b, levels] = self._capture(b)
+        graph, logits = self.graphs[bucket, levels]
+        graph.replay()
+        return logits[:R]
+
+    def _capture(self, places):
+        """-> (graph, its output). The step is run first on a side stream: kernels compile and libraries set themselves up outside of the
+        capture. Running it is harmless, since only `choose` moves rows on."""
+        rows, stream = self.tables.rows.part(0, places), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._logits(self.tables, rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=next((g.pool() for g, _ in self.graphs.values()), None)):
+            logits = self._logits(self.tables, rows)
+        return graph, logits
 
 
-def finished(tokens, logprobs, end_token):
-    """[B, max_new] buffers -> tokens, logprobs cut at the longest row and blank behind each row's end, lengths, ended.
+def filtering(top_k=0, top_p=1.0, min_p=0.0):
+    """Whether these filters keep any token out."""
+    return top_k > 0 or top_p < 1 or min_p > 0
 
-    A row ends at its FIRST end token: it stays in the batch for a while and goes on sampling, and that is dropped here.
+
+def filtered(logits, top_k=0, top_p=1.0, min_p=0.0):
+    """logits: [R, V], divided by the temperature -> the same with -inf for tokens that are not to be drawn. For evaluation only: a rollout
+    drawn from a cut distribution has log-probabilities that are not those of the policy, and training on it is biased.
+
+    top_k: the k likeliest (0: all). top_p: the fewest likeliest whose probabilities sum to p. min_p: those at least p times as likely
+    as the likeliest.
     """
-    ends = tokens == end_token
-    ended = ends.any(1)
-    lengths = torch.where(ended, ends.int().argmax(1) + 1, tokens.shape[1])
-    T = int(lengths.max())
-    behind = torch.arange(T, device=lengths.device) >= lengths[:, None]
-    return tokens[:, :T].masked_fill(behind, 0), logprobs[:, :T].masked_fill(behind, 0.0), lengths, ended
-
-
-def gather(left, B, T, lengths):
-    """One Level [L, B, K, T, C] from the segments of rows that left at different times: [(rows, k, v), ...]."""
-    rows, k, v = left[0]
-    whole = Level(*(k.new_zeros(k.shape[0], B, k.shape[2], T, k.shape[4]) for _ in "kv"), lengths)
-    for rows, k, v in left:
-        width = min(T, k.shape[3])
-        whole.k[:, rows, :, :width], whole.v[:, rows, :, :width] = k[..., :width, :], v[..., :width, :]
-    return whole
+    keep = torch.ones_like(logits, dtype=torch.bool)
+    if top_k:
+        keep &= logits >= logits.topk(min(top_k, logits.shape[1]), -1)[0][:, -1:]
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        keep &= torch.empty_like(keep).scatter_(1, order, p.cumsum(-1) - p < top_p)      # what stands before it is still below p
+    if min_p:
+        keep &= logits >= logits.amax(-1, keepdim=True) + torch.tensor(min_p).log()
+    return logits.masked_fill(~keep, -torch.inf)

@@ -26,12 +26,12 @@ import torch
 from tqdm import tqdm
 
 import pretrain
-from eval import evaluate, held_out_questions, table
+from eval import evaluate, held_out_questions, make_sampler, table
 from flags import BadInput, guarded, parse_flags
+from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
 from model import save_checkpoint
 from pretrain import base_model, pick_device, pick_preset, resolve
-from sample import Sampler, fold
 from tasks import draw, phrase_text, task_of, token_limits
 from tokenizer import build_encoding
 
@@ -60,6 +60,7 @@ class Config(pretrain.Config):
     minibatches: int = 2      # optimiser steps per pass, each on its share of the questions
     rows: int = 128           # rows per micro-batch: less memory, same gradient
     max_new_tokens: int = 0   # per completion; 0: half as much again as a right answer can need
+    cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
     temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
     format_weight: float = 0.0     # reward for <think>..</think><answer>..</answer>, at most 0.5 so that it never beats being right
     eval_questions: int = 1024     # held-out questions of the final table
@@ -73,12 +74,16 @@ PRESETS = {
 }
 
 
+REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), "rollouts must be drawn from the distribution whose log-probabilities are trained, or "
+                        "the gradient is biased; evaluation may filter: python eval.py --help")
+
+
 def validate(c):
     """BadInput for values that cannot work together, with the consequence and the way out."""
     for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "rows"):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name, least in (("eval_questions", 2), ("lr", 0), ("kl_coef", 0), ("layer2_weight", 0)):
+    for name, least in (("eval_questions", 2), ("cache_tokens", 0), ("lr", 0), ("kl_coef", 0), ("layer2_weight", 0)):
         if not least <= getattr(c, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
     if c.layers not in (1, 2):
@@ -106,7 +111,7 @@ def train(c):
     """The whole run for a config -> path of its folder."""
     policy, encoding, task, base_path, c = prepare(c)
     folder, start = run_folder(c, base_path), time.time()
-    sampler = Sampler(policy)
+    sampler = make_sampler(policy, c.cache_tokens)
     optimizer = torch.optim.AdamW(policy.parameters(), c.lr, weight_decay=0.0, fused=True)
     reference = copy.deepcopy(policy).requires_grad_(False) if c.kl_coef else None
     results = {"base": final_table(sampler, encoding, task, c, "base")}
@@ -347,7 +352,7 @@ def finish(folder, results, c, seconds):
 
 
 def main():
-    train(parse_flags(Config, __doc__, lambda given: pick_preset(given, PRESETS)))
+    train(parse_flags(Config, __doc__, lambda given: pick_preset(given, PRESETS), refused=REFUSED))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """What several tests need: a small random model, its encoding, scripts run as a user runs them, and where optional data lies."""
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # before anything imports triton, which reads it once
 
 from model import GPT, ModelConfig
 from tokenizer import build_encoding

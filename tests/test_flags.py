@@ -35,10 +35,10 @@ def test_every_flag_is_used_and_explained(name):
 
 
 def test_own_flags_come_first():
-    """Catches a wall of flags: train.py's own are 25, in the order of the dataclass, and the base model's follow under a heading of their own."""
+    """Catches a wall of flags: train.py's own are 26, in the order of the dataclass, and the base model's follow under a heading of their own."""
     own, base = help_text(train.Config, train.__doc__).split("Flags of pretrain.py, taken here too:")
     listed = [re.findall(r"^  --([\w-]+) ", part, re.M) for part in (own, base)]
-    assert [len(names) for names in listed] == [25, 11]
+    assert [len(names) for names in listed] == [26, 11]
     assert [name.replace("-", "_") for name in listed[1] + listed[0]] == [field.name for field in dataclasses.fields(train.Config)]
 
 
@@ -74,6 +74,7 @@ def test_bad_flags(words, says):
     (["train.py", "--lr", "nan"], "--lr nan"),
     (["train.py", "--eval-questions", "1"], "--eval-questions 1"),
     (["train.py", "--failed", "raw", "--group", "question"], "would change nothing"),
+    (["train.py", "--top-p", "0.9"], "the gradient is biased"),
     (["train.py", "--device", "cuda"], "sees no CUDA device"),
     (["train.py", "--depth", "0"], "--depth 0"),
     (["train.py", "--task", "countdown", "--modulus", "7"], "means nothing to the task countdown"),
@@ -83,6 +84,8 @@ def test_bad_flags(words, says):
     (["eval.py", "--checkpoint", "nowhere.pt"], "nowhere.pt: there is no such file"),
     (["eval.py", "--checkpoint", "README.md"], "README.md is not a checkpoint"),
     (["eval.py", "--checkpoint", "x.pt", "--questions", "1"], "--questions must be at least 2"),
+    (["eval.py", "--checkpoint", "x.pt", "--top-p", "0"], "--top-p above 0"),
+    (["bench.py", "--rows", "9"], "multiple of --group 8"),
     (["tasks.py", "--candidates", "99"], "choose 1 to 11"),
     (["compare.py", "--arms", "grpo,nothing"], "'nothing'"),
     (["bench.py", "--what", "nothing"], "choose one of"),

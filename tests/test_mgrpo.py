@@ -250,14 +250,14 @@ class Scripted:
         width = max(map(len, rows))
         lengths = torch.tensor([len(r) for r in rows])
         return Completions(prompts, n, depth, torch.tensor([r + [0] * (width - len(r)) for r in rows]), torch.zeros(len(rows), width),
-                           lengths, torch.ones(len(rows)).bool(), parents, torch.arange(len(rows)), [], None, None)
+                           lengths, torch.ones(len(rows)).bool(), parents, torch.arange(len(rows)))
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, first_row):
         return self._completions(prompts, n, 1, torch.arange(len(prompts)).repeat_interleave(n))
 
     def extend(self, c, phrases, n, max_new_tokens, temperature, seed, rows):
         self.asked = [self.encoding.decode(p) for p in phrases]
-        prompts = [c.prompts[i // c.n] + c.text_ids(i) + p for i, p in zip(rows.tolist(), phrases)]
+        prompts = [c.prompts[i // c.n] + c.ids[i] + p for i, p in zip(rows.tolist(), phrases)]
         return self._completions(prompts, n, 2, rows.repeat_interleave(n))
 
 

@@ -1,23 +1,45 @@
 """The sampler: the same distribution, the same numbers and the same tokens as the model says, however rows are batched."""
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import END, VOCABULARY
 
-from mgrpo import completion_logprobs, pad_rows
+from cache import Rows
+from kernels import at_position, choose_torch, exponentials, fold, mix, row_keys
+from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import GPT, ModelConfig
-from sample import Sampler, choose, exponentials, fold, mix, row_keys
+from sample import Sampler, filtered
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def gpt(request, gpt):
+    """conftest's model, on each device: on CUDA the sampler runs on kernels and graphs."""
+    return gpt.to(request.param)
 
 
 def phrases_for(rows):
     return [[5, 6, 7][:1 + i % 3] for i in range(rows)]
 
 
+def seated(n, most=1, end_token=-1, device="cpu"):
+    """n rows in flight that have sampled nothing, with results of `most` tokens."""
+    rows = Rows.blank(n, 0, end_token, device)
+    rows.tokens, rows.logprobs = torch.zeros(n, most + 1, dtype=torch.long, device=device), torch.zeros(n, most + 1, device=device)
+    rows.row.copy_(torch.arange(n))
+    rows.limit.fill_(most)
+    rows.alive.fill_(True)
+    return rows
+
+
 def worst_gap(gpt, c):
     """max |sampler's log-prob - teacher-forced log-prob| over all rows of c."""
-    rows = pad_rows([c.prompts[i // c.n] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], "cpu")
+    rows = pad_rows([c.prompts[i // c.n] for i in range(len(c))], c.sampled, gpt.embed.weight.device)
     logp, _ = completion_logprobs(gpt, rows)
     return (logp - c.logprobs[:, :logp.shape[1]])[rows.mask].abs().max().item()
 
@@ -46,7 +68,7 @@ def test_mix_leaves_its_argument_alone():
 def test_exponentials_are_exponential():
     """Catches correlated or clipped noise. Over 4 M draws the mean and variance of Exp(1) are 1 ± .0005 and ± .0014: bounds of five
     standard errors (one false alarm in 1.7 million); the correlation of neighbours, rows and positions stays below .0035 (seven)."""
-    draws = exponentials(row_keys(7, torch.arange(2000), 5).flatten(), 400).view(2000, 5, 400).double()
+    draws = exponentials(at_position(row_keys(7, torch.arange(2000)).repeat_interleave(5), torch.arange(5).repeat(2000)), 400).view(2000, 5, 400).double()
     assert abs(draws.mean() - 1) < 0.0025 and abs(draws.var() - 1) < 0.007 and draws.min() > 0
     centred = draws - 1
     for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
@@ -75,7 +97,10 @@ def test_frequencies_match_the_softmax():
     temperature 0.7: 11 degrees of freedom, bound 36 (a false alarm has p = .0002; the seed is fixed, so it holds or never does)."""
     torch.manual_seed(5)
     logits, n = torch.randn(12) * 1.5, 200_000
-    tokens, logp = choose((logits / 0.7).expand(n, -1), row_keys(11, torch.arange(n), 1)[:, 0])
+    rows = seated(n)
+    rows.key.copy_(row_keys(11, torch.arange(n)))
+    choose_torch(logits.expand(n, -1), 0.7, rows)
+    tokens, logp = rows.tokens[:, 0], rows.logprobs[:, 0]
     expected = (logits / 0.7).softmax(0)
     chi2 = ((tokens.bincount(minlength=12) - n * expected) ** 2 / (n * expected)).sum()
     assert chi2 < 36, chi2
@@ -100,7 +125,7 @@ def test_logprobs_equal_the_trainers(gpt, random_prompts):
 def test_temperature_is_in_the_logprobs(gpt, random_prompts):
     """Catches log-probabilities of the untempered model: at 0.5 they differ by whole nats from those that rollouts were drawn from."""
     c = Sampler(gpt).generate(random_prompts, 2, 12, temperature=0.5, seed=1)
-    rows = pad_rows([c.prompts[i // 2] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], "cpu")
+    rows = pad_rows([c.prompts[i // 2] for i in range(len(c))], c.sampled, gpt.embed.weight.device)
     logp, _ = completion_logprobs(gpt, rows, 0.5)
     plain, _ = completion_logprobs(gpt, rows)
     assert (logp - c.logprobs)[rows.mask].abs().max() < 1e-4 < (plain - c.logprobs)[rows.mask].abs().max()
@@ -118,7 +143,7 @@ def test_extend_equals_a_fresh_prompt(gpt, random_prompts):
     assert second.tokens.tolist() == fresh.tokens.tolist() and second.lengths.tolist() == fresh.lengths.tolist()
     torch.testing.assert_close(second.logprobs, fresh.logprobs, atol=1e-4, rtol=0)
     assert [c[len(p):] for c, p in zip(second.prompts, (first.prompts[i // 3] for i in range(len(first))))] == [
-        first.text_ids(i) + phrases[i] for i in range(len(first))]
+        first.ids[i] + phrases[i] for i in range(len(first))]
 
 
 def test_extending_twice_gives_the_same(gpt, random_prompts):
@@ -176,7 +201,7 @@ def test_rows_that_end(gpt, random_prompts):
         assert (row[n - 1] == END) == bool(c.ended[i]) and END not in row[:n - 1].tolist()
         assert not row[n:].any() and not c.logprobs[i, n:].any() and bool((c.logprobs[i, :n] < 0).all())
         assert c.ended[i] or n == 40
-        assert c.text_ids(i) == [t for t in row[:n].tolist() if t != END]
+        assert c.ids[i] == [t for t in row[:n].tolist() if t != END]
 
 
 def test_greedy_is_the_argmax(gpt):
@@ -184,7 +209,7 @@ def test_greedy_is_the_argmax(gpt):
     c = Sampler(gpt).generate([[1, 2, 3], [7]], 1, 15, temperature=0)
     for i, prompt in enumerate(([1, 2, 3], [7])):
         ids = prompt + c.tokens[i, :c.lengths[i]].tolist()
-        best = (gpt(torch.tensor([ids]))[0] @ gpt.head.weight.T).argmax(-1)
+        best = (gpt(torch.tensor([ids], device=gpt.embed.weight.device))[0] @ gpt.head.weight.T).argmax(-1)
         assert best[len(prompt) - 1:-1].tolist() == ids[len(prompt):]
 
 
@@ -223,6 +248,130 @@ def test_bf16_stays_near(random_prompts):
     assert (completion_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
     assert c.logprobs.dtype == torch.float32 and math.isfinite(c.logprobs.sum())
 
+
+# --------------------------------------------------------------------------------------------- memory, and other ways to run
+
+def test_a_crew_samples_what_one_process_does(gpt, random_prompts):
+    """Catches rows under another's number, attempts sent to a process that has not their keys, and stale weights in the others' memory: generate,
+    extend on some rows, extend that, twice over, with new weights between."""
+    if gpt.embed.weight.is_cuda:
+        pytest.skip("crews are for CPUs")
+    prompts, alone, crew = random_prompts * 3, Sampler(gpt, workers=1), Sampler(gpt, workers=3)
+    for step in range(2):
+        first, first_alone = (s.generate(prompts, 6, 25, seed=step) for s in (crew, alone))
+        rows = torch.arange(1, 90, 4)
+        second, second_alone = (s.extend(c, phrases_for(len(rows)), 2, 15, seed=step, rows=rows) for s, c in ((crew, first), (alone, first_alone)))
+        third, third_alone = (s.extend(c, [[3]] * 2, 2, 9, seed=step, rows=[0, 45]) for s, c in ((crew, second), (alone, second_alone)))
+        assert first.home and third.home and not first_alone.home
+        for ours, single in ((first, first_alone), (second, second_alone), (third, third_alone)):
+            for name in ("tokens", "lengths", "ended", "parents", "numbers"):
+                assert getattr(ours, name).tolist() == getattr(single, name).tolist(), name
+            assert ours.prompts == single.prompts and worst_gap(gpt, ours) < 1e-4
+        with torch.no_grad():
+            gpt.embed.weight.add_(torch.randn_like(gpt.embed.weight))
+        crew.refresh()
+        alone.refresh()
+
+
+def test_a_crews_errors_and_interruptions(gpt, random_prompts):
+    """Catches an answer to a call that was interrupted taken for that to the next, an error swallowed in a process, one that died waited for."""
+    if gpt.embed.weight.is_cuda:
+        pytest.skip("crews are for CPUs")
+    crew = Sampler(gpt, workers=2)
+    expected = crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist()
+    for pipe in crew.crew.pipes:                                     # as if Ctrl-C had come before the answer
+        pipe.send((crew.crew.calls, 0, [], "generate", None, (random_prompts, 1, 4, 1.0, 0, 0), {}))
+    assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == expected
+    with pytest.raises(TypeError, match="top_q"):
+        crew.generate(random_prompts, 10, 9, top_q=1)
+    with pytest.raises(ValueError, match="vocabulary"):
+        crew.generate([[VOCABULARY]] * 20, 10, 9)
+    os.kill(crew.crew.members[0].pid, signal.SIGKILL)                # as when memory runs out
+    with pytest.raises(ChildProcessError, match="has died"):
+        crew.generate(random_prompts, 10, 9)
+
+@pytest.mark.parametrize("cache_tokens", [24 + 40, 200, 777, 3000])
+def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cache_tokens):
+    """Catches the queue: places taken over with something left in them, a row under another's number, turns mixed up, a second level on a cache
+    that was dropped. From a cache for one row at a time to one that nearly holds all, tokens and lengths are those of unlimited memory."""
+    free, tight = Sampler(gpt), Sampler(gpt, cache_tokens=cache_tokens)
+    first, first_tight = (s.generate(random_prompts, 6, 40, seed=2) for s in (free, tight))
+    assert 0 < int(first.ended.sum()) < len(first) and (first_tight.level is None) == (cache_tokens < 3000)
+    assert first.tokens.tolist() == first_tight.tokens.tolist() and worst_gap(gpt, first_tight) < 1e-4
+    rows = torch.arange(0, len(first), 3)
+    if cache_tokens >= 200:
+        second, second_tight = (s.extend(c, phrases_for(len(rows)), 2, 30, seed=2, rows=rows) for s, c in ((free, first), (tight, first_tight)))
+        assert second.tokens.tolist() == second_tight.tokens.tolist() and second.lengths.tolist() == second_tight.lengths.tolist()
+        assert second.prompts == second_tight.prompts and worst_gap(gpt, second_tight) < 1e-4
+
+
+def test_a_cache_too_small_is_named(gpt):
+    """Catches a sampler that loops for ever, or dies inside torch, when not even one row fits."""
+    with pytest.raises(ValueError, match="do not fit a cache of 20 tokens"):
+        Sampler(gpt, cache_tokens=20).generate([[1, 2, 3]], 2, 30)
+
+
+@pytest.mark.parametrize("switches", [dict(leave=False), dict(share=False), dict(share=False, leave=False)])
+def test_switches_change_speed_alone(gpt, random_prompts, switches):
+    """Catches a line of bench.py's ladder that samples something else."""
+    results = [s.generate(random_prompts, 5, 40, seed=2).tokens.tolist() for s in (Sampler(gpt), Sampler(gpt, **switches))]
+    assert results[0] == results[1]
+
+
+def test_each_row_has_its_limit(gpt, random_prompts):
+    """Catches one limit for all, and rows that write beyond theirs: row i is cut after its own number of tokens, or ends before."""
+    limits = [1 + 5 * i % 33 for i in range(14)]
+    whole, c = Sampler(gpt).generate(random_prompts, 2, 33, seed=2), Sampler(gpt).generate(random_prompts, 2, limits, seed=2)
+    assert c.lengths.tolist() == [min(limit, length) for limit, length in zip(limits, whole.lengths.tolist())]
+    for i, length in enumerate(c.lengths.tolist()):
+        assert c.tokens[i, :length].tolist() == whole.tokens[i, :length].tolist() and not c.tokens[i, length:].any()
+    with pytest.raises(ValueError, match="3 limits for 14 rows"):
+        Sampler(gpt).generate(random_prompts, 2, [4, 5, 6])
+
+
+def test_an_outdated_cache_is_not_used(gpt, random_prompts):
+    """Catches corrections sampled on keys of weights that are gone: after refresh() what is extended is what a fresh prompt gives."""
+    sampler = Sampler(gpt)
+    first = sampler.generate(random_prompts, 1, 20, seed=3)
+    with torch.no_grad():
+        gpt.blocks[0].qkv.weight.add_(torch.randn_like(gpt.blocks[0].qkv.weight))
+    sampler.refresh()
+    second = sampler.extend(first, phrases_for(len(first)), 1, 20, temperature=0)
+    assert second.tokens.tolist() == sampler.generate(second.prompts, 1, 20, temperature=0).tokens.tolist() and worst_gap(gpt, second) < 1e-4
+
+
+def test_filters_by_hand():
+    """Catches the token that crosses top-p left out, a strict inequality, and filters on the wrong side of the temperature."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()[:, [2, 0, 3, 1]]                    # probabilities .2 .4 .1 .3
+    kept = lambda **filters: torch.isfinite(filtered(logits, **filters))[0].tolist()
+    assert kept(top_k=2) == [False, True, False, True] and kept(top_k=9) == [True] * 4
+    assert kept(top_p=0.75) == [True, True, False, True] and kept(top_p=0.3) == [False, True, False, False] and kept(top_p=1.0) == [True] * 4
+    assert kept(min_p=0.6) == [False, True, False, True] and kept(min_p=0.0) == [True] * 4
+    assert kept(top_k=3, min_p=0.6) == [False, True, False, True]
+
+
+def test_filters_in_the_sampler(gpt, random_prompts):
+    """Catches filters that reach no token: the likeliest alone is greedy whatever the temperature, and the result says that it was filtered."""
+    sampler = Sampler(gpt)
+    greedy, one = sampler.generate(random_prompts, 1, 12, temperature=0), sampler.generate(random_prompts, 1, 12, temperature=2.0, top_k=1)
+    assert greedy.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any() and (greedy.filtered, one.filtered) == (False, True)
+    assert not sampler.generate(random_prompts, 1, 3, top_k=0, top_p=1.0).filtered
+    assert sampler.extend(greedy, phrases_for(7), 1, 5, top_p=0.5).filtered
+
+
+def test_training_rollouts_are_not_filtered(gpt, encoding):
+    """Catches the bias of training on log-probabilities that are not the policy's: refused with the reason."""
+    with pytest.raises(ValueError, match="whole distribution"):
+        collect(Sampler(gpt), encoding, [], 2, 2, Sampling(5, 1.0, 0, filters=dict(top_p=0.9)))
+
+
+def test_graphs_need_kernels(gpt):
+    """Catches a graph captured of a step whose shapes only the host knows."""
+    with pytest.raises(ValueError, match="graph needs fused"):
+        Sampler(gpt, fused=False, graph=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad requests
 
 @pytest.mark.parametrize("prompts, new, match", [
     ([], 5, "no prompts"), ([[1], []], 5, "empty"), ([[1, VOCABULARY]], 5, "vocabulary"), ([[-1]], 5, "vocabulary"), ([[1] * 250], 10, "context"),

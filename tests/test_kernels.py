@@ -1,0 +1,235 @@
+"""Every Triton kernel against its twin in torch: interpreted on a CPU, for real where there is CUDA; and compiled ahead of time for sm_80, sm_90.
+
+conftest.py switches Triton's interpreter on before anything imports triton, unless there is a CUDA device.
+"""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import END, ROOT, VOCABULARY
+from test_sample import seated, worst_gap
+
+import cache
+import kernels
+from kernels import at_position, exponentials, row_keys
+from model import GPT, ModelConfig
+from sample import Sampler
+
+pytestmark = [pytest.mark.extra, pytest.mark.skipif(kernels.triton is None, reason="needs triton: pip install -r requirements-extra.txt")]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}      # type -> bound on ‖out - ref‖ / ‖ref‖; bf16 keeps 8 bits, and twins round more often
+
+
+def error(out, ref):
+    """‖out - ref‖ / ‖ref‖."""
+    out, ref = out.float().cpu(), ref.float().cpu()
+    assert out.shape == ref.shape and torch.isfinite(out).all()
+    return ((out - ref).norm() / ref.norm().clamp(min=1e-20)).item()
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("R, D", [(1, 16), (3, 33), (9, 96), (2, 130)])
+def test_add_norm(R, D, dtype):
+    """Catches pad columns in the mean of squares, a norm of x without δ, and a sum that is not the rounded one that goes on."""
+    x, delta, weight = randn(R, D, dtype=dtype), randn(R, D, dtype=dtype, seed=1), randn(D, dtype=dtype)
+    for d in (delta, None):
+        for out, ref in zip(kernels.add_norm(x, d, weight, 1e-6), kernels.add_norm_torch(x, d, weight, 1e-6)):
+            assert error(out, ref) < TYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("R, size", [(1, 1), (3, 37), (2, 1025)])
+def test_swiglu(R, size, dtype):
+    """Catches gate and up exchanged, and a second block of columns read from the first."""
+    gate_up = randn(R, 2 * size, dtype=dtype)
+    assert error(kernels.swiglu(gate_up), kernels.swiglu_torch(gate_up)) < TYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("R, N, K, C", [(1, 1, 1, 16), (3, 6, 2, 24), (2, 4, 4, 80), (4, 7, 1, 64)])
+def test_rope_store(R, N, K, C, dtype):
+    """Catches the wrong partner in the rotation, norms of the wrong head, and keys in values' place."""
+    qkv, norms = randn(R, (N + 2 * K) * C, dtype=dtype), randn(N + K, C, dtype=dtype)
+    cos, sin = randn(R, C, dtype=dtype), randn(R, C, dtype=dtype, seed=3)
+    slot = torch.tensor([5, 3, 0, 9][:R], device=DEVICE)
+    for weights in (norms, None):
+        stores = [torch.full((10, K, C), 7.0, dtype=dtype, device=DEVICE) for _ in range(4)]
+        out = kernels.rope_store(qkv, weights, cos, sin, slot, *stores[:2], N, 1e-6)
+        ref = kernels.rope_store_torch(qkv, weights, cos, sin, slot, *stores[2:], N, 1e-6)
+        assert error(out, ref) < TYPES[dtype] and error(stores[0], stores[2]) < TYPES[dtype] and torch.equal(stores[1], stores[3])
+
+
+def segments(rows, starts, lengths):
+    return tuple(torch.tensor(x, device=DEVICE) for x in (rows, starts, lengths))
+
+
+CASES = {   # heads, key/value heads, head size, groups of (members, starts, lengths)
+    "one row, one key": (1, 1, 16, [([[0]], [3], [1])]),
+    "empty suffix": (4, 2, 32, [([[0, 1, 2]], [0], [5]), ([[0], [1], [2]], [10, 20, 30], [0, 1, 2])]),
+    "around a block": (4, 1, 64, [([[0, 1], [2, 3]], [0, 70], [64, 63]), ([[0], [1], [2], [3]], [200, 300, 400, 500], [65, 64, 63, 0])]),
+    "seven heads a key, odd head size": (14, 2, 24, [([[0, 1, -1], [2, -1, -1]], [0, 40], [33, 17]), ([[0], [1], [2]], [90, 110, 150], [9, 31, 3])]),
+    "three generations": (4, 2, 128, [([[0, 1, 2, 3]], [0], [40]), ([[0, 1], [2, 3]], [50, 90], [33, 7]), ([[0], [1], [2], [3]], [120] * 4, [1, 2, 3, 4])]),
+    "nine rows, an unused line": (2, 1, 80, [([[0, 1, 2, 3], [4, 5, 6, 7], [8, -1, -1, -1], [-1] * 4], [0, 0, 0, 0], [21, 21, 21, 0])]),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_attend(case, dtype):
+    """Catches keys beyond a length, a split or generation left out or counted twice, members mixed up, -inf - -inf; whatever is not to be read
+    is NaN, so reading it once shows."""
+    N, K, C, groups = CASES[case]
+    k, v = (torch.full((640, K, C), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv")
+    groups = [segments(*group) for group in groups]
+    for _, starts, lengths in groups:
+        for start, length in zip(starts.tolist(), lengths.tolist()):
+            k[start:start + length], v[start:start + length] = randn(length, K, C, dtype=dtype, seed=start), randn(length, K, C, dtype=dtype, seed=-start)
+    R = 1 + max(int(rows.max()) for rows, _, _ in groups)
+    q = randn(R, N, C, dtype=dtype)
+    ref = kernels.attend_torch(*(x.cpu() for x in (q, k, v)), [[x.cpu() for x in group] for group in groups])
+    for splits in (1, 3):
+        assert error(kernels.attend(q, k, v, groups, splits), ref) < TYPES[dtype]
+
+
+def test_padded_rows_are_inert():
+    """Catches an empty place that reads, writes, or spoils its neighbours: with its queries, keys and activations NaN, the other rows are as
+    without it, and neither the cache nor the result takes anything from it."""
+    rows, N, K, C = seated(3, most=4, device=DEVICE), 2, 1, 16
+    rows.alive[1], rows.slot[:], rows.length[:] = False, torch.tensor([4, -1, 9]), torch.tensor([1, 0, 2])
+    k, v = randn(12, K, C), randn(12, K, C)
+    before = k.clone(), v.clone()
+    qkv = randn(3, (N + 2 * K) * C)
+    qkv[1] = torch.nan
+    q = kernels.rope_store(qkv, None, randn(3, C), randn(3, C), rows.slot, k, v, N, 1e-6)
+    assert all(torch.equal(now[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]], then[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]]) for now, then in zip((k, v), before))
+    own = segments([[0], [1], [2]], [4, 0, 8], [1, 0, 2])
+    out = kernels.attend(q, k, v, [own])
+    alone = kernels.attend(q[[0, 2]], k, v, [segments([[0], [1]], [4, 8], [1, 2])])
+    assert torch.equal(out[[0, 2]], alone) and not out[1].any()
+    logits = randn(3, 40)
+    logits[1] = torch.nan
+    kernels.choose(logits, 1.0, rows)
+    assert rows.length.tolist() == [2, 0, 3] and not rows.tokens[1].any() and not rows.logprobs[1].any() and torch.isfinite(rows.logprobs).all()
+
+
+@pytest.mark.parametrize("V", [1, 2, 257, 5000, 151_936])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_choose(V, temperature):
+    """Catches other random bits than torch draws, a column beyond the vocabulary, a wrong normaliser over several blocks, a wrong end: tokens,
+    bookkeeping and log-probabilities equal the twin's, for bf16 logits too."""
+    for dtype in (torch.float32, torch.bfloat16) if V < 10_000 else (torch.bfloat16,):
+        logits = 3 * randn(3, V, dtype=dtype)
+        ours, twins = (seated(3, most=5, end_token=int(logits[2].argmax()), device=DEVICE) for _ in range(2))
+        for rows in (ours, twins):
+            rows.key.copy_(row_keys(5, torch.arange(3)))
+            rows.length.copy_(torch.tensor([0, 4, 2]))
+        kernels.choose(logits, temperature, ours)
+        kernels.choose_torch(logits, temperature, twins)
+        for name in ("token", "position", "length", "slot", "alive", "tokens"):
+            assert torch.equal(getattr(ours, name), getattr(twins, name)), name
+        assert (ours.logprobs - twins.logprobs).abs().max() < 2e-5
+
+
+def test_the_kernels_random_numbers_are_torchs():
+    """Catches a generator that drifts from its twin in one bit: the kernel's noise decides between equal logits, so that over 600 rows of 64
+    tokens every choice must be that of the largest -log E, and so must the share of tokens (chi-square, 63 degrees of freedom, bound 120: p < 2e-5)."""
+    n = 600 if DEVICE == "cuda" else 60
+    rows = seated(n, device=DEVICE)
+    rows.key.copy_(row_keys(9, torch.arange(n)))
+    kernels.choose(torch.zeros(n, 64, device=DEVICE), 1.0, rows)
+    expected = exponentials(at_position(row_keys(9, torch.arange(n)), torch.zeros(n)), 64).argmin(1)
+    assert torch.equal(rows.tokens[:, 0].cpu(), expected)
+    counts = expected.bincount(minlength=64)
+    assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 120
+
+
+@pytest.mark.parametrize("call", [
+    lambda: kernels.add_norm(randn(2, 8).T, None, randn(2), 1e-6), lambda: kernels.add_norm(randn(2, 8), randn(2, 8).bfloat16(), randn(8), 1e-6),
+    lambda: kernels.swiglu(randn(2, 7)), lambda: kernels.rope_store(randn(2, 33), None, None, None, None, randn(4, 1, 16), randn(4, 1, 16), 1, 1e-6),
+    lambda: kernels.attend(randn(2, 3, 16), randn(9, 2, 16), randn(9, 2, 16), []),
+    lambda: kernels.choose(randn(3, 8), 1.0, seated(2)),
+])
+def test_wrappers_refuse(call):
+    """Catches a kernel launched on what it would read wrongly: strides, types and shapes that do not fit are one ValueError."""
+    with pytest.raises(ValueError, match=r"contiguous|: "):
+        call()
+
+
+# ------------------------------------------------------------------------------------------------- the sampler, on kernels
+
+def small(dtype=torch.float32, qk_norm=True):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(VOCABULARY, width=32, depth=2, heads=4, kv_heads=2, head_size=16, hidden=32, context=64, end_token=END, qk_norm=qk_norm), dtype)
+    with torch.no_grad():
+        model.embed.weight.mul_(12)
+        model.embed.weight[END] *= 3            # rows end now and then
+    return model.to(DEVICE)
+
+
+@pytest.mark.parametrize("cache_tokens", [0, 60])
+def test_the_fused_sampler_equals_the_torch_one(cache_tokens, monkeypatch):
+    """Catches any difference between the two readers of the tree: tables, segments, closing up, the queue and the second level, token for
+    token; log-probabilities equal the trainer's (the gap that matters) within 1e-4."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(cache, "FILL", 24)         # interpreted programs run one after the other
+    model, results = small(), []
+    for fused in (True, False):
+        sampler = Sampler(model, fused=fused, cache_tokens=cache_tokens)
+        first = sampler.generate([[1, 2, 3], [4], [5, 6]], 2, 8, seed=0)
+        results.append((first, sampler.extend(first, [[7, 8]] * 6, 2, 5, seed=0)))
+    for ours, twins in zip(*results):
+        assert ours.tokens.tolist() == twins.tokens.tolist() and ours.lengths.tolist() == twins.lengths.tolist()
+        assert (ours.logprobs - twins.logprobs).abs().max() < 1e-4 and worst_gap(model.cpu(), ours) < 1e-4
+        model.to(DEVICE)
+    assert any(result.ended.any() for result in results[0]) and not all(result.ended.all() for result in results[0])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_graphs_equal_the_eager_step():
+    """Catches a graph that reads memory which has moved, a bucket whose empty places are not inert, and stale weights after refresh()."""
+    model = small(torch.bfloat16)
+    samplers = [Sampler(model, graph=graph) for graph in (True, False)]
+    for step in range(3):
+        results = []
+        for sampler in samplers:
+            sampler.refresh()
+            first = sampler.generate([[1, 2, 3], [4], [5, 6]] * 9, 5, 20, seed=step)
+            results.append((first, sampler.extend(first, [[7, 8]] * 135, 3, 9, seed=step)))
+        for ours, eager in zip(*results):
+            assert ours.tokens.tolist() == eager.tokens.tolist() and torch.equal(ours.logprobs, eager.logprobs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_the_fused_sampler_in_bf16_is_near_the_trainer():
+    """Catches a precision lost in a kernel: log-probabilities in bf16 stay within 0.2 nats of the trainer's, 0.02 on average."""
+    from mgrpo import completion_logprobs, pad_rows
+    model = small(torch.bfloat16)
+    c = Sampler(model).generate([[1, 2, 3], [4], [5, 6]] * 20, 8, 30, seed=1)
+    rows = pad_rows([c.prompts[i // c.n] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], DEVICE)
+    gap = (completion_logprobs(model, rows)[0] - c.logprobs[:, :rows.mask.shape[1]])[rows.mask].abs()
+    assert gap.max() < 0.2 and gap.mean() < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------- ahead of time
+
+def test_every_kernel_compiles_and_none_spills(tmp_path):
+    """Catches what the interpreter forgives: each launch of a decode step, in the shapes of four models, compiled for sm_80 and sm_90 in a process
+    without the interpreter. A spilled register would be traffic that nobody counted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(ROOT / "bench.py"), "kernels"], capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith(("default ", "0.5b ", "1.5b ", "7b "))]
+    assert len(lines) == 28 and {line[1] for line in lines} == {"add_norm", "swiglu", "rope_store", "attend", "merge", "choose"}
+    for line in lines:
+        assert line[6] == line[9] == "0" and 0 < int(line[5]) < 256 and 0 < int(line[8]) < 256, line
