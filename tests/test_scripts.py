@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, script
 
+import bench
 import compare
 from eval import mean_and_error, summarise, table
 
@@ -92,16 +93,31 @@ SMALL = ("--rows", "8", "--group", "4", "--new", "4", "--prompt", "5", "--rounds
 
 def test_bench_runs():
     """Catches a bench that only works on its author's machine. No times are asserted."""
-    printed = script(ROOT, "bench.py", "sampler", *SMALL)
-    assert re.search(r"ours +bfloat16 +[0-9,]+ +[0-9.]+ +[0-9.]+%", printed) and re.search(r"ours +float32", printed)
+    printed = script(ROOT, "bench.py", "sampler", *SMALL, "--device", "cpu")
+    for name in ("recompute everything", "KV cache", r"\+ shared prefix", r"\+ ended rows leave", r"\+ a process on each core", "ours"):
+        for dtype in ("float32", "bfloat16"):
+            assert re.search(rf"{name} +{dtype} +[0-9,]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+%", printed), name
+    assert printed.count("compiled, not run: needs CUDA") == 4
+    assert "The ladder" not in script(ROOT, "bench.py", "sampler", *SMALL, "--device", "cpu", "--ladder", "none")
+
+
+def test_the_floor_by_hand():
+    """Catches a prefix counted once a row, keys counted once a query head, and a token that does not look at itself: two prompts of 5, two rows
+    each, on a model of 1 layer, D = 4, N = 2, K = 1, C = 2, F = 3, V = 7, in bf16."""
+    shape = bench.ModelConfig(7, 4, 1, 2, 1, 2, 3)
+    parameters = 4 * 4 * 2 + 4 * 4 + 3 * 4 * 3 + 7 * 4
+    volume, flops = bench.work(shape, torch.bfloat16, bench.Config(rows=4, group=2, prompt=5), [3, 1, 2, 2])
+    seen = 6 + 1 + 3 + 3
+    assert volume == 2 * parameters * 3 + 8 * (seen + 5 * 3 + 5 * 2)
+    assert flops == 2 * parameters * 8 + 4 * 2 * 2 * (seen + 5 * 8)
 
 
 @pytest.mark.extra
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers (requirements-extra.txt)")
 def test_bench_runs_beside_transformers():
     """Catches a peer that is silently left out although it is installed, or that does not do the same work."""
-    printed = script(ROOT, "bench.py", "sampler", *SMALL)
-    assert "times transformers generate" in printed
+    printed = script(ROOT, "bench.py", "sampler", *SMALL, "--device", "cpu", "--ladder", "none")
+    assert re.search(r"ours \(\w+\) is [0-9.]+ times transformers 5", printed)
 
 
 @pytest.mark.extra
