@@ -51,7 +51,7 @@ CHECK_ON = 512            # problems per measurement
 CHECKS = 3                # measurements averaged before they count: together a standard error of .01
 NEAR = 0.90               # decay begins when accuracy in both turns is this share of the texts' own
 LR = 1e-3                 # peak learning rate at depth 4 (width 128), smaller as 1 / sqrt(width)
-DECAY = 0.20              # length of the decay, as a share of the steps before it
+DECAY = 0.12              # length of the decay, as a share of the steps before it
 
 
 @dataclass(frozen=True)
