@@ -267,14 +267,14 @@ def launches_of(shape, rows, prompt, own, group):
         kernels.swiglu(x.new_empty(rows, 2 * size))
         turn = x.new_empty(rows, C)
         kernels.rope_store(x.new_empty(rows, (N + 2 * K) * C), x.new_empty(N + K, C), turn, turn, me, k, v, N, 1e-6)
-        kernels.attend(x.new_empty(rows, N, C), k, v, [(table, me, me), (me[:, None], me, me)], max(1, 256 // (rows * K)))
+        kernels.attend(x.new_empty(rows, N, C), k, v, [(table, me, me), (me[:, None], me, me)], kernels.splits_for(rows, K))
         flight = Rows.blank(rows, 1, 0, "cpu")
         flight.tokens, flight.logprobs = torch.empty(rows, own, dtype=torch.long), torch.empty(rows, own)
         kernels.choose(x.new_empty(rows, V), 1.0, flight)
     finally:
         for name in names:
             setattr(kernels, name, originals[name])
-    keys, parts = nodes * prompt + rows * own, 2 * max(1, 256 // (rows * K))
+    keys, parts = nodes * prompt + rows * own, 2 * kernels.splits_for(rows, K)
     found = rows * N * parts * (C + 1) * 4                       # what the parts of rows take, fp32
     return launches, dict(_add_norm=(8 * rows * D, 5 * rows * D), _swiglu=(6 * rows * size, 5 * rows * size),
                           _rope_store=(4 * rows * (N + 2 * K) * C, 8 * rows * (N + K) * C),

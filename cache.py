@@ -17,6 +17,7 @@ who sees it. Tables keep their places in memory and lengths are read on the devi
 
 Letters: R rows, L layers, N query heads, K key/value heads, g = N / K, C head size, S new tokens, T slots of a segment.
 """
+import itertools
 import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from model import causal_attention
 
 WIDEN = 16        # slots by which rows' own segments grow on a CPU: contiguous blocks are what its matrix products want
 TILE = 64         # queries that meet a shared segment together on a GPU: members x g
-FILL = 256        # programs that keep a GPU busy: with fewer segments than that, their keys are split
+EPOCHS = itertools.count()
 
 
 @dataclass
@@ -54,14 +55,15 @@ class Pool:
     """Where levels get their slots. shared: all from one pair of tensors k, v [L, slots, K, C] (the kernels want one address), from the
     bottom up, and taken back all at once when a new tree begins. Else each level has tensors of its own.
 
-    limit: slots there may be in all (None: no limit); the pair grows to what calls need. `epoch` counts trees: segments of an older one
-    are gone.
+    limit: slots there may be in all (None: no limit); the pair grows to what calls need. It bounds what a call and those it extends hold;
+    on a CPU older results keep their levels beside that. `epoch` names the tree: segments of another one are gone.
     """
 
     def __init__(self, config, dtype, device, shared, limit=None):
         self.shape = config.depth, 0, config.kv_heads, config.head_size
-        self.dtype, self.device, self.shared, self.limit, self.top, self.epoch = dtype, device, shared, limit, 0, 0
+        self.dtype, self.device, self.shared, self.limit, self.top, self.moves = dtype, device, shared, limit, 0, 0
         self.k, self.v = self.blank(0), self.blank(0)
+        self.renew()
 
     def blank(self, slots):
         L, _, K, C = self.shape
@@ -69,24 +71,37 @@ class Pool:
 
     def reset(self):
         """A new tree begins."""
-        self.top, self.epoch = 0, self.epoch + self.shared
+        self.top = 0
+        if self.shared:
+            self.renew()
+
+    def renew(self):
+        """What has been cached is of no use any more. No two pools ever have the same epoch."""
+        self.epoch = next(EPOCHS)
 
     def free(self):
         return math.inf if self.limit is None else self.limit - self.top
 
     def level(self, nodes, T, lengths):
         """Takes nodes x T slots -> Level."""
+        self.reserve(self.top + nodes * T)
         base, self.top = self.top, self.top + nodes * T
         if not self.shared:
             return Level(SimpleNamespace(k=self.blank(nodes * T), v=self.blank(nodes * T)), 0, T, lengths)
-        self.reserve(self.top)
         return Level(self, base, T, lengths)
 
     def reserve(self, slots):
-        """Makes the pair at least so long, within the limit; what it holds stays."""
-        more = min(slots, self.limit or math.inf) - self.k.shape[1]
-        if self.shared and more > 0:
-            self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.k, self.v))
+        """Makes the pair at least so long, within the limit, and a quarter longer than it was; what it holds stays."""
+        there = self.k.shape[1]
+        if not self.shared or slots <= there:
+            return
+        self.moves, more = self.moves + 1, min(max(slots, there * 5 // 4), math.inf if self.limit is None else self.limit) - there
+        if self.top == 0:                          # it holds nothing: let go of it first
+            self.k = self.v = None
+            self.k, self.v = self.blank(there + more), self.blank(there + more)
+        else:
+            self.k = F.pad(self.k, (0, 0, 0, 0, 0, more))
+            self.v = F.pad(self.v, (0, 0, 0, 0, 0, more))
 
 
 # ------------------------------------------------------------------------------------------------------ rows in flight
@@ -237,6 +252,8 @@ class Prefill:
         new = torch.arange(S, device=device)
         self.real = new < news[:, None]                                                        # [R, S]: not a pad
         self.slots = (level.starts()[nodes][:, None] + before[:, None] + new)[self.real]
+        if device.type == "cuda" and not self.ancestors:
+            return                                                                             # see attend: nothing but the causal triangle
         hidden = [*(a.hidden()[:, None].expand(R, S, -1) for a in self.ancestors), (new > new[:, None]).expand(R, S, S)]
         hidden = torch.cat(hidden, -1).repeat_interleave(config.heads // config.kv_heads, 1)   # [R, S * g, columns]
         hidden = hidden.repeat_interleave(config.kv_heads, 0)
@@ -260,8 +277,8 @@ class Grouped:
 
     store = staticmethod(kernels.rope_store_torch)
 
-    def __init__(self, pool, path, rows, most):
-        self.most = most                           # tokens that a row may sample
+    def __init__(self, pool, path, rows, most, whole):
+        self.most, self.whole = most, whole        # tokens that a row may sample; whether segments of rows that leave are put by
         self.pool, self.path, self.rows, self.T, self.longest, self.left = pool, path, rows, WIDEN, 0, []
         self.k, self.v = pool.blank(0), pool.blank(0)
 
@@ -282,10 +299,10 @@ class Grouped:
         """Of R rows those of the mask `stay` remain; segments of the others are put by. (rows.keep has yet to be called.)"""
         blocks, row = [x.unflatten(1, (R, self.T)) for x in (self.k, self.v)], self.rows.row[:R].clone()
         if not stay.any():
-            self.left.append((row, *blocks))
+            self.left += [(row, *blocks)] if self.whole else []
             self.k, self.v = self.pool.blank(0), self.pool.blank(0)
             return
-        self.left.append((row[~stay], *(x[:, ~stay] for x in blocks)))
+        self.left += [(row[~stay], *(x[:, ~stay] for x in blocks))] if self.whole else []
         self.k, self.v = (x[:, stay].flatten(1, 2) for x in blocks)
 
     def kept(self, R):
@@ -334,9 +351,23 @@ class Tables:
 
     def __init__(self, config, pool, rows, capacity, levels):
         self.pool, self.rows, self.members = pool, rows, max(1, TILE * config.kv_heads // config.heads)
-        self.k, self.v, self.me = pool.k, pool.v, torch.arange(capacity, device=pool.device)
+        self.moves, self.me = pool.moves, torch.arange(capacity, device=pool.device)
         self.lines = [(torch.full((capacity, self.members), -1, device=pool.device), torch.zeros_like(self.me), torch.zeros_like(self.me))
                       for _ in range(levels)]
+
+    @property
+    def k(self):
+        return self.pool.k
+
+    @property
+    def v(self):
+        return self.pool.v
+
+    def close(self):
+        """Nobody sees or writes anything, until `kept` and new slots."""
+        self.rows.slot.fill_(-1)
+        for rows, _, _ in self.lines:
+            rows.fill_(-1)
 
     def open(self, path, own):
         """A new call: the levels above its rows, and the level whose nodes are their segments (`own`; lengths there mean nothing)."""
@@ -376,7 +407,7 @@ class Tables:
         R, K = len(q), self.k.shape[2]
         groups = [tuple(x[:R] for x in line) for line in self.lines[:len(self.path)]]
         groups.append((self.me[:R, None], self.rows.start[:R], self.rows.length[:R]))
-        return kernels.attend(q, self.k[layer], self.v[layer], groups, splits=max(1, min(16, kernels.power_of_2(FILL // (R * K)))))
+        return kernels.attend(q, self.k[layer], self.v[layer], groups, splits=kernels.splits_for(R, K))
 
     def finish(self, B, lengths):
         """-> Level of the rows' segments, by row number; None when segments were used more than once."""

@@ -2,22 +2,23 @@
 
     python bench.py sampler            # on a machine with several cores "ours" is this
 
-The idea. A decode step is some fifteen hundred small operations, most of them too short to be shared between cores: two threads gain
-a third over one, and wait for each other at every turn. Prompts have nothing to do with each other, so each process takes some of them
-through the whole call, alone on its core. The weights lie in memory that all share, so `refresh` reaches everybody; the cache stays with
-whoever made it, and `extend` sends each attempt to where its keys are. A row's random numbers depend on its number only (kernels.py):
-who samples it changes nothing.
+The idea. A decode step is some thousand small operations, most of them too short to be shared between cores: two threads gain a third over
+one, and wait for each other at every turn. Prompts have nothing to do with each other, so each process takes some of them through the whole
+call, alone on its core. The weights lie in memory that all share, so `refresh` reaches everybody; the cache stays with whoever made it, and
+`extend` sends each attempt to where its keys are. A row's random numbers depend on its number only (kernels.py), not on who samples it.
 
-The processes are forks, as those of torch's DataLoader are on Linux; elsewhere one process samples with all threads.
+The processes are forks, as those of torch's DataLoader are on Linux; elsewhere one process samples with all threads. They start at the
+first call and end with the sampler. When a call is broken off (Ctrl-C, an error, a process that died), all are dismissed and the next call
+starts new ones: nobody then holds half an answer. Caches are lost with them, and made again from the prompts.
 """
 import ctypes
 import itertools
 import multiprocessing
-import os
 import signal
 import sys
+import traceback
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,24 +31,43 @@ def crew_size(device):
     return torch.get_num_threads() if device.type == "cpu" and sys.platform == "linux" else 1
 
 
-class Crew:
-    """The processes of a sampler (sample.Sampler); they start at the first call and end with it."""
+@dataclass(eq=False)
+class Home:
+    """Where the cache of some Completions is: with the processes of `team`, under the number of the call that made it; process i has the
+    rows cuts[i] .. cuts[i + 1] - 1."""
+    team: object
+    call: int
+    cuts: list
 
-    def __init__(self, sampler, size):
-        self.size, self.members, self.pipes, self.calls, self.dropped = size, [], [], 0, []
-        for tensor in (*sampler.model.parameters(), *(norm for norm in sampler.norms if norm is not None)):
-            tensor.data.share_memory_()
+
+@dataclass(eq=False)
+class Team:
+    """Processes that live and end together, their pipes, and for each the calls whose caches it may forget."""
+    members: list
+    pipes: list
+    dropped: list
+
+
+class Crew:
+    """The processes of a sampler (sample.Sampler)."""
+
+    def __init__(self, size):
+        self.size, self.team, self.calls = size, None, 0
 
     def start(self, sampler):
         """Forks. The children see the weights of `sampler`, whatever they become."""
-        context = multiprocessing.get_context("fork")
+        for tensor in (*sampler.model.parameters(), *(norm for norm in sampler.norms if norm is not None)):
+            tensor.data.share_memory_()
+        context, team = multiprocessing.get_context("fork"), Team([], [], [])
         for _ in range(self.size):
             mine, theirs = context.Pipe()
-            self.members.append(context.Process(target=serve, args=(sampler, theirs, os.getpid()), daemon=True))
-            self.members[-1].start()
+            team.pipes.append(mine)
+            team.members.append(context.Process(target=serve, args=(sampler, theirs, list(team.pipes)), daemon=True))
+            team.members[-1].start()
             theirs.close()
-            self.pipes.append(mine)
-        weakref.finalize(self, dismiss, self.members)
+            team.dropped.append([])
+        weakref.finalize(team, dismiss, team.members)
+        self.team = team
 
     def shares(self, prompts, n):
         """[(first, last), ...]: which prompts each process takes; None when there are too few to share."""
@@ -55,62 +75,69 @@ class Crew:
         cuts = [len(prompts) * i // count for i in range(count + 1)] if count > 1 else []
         return list(itertools.pairwise(cuts)) or None
 
-    def call(self, sampler, orders):
-        """orders: for each process None or (name, above, arguments, keywords) -> its Completions (without a cache), in the same order.
+    def has(self, completions):
+        """Whether the cache of these Completions is with processes that are there."""
+        return completions.home is not None and completions.home.team is self.team
 
-        name: "generate" or "extend"; above: the number of the call whose result is extended. The result of this call has number self.calls.
+    def call(self, sampler, orders, prompts, parents, offsets):
+        """orders: for each process None or (name, above, arguments, keywords) -> Completions of all, with a `home`.
+
+        name: "generate" or "extend"; above: the call whose result is extended; offsets: the first row of each process.
         """
-        if not self.pipes:
+        if self.team is None:
             self.start(sampler)
-        self.calls += 1
-        dropped, self.dropped = self.dropped, []
+        self.calls, team = self.calls + 1, self.team
         try:
-            for pipe, order in zip(self.pipes, orders):
+            for pipe, dropped, order in zip(team.pipes, team.dropped, orders):
                 if order is not None:
-                    pipe.send((self.calls, sampler.pool.epoch, dropped, *order))
-            results = [receive(pipe, self.calls) for pipe, order in zip(self.pipes, orders) if order is not None]
+                    forget, dropped[:] = list(dropped), []
+                    pipe.send((self.calls, sampler.pool.epoch, forget, *order))
+            parts = [tensors(pipe.recv()) for pipe, order in zip(team.pipes, orders) if order is not None]
         except (EOFError, ConnectionError):
+            self.end()
             raise ChildProcessError("a sampling process has died, perhaps because memory ran out: use fewer --prompts at a time") from None
-        for error in filter(lambda result: isinstance(result, Exception), results):
-            raise error
-        return results
-
-    def keep(self, whole, offsets):
-        """Notes that process i has the rows of `whole` from offsets[i] on; the processes forget theirs when it goes."""
-        whole.home = self.calls, offsets + [len(whole)]
-        weakref.finalize(whole, self.dropped.append, self.calls)
+        except BaseException:
+            self.end()
+            raise
+        whole = together(parts, prompts, parents)
+        whole.home = Home(team, self.calls, [*offsets, len(whole)])
+        weakref.finalize(whole.home, forget_in, team.dropped, self.calls)
         return whole
 
+    def end(self):
+        dismiss(self.team.members)
+        self.team = None
 
-def receive(pipe, number):
-    """The answer to call `number`, Completions or an exception; answers to calls that were interrupted are skipped."""
-    answered, result = pipe.recv()
-    while answered != number:
-        answered, result = pipe.recv()
-    if isinstance(result, Exception):
-        return result
+
+def tensors(result):
+    """Completions as they came through a pipe, numpy arrays for tensors. RuntimeError with what a process that failed has to say."""
+    if isinstance(result, str):
+        raise RuntimeError(f"a sampling process failed:\n{result}")
     return replace(result, **{name: torch.from_numpy(x) for name, x in vars(result).items() if hasattr(x, "__array_interface__")})
 
 
-def serve(sampler, pipe, parent):
+def serve(sampler, pipe, not_ours):
     """What a process does: answers calls until its parent is gone. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     keep_memory()
+    for end in not_ours:                           # a fork has its parent's ends too, and would never see them close
+        end.close()
     sampler.crew, kept = None, {}
     while True:
-        while not pipe.poll(5):
-            if os.getppid() != parent:
-                os._exit(0)
-        number, sampler.pool.epoch, dropped, name, above, args, keywords = pipe.recv()
-        for old in dropped:
+        try:
+            number, sampler.pool.epoch, forget, name, above, args, keywords = pipe.recv()
+        except EOFError:
+            return
+        for old in forget:
             kept.pop(old, None)
         try:
-            kept[number] = c = sampler.generate(*args, **keywords) if name == "generate" else sampler.extend(kept[above], *args, **keywords)
-            bare = replace(c, path=None, level=None)
-            pipe.send((number, replace(bare, **{field: x.numpy() for field, x in vars(bare).items() if isinstance(x, torch.Tensor)})))
-        except Exception as error:
-            pipe.send((number, error))
+            c = kept[number] = sampler.generate(*args, **keywords) if name == "generate" else sampler.extend(kept[above], *args, **keywords)
+            bare = replace(c, path=None, level=None, prompts=None, parents=None)
+            answer = replace(bare, **{field: x.numpy() for field, x in vars(bare).items() if isinstance(x, torch.Tensor)})
+        except Exception:
+            answer = traceback.format_exc()
+        pipe.send(answer)
 
 
 def keep_memory():
@@ -124,6 +151,13 @@ def keep_memory():
 def dismiss(members):
     for member in members:
         member.terminate()
+    for member in members:
+        member.join()
+
+
+def forget_in(lists, call):
+    for calls in lists:
+        calls.append(call)
 
 
 def together(parts, prompts, parents):

@@ -17,7 +17,7 @@ what a kernel cannot (a wrong stride gives wrong numbers, not an error) and laun
     choose       temperature, noise, argmax,          1 program a row, one pass over the logits
                  log-probability, bookkeeping
 
-The twins are what runs on a CPU (attention apart: there sample.py groups rows into larger products; the twin here is its oracle).
+The twins are what runs on a CPU (attention apart: there cache.Grouped makes larger products of rows; the twin here is its oracle).
 
 Random numbers are written twice, in torch and in Triton, from the same integers: a row draws the same bits on every device.
 
@@ -273,14 +273,22 @@ def attend_torch(q, k, v, groups):
     return out.view(R, N, C).to(q.dtype)
 
 
+FILL = 256        # programs that keep a GPU busy
+
+
+def splits_for(rows, kv_heads):
+    """Into how many parts the keys of a segment are split, so that few rows still make FILL programs: a power of two, at most 16."""
+    return max(1, min(16, power_of_2(FILL // (rows * kv_heads))))
+
+
 @jit
-def _attend(q, k, v, rows, starts, lengths, out, lse, first_part, scale, N, K, G: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+def _attend(q, k, v, rows, starts, lengths, out, lse, first_part, scale, R, N, K, G: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
             MEMBERS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
             WIDE: tl.constexpr):
     item, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     m, n, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     row = tl.load(rows + item * MEMBERS + m // G, m // G < MEMBERS, -1).to(tl.int64)       # query m: member m // G, head m % G
-    live = row >= 0
+    live = (row >= 0) & (row < R)
     length, start = tl.load(lengths + item), tl.load(starts + item)
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N                            # keys of a split, whole blocks
     begin = split * share
@@ -337,7 +345,7 @@ def attend(q, k, v, groups, splits=1):
     for rows, starts, lengths in groups:
         check(rows.dim() == 2 and len(rows) == len(starts) == len(lengths), "attend: a start and a length for each row of members")
         check_dense(q=q, k=k, v=v, rows=rows, starts=starts, lengths=lengths)
-        _attend[(len(rows), K, splits)](q, k, v, rows, starts, lengths, found, lse, first, C ** -0.5, N, K, G=G, C=C, PARTS=parts,
+        _attend[(len(rows), K, splits)](q, k, v, rows, starts, lengths, found, lse, first, C ** -0.5, R, N, K, G=G, C=C, PARTS=parts,
                                         MEMBERS=rows.shape[1], SPLITS=splits, BLOCK_M=max(16, power_of_2(rows.shape[1] * G)),
                                         BLOCK_N=64 if C <= 64 else 32, BLOCK_C=max(16, power_of_2(C)), WIDE=INTERPRETED, num_warps=4)
         first += splits
@@ -373,7 +381,8 @@ def _choose(logits, key, token, position, length, slot, limit, alive, row, token
             v = first + tl.arange(0, BLOCK)
             z = tl.load(logits + r * stride + v, v < V, -float("inf")).to(tl.float32) / temperature
             higher = tl.maximum(top, tl.max(z, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
+            safe = tl.where(higher == -float("inf"), 0.0, higher)        # a filter may leave nothing of a block
+            total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
             top = higher
             race = z - noise * tl.log(_exponentials(here, v))
             winner = tl.argmax(race, 0)

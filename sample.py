@@ -10,7 +10,7 @@ memory. For the default model (0.8 M parameters, 1.6 MB in bf16; 4 layers x 2 x 
 read once, and what has ended should leave.
 
 The design.
-1. A rollout is a tree: question -> attempts -> corrections. A node's keys and values exist ONCE, however many rows continue it (cache.py).
+1. A rollout is a tree: question -> attempts -> corrections. A node's keys and values exist once for all rows that continue it (cache.py).
    `generate` prefills each prompt and decodes n rows from it; `extend` goes one level down: it copies the chosen rows' segments, prefills
    only the phrase behind them (and a last token whose keys were never needed), and decodes again.
 2. A decode step (`Sampler._logits`) is the same few lines on a CPU and on CUDA. Between its matrix products stand the operations
@@ -19,8 +19,9 @@ The design.
 3. Rows that have ended leave once they are an eighth, and the rest closes up. Rows for which there is no memory wait, and take
    the place of those. What does not fit at all is made in turns; only then is a cache dropped, and made again when `extend` asks for it.
 
-Random numbers are a pure function of (seed, depth in the tree, the row's own number, token position): what a row draws depends
-neither on the batch around it nor on rows that ended or waited, nor on how many processes share the work, nor on the device.
+Random numbers are a pure function of (seed, depth in the tree, the row's own number, token position): they depend neither on the batch
+around a row nor on rows that ended or waited, nor on how many processes share the work, nor on the device. Logits do, in their last bits
+(a product of other shape sums in another order), and so a token may differ where two are nearly level: once in many thousands in fp32.
 
 Letters: P prompts, R rows in flight, B rows in all, n continuations of a prompt, T tokens, V vocabulary.
 """
@@ -34,13 +35,13 @@ import torch.nn.functional as F
 
 import kernels
 from cache import Grouped, Level, Pool, Prefill, Rows, Tables
-from crew import Crew, crew_size, together
+from crew import Crew, Home, crew_size
 from kernels import fold, row_keys
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)    # rows of a CUDA graph
 LOOK = 8                  # steps between two looks at who has ended, on CUDA; on a CPU looking costs nothing
 SHARE = 0.5               # of the memory that is free after a warm-up: what the cache may take on CUDA when no limit is given
-SCORES = 1 << 28          # attention scores a prefill may hold at a time (fp32, a gigabyte); more prompts go in turns
+SCORES = 1 << 26          # attention scores of a prefill at a time (fp32, several tensors of 256 MB); more prompts go in turns
 
 
 # -------------------------------------------------------------------------------------------------- what goes in and out
@@ -84,7 +85,7 @@ class Completions:
     path: list = field(default=None, repr=False)         # [(Level, node of each row)], root first
     level: Level = field(default=None, repr=False)       # what the rows themselves wrote; None: dropped
     epoch: int = -1                                      # which tree of the sampler's they belong to
-    home: tuple = field(default=None, repr=False)        # which processes of the crew have them (crew.py); None: this one
+    home: Home = field(default=None, repr=False)         # which processes have the cache (crew.py); None: this one, if it has it
 
     def __len__(self):
         return len(self.lengths)
@@ -101,7 +102,8 @@ class Completions:
 
 
 class Watch:
-    """The host's view of who is alive. On CUDA it is a copy that was begun `LOOK` steps ago and has arrived long since; nobody waits."""
+    """The host's view of who is alive. On CUDA a copy that was begun `LOOK` steps ago: waiting for it keeps the host no more than that
+    ahead of the device, which always has steps to do."""
 
     def __init__(self, device):
         self.event = torch.cuda.Event() if device.type == "cuda" else None
@@ -155,7 +157,7 @@ class Sampler:
         c = model.config                                                # weights of q's and k's norms, head by head, or None
         self.norms = [self.cos.new_empty(c.heads + c.kv_heads, c.head_size) if c.qk_norm else None for _ in self.model.blocks]
         workers = workers or (1 if self.fused or cache_tokens else crew_size(self.device))
-        self.crew = Crew(self, workers) if workers > 1 else None
+        self.crew = Crew(workers) if workers > 1 else None
         self.refresh()
 
     @torch.no_grad()
@@ -166,7 +168,7 @@ class Sampler:
         for block, norms in zip(self.model.blocks, self.norms):
             if norms is not None:
                 norms[:self.model.config.heads], norms[self.model.config.heads:] = block.q_norm.weight, block.k_norm.weight
-        self.pool.epoch += 1
+        self.pool.renew()
 
     def generate(self, prompts, n, max_new_tokens, temperature=1.0, seed=0, first_row=0, **filters):
         """Samples n completions of each prompt (lists of token ids, lengths may differ).
@@ -175,13 +177,15 @@ class Sampler:
         first_row + i; equal seeds and numbers draw equal tokens. filters: top_k, top_p, min_p, for evaluation (see `filtered`).
         Raises ValueError for no prompts, an empty prompt, a token outside of the vocabulary, or one too long for the context.
         """
+        if not self.share:
+            prompts, n = [prompt for prompt in prompts for _ in range(n)], 1
         rows = torch.arange(len(prompts) * n, device=self.device)
         shares = self.crew.shares(prompts, n) if self.crew else None
         if shares:
-            limits = self._check(prompts, prompts, n, max_new_tokens, temperature)
+            limits = self._check(prompts, prompts, n, max_new_tokens, temperature, filters)
             orders = [("generate", None, (prompts[a:b], n, limits[a * n:b * n], temperature, seed, first_row + a * n), filters)
                       for a, b in shares]
-            return self.crew.keep(together(self.crew.call(self, orders), prompts, rows // n), [a * n for a, _ in shares])
+            return self.crew.call(self, orders, prompts, rows // n, [a * n for a, _ in shares])
         return self._sample(prompts, prompts, None, n, max_new_tokens, temperature, seed, rows // n, first_row + rows, 1, filters)
 
     def extend(self, completions, phrases, n, max_new_tokens, temperature=1.0, seed=0, rows=None, **filters):
@@ -192,29 +196,29 @@ class Sampler:
         was begun on CUDA, weights were refreshed, or there was no room.) Raises ValueError as generate does.
         """
         c = completions
-        rows = torch.arange(len(c), device=self.device) if rows is None else torch.as_tensor(rows, device=self.device)
-        if (rows[1:] <= rows[:-1]).any():
-            raise ValueError("rows must be given in ascending order: siblings lie side by side")
+        rows = torch.arange(len(c), device=self.device) if rows is None else torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        if (rows[1:] <= rows[:-1]).any() or (len(rows) and (rows[0] < 0 or rows[-1] >= len(c))):
+            raise ValueError(f"rows must be numbers of the {len(c)} rows, in ascending order: siblings lie side by side")
         prompts = [c.prompts[i // c.n] + c.ids[i] + phrase for i, phrase in zip(rows.tolist(), phrases, strict=True)]
         news = [c.ids[i][len(c.sampled[i]) - 1:] + phrase for i, phrase in zip(rows.tolist(), phrases)]
         parents = rows.repeat_interleave(n)
-        if c.home:
-            limits = self._check(prompts, news, n, max_new_tokens, temperature)
-            call, cuts = c.home
+        if self.crew and self.crew.has(c):
+            limits, cuts, call = self._check(prompts, news, n, max_new_tokens, temperature, filters), c.home.cuts, c.home.call
             bounds = torch.searchsorted(rows, torch.tensor(cuts)).tolist()                             # whose rows are whose
             orders = [("extend", call, (phrases[a:b], n, limits[a * n:b * n], temperature, seed, (rows[a:b] - first).numpy()), filters)
                       if a < b else None for first, a, b in zip(cuts, bounds, bounds[1:])]
-            return self.crew.keep(together(self.crew.call(self, orders), prompts, parents), [a * n for a in bounds[:-1]])
+            return self.crew.call(self, orders, prompts, parents, [a * n for a in bounds[:-1]])
         numbers = c.numbers[parents] * n + torch.arange(n, device=self.device).repeat(len(rows))
         return self._sample(prompts, news, (c, rows), n, max_new_tokens, temperature, seed, parents, numbers, c.depth + 1, filters)
 
     # ------------------------------------------------------------------------------------------------ from a call to jobs
 
-    def _check(self, prompts, news, n, max_new, temperature):
+    def _check(self, prompts, news, n, max_new, temperature, filters):
         """-> the limit of each row. ValueError for what cannot be sampled."""
         limits = [max_new] * (n * len(prompts)) if isinstance(max_new, int) else list(max_new)
-        if n < 1 or temperature < 0:
+        if n < 1 or not temperature >= 0:
             raise ValueError(f"cannot sample {n} completions at temperature {temperature}: at least 1, and 0 (greedy) or more")
+        filtering(**filters)
         V, context = self.model.config.vocab_size, self.model.config.context
         if not news or min(map(len, news)) == 0:
             raise ValueError("nothing to sample from: there are no prompts, or one of them is empty")
@@ -230,7 +234,7 @@ class Sampler:
 
     def _sample(self, prompts, news, above, n, max_new, temperature, seed, parents, numbers, depth, filters):
         """What generate and extend share. news: what is to be prefilled of each prompt; above: None, or (completions, their rows)."""
-        limits = self._check(prompts, news, n, max_new, temperature)
+        limits = self._check(prompts, news, n, max_new, temperature, filters)
         B, most = len(parents), max(limits)
         result = Result(torch.zeros(B, most + 1, dtype=torch.long, device=self.device), torch.zeros(B, most + 1, device=self.device),
                         torch.zeros(B, dtype=torch.long, device=self.device))
@@ -251,7 +255,7 @@ class Sampler:
         """Which prompts are worked on together, all if memory allows -> [(first, last, whether the cache of what is above serves)]."""
         self._measure(prompts)
         P, T = len(prompts), max(map(len, prompts))
-        cached = above is not None and above[0].level is not None and above[0].epoch == self.pool.epoch
+        cached = above is not None and above[0].level is not None and above[0].epoch == self.pool.epoch       # epochs are unique
         if cached and P * (T + n * most) <= self.pool.free():
             return [(0, P, True)]
         self.pool.reset()
@@ -278,8 +282,6 @@ class Sampler:
         """A turn: prefill, then decode -> path of the rows, their level (or None)."""
         if above is None:
             self.pool.reset()
-            if not self.share:
-                news, prompts, n = [p for p in news for _ in range(n)], [p for p in prompts for _ in range(n)], 1
             path, before = [], torch.zeros(len(news), dtype=torch.long, device=self.device)
         else:
             c, rows = above
@@ -320,7 +322,7 @@ class Sampler:
         """Seats rows as there is room, steps, looks who has ended, and closes up, until all have -> Level of the rows, or None."""
         B, most, seated, R, step, last = len(job.keys), result.tokens.shape[1] - 1, 0, 0, 0, 0
         capacity = int(min(B, self.pool.free() / most))
-        cache = self._cache(job.path, capacity, most)
+        cache = self._cache(job.path, capacity, most, capacity == B)
         rows, watch = cache.rows, Watch(self.device)
         rows.tokens, rows.logprobs = result.tokens, result.logprobs
         while True:
@@ -358,22 +360,24 @@ class Sampler:
             logits = filtered(logits.float() / (temperature or 1), **filters) * (temperature or 1)        # since choose divides
         (kernels.choose if self.fused else kernels.choose_torch)(logits, temperature, rows)
 
-    def _cache(self, path, capacity, most):
+    def _cache(self, path, capacity, most, whole):
         """Grouped or Tables for this call; Tables (and graphs) of an earlier call if they are large enough and the pool has not moved."""
         if not self.fused:
             rows = Rows.blank(capacity, len(path), self.model.config.end_token, self.device)
-            return Grouped(self.pool, [level for level, _ in path], rows, most)
+            return Grouped(self.pool, [level for level, _ in path], rows, most, whole)
         own = self.pool.level(capacity, most, torch.zeros(capacity, dtype=torch.long, device=self.device))
-        if self.tables is None or self.tables.k is not self.pool.k or len(self.tables.me) < capacity or len(self.tables.lines) < len(path):
+        old, levels = self.tables, max(2, len(path))
+        if old is None or old.moves != self.pool.moves or len(old.me) < capacity or len(old.lines) < levels:
             places = next((b for b in BUCKETS if b >= capacity), capacity)
-            rows = Rows.blank(places, len(path), self.model.config.end_token, self.device)
-            self.tables, self.graphs = Tables(self.model.config, self.pool, rows, places, len(path)), {}
+            rows = Rows.blank(places, levels, self.model.config.end_token, self.device)
+            self.tables, self.graphs = Tables(self.model.config, self.pool, rows, places, levels), {}
+            self.outputs = self.cos.new_empty(places if self.graph else 0, self.model.config.vocab_size)
         self.tables.rows.clear()                      # an interrupted call may have left rows behind
         self.tables.open([level for level, _ in path], own)
         return self.tables
 
-    def _logits(self, cache, rows):
-        """One decode step: the tokens chosen last go through the model -> logits [R, V] of the next ones.
+    def _logits(self, cache, rows, out=None):
+        """One decode step: the tokens chosen last go through the model -> logits [R, V] of the next ones, in `out` if that is given.
 
         This is model.Block, for one token a row, written so that what lies between two matrix products is one operation of kernels.py.
         """
@@ -388,38 +392,43 @@ class Sampler:
             x, h = add_norm(x, F.linear(cache.attend(layer, q).flatten(1), block.out.weight), block.norm2.weight, c.norm_eps)
             delta = F.linear(swiglu(F.linear(h, block.gate_up.weight)), block.down.weight)
         _, h = add_norm(x, delta, model.norm.weight, c.norm_eps)
-        return F.linear(h, model.head.weight)
+        return F.linear(h, model.head.weight) if out is None else torch.mm(h, model.head.weight.mT, out=out)
 
     def _replay(self, R):
         """`_logits` as a CUDA graph: for the next larger bucket, whose rows beyond R are empty places and write nothing.
 
-        Graphs are captured when first needed, from the largest down, so that the smaller ones find room in the memory of the largest.
+        Graphs are captured when first needed, from the largest down, so that the smaller ones find room in the memory of the largest; all
+        write their logits to one tensor.
         """
         places, levels = len(self.tables.me), len(self.tables.path)
         bucket = next((b for b in BUCKETS if b >= R and b <= places), places)
         if (bucket, levels) not in self.graphs:
+            slot = self.tables.rows.slot.clone()
+            self.tables.close()                           # steps that only warm up must neither write nor look at rows they do not have
             for b in sorted({places, *(b for b in BUCKETS if b < places)}, reverse=True):
                 self.graphs[b, levels] = self._capture(b)
-        graph, logits = self.graphs[bucket, levels]
-        graph.replay()
-        return logits[:R]
+            self.tables.rows.slot.copy_(slot)
+            self.tables.kept(R)
+        self.graphs[bucket, levels].replay()
+        return self.outputs[:R]
 
     def _capture(self, places):
-        """-> (graph, its output). The step is run first on a side stream: kernels compile and libraries set themselves up outside of the
-        capture. Running it is harmless, since only `choose` moves rows on."""
+        """-> CUDA graph. The step is run first on a side stream: kernels compile and libraries set themselves up outside of the capture."""
         rows, stream = self.tables.rows.part(0, places), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._logits(self.tables, rows)
+            self._logits(self.tables, rows, self.outputs[:places])
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=next((g.pool() for g, _ in self.graphs.values()), None)):
-            logits = self._logits(self.tables, rows)
-        return graph, logits
+        with torch.cuda.graph(graph, pool=next((other.pool() for other in self.graphs.values()), None)):
+            self._logits(self.tables, rows, self.outputs[:places])
+        return graph
 
 
 def filtering(top_k=0, top_p=1.0, min_p=0.0):
-    """Whether these filters keep any token out."""
+    """Whether these filters keep any token out. ValueError for values out of range."""
+    if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
+        raise ValueError(f"top_k {top_k} must be at least 0, top_p {top_p} in (0, 1], min_p {min_p} in [0, 1)")
     return top_k > 0 or top_p < 1 or min_p > 0
 
 

