@@ -10,7 +10,7 @@ import torch
 from conftest import END, VOCABULARY
 
 import crew as crew_module
-from cache import Rows
+from cache import Pool, Rows, Tables
 from kernels import at_position, choose_torch, exponentials, fold, mix, row_keys
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import GPT, ModelConfig
@@ -343,6 +343,36 @@ def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cac
         second, second_tight = (s.extend(c, phrases_for(len(rows)), 2, 30, seed=2, rows=rows) for s, c in ((free, first), (tight, first_tight)))
         assert second.tokens.tolist() == second_tight.tokens.tolist() and second.lengths.tolist() == second_tight.lengths.tolist()
         assert second.prompts == second_tight.prompts and worst_gap(gpt, second_tight) < 1e-4
+
+
+def test_rows_that_leave_leave_nothing(gpt):
+    """Catches places of rows that have left in which something goes on: they would write into the cache from a CUDA graph's padded rows."""
+    rows = seated(5, most=3)
+    rows.slot.copy_(torch.tensor([10, 20, 30, 40, 50]))
+    rows.length.copy_(torch.tensor([1, 2, 3, 1, 2]))
+    rows.keep(torch.tensor([False, True, False, True]), 4)
+    assert rows.slot.tolist() == [20, 40, -1, -1, 50] and rows.length.tolist() == [2, 1, 0, 0, 2] and rows.row.tolist()[:2] == [1, 3]
+    assert rows.alive.tolist() == [True, True, False, False, True]
+
+
+def test_tables_by_hand():
+    """Catches siblings that do not share a line (their keys would be read once a row), a line with too many, and lines left over from before:
+    7 rows below 3 nodes, 32 query heads a key head, so 2 rows to a line; then 2 rows."""
+    config = ModelConfig(VOCABULARY, heads=32, kv_heads=1)
+    pool, rows = Pool(config, torch.float32, "cpu", shared=True), Rows.blank(8, 1, END, "cpu")
+    level = pool.level(3, 5, torch.tensor([4, 5, 2]))
+    tables = Tables(config, pool, rows, 8, 1)
+    tables.open([level], pool.level(8, 6, torch.zeros(8)))
+    rows.nodes[0][:7] = torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    tables.admit(0, 7)
+    lines, starts, lengths = tables.lines[0]
+    assert lines.tolist() == [[0, 1], [2, -1], [3, -1], [4, 5], [6, -1], [-1, -1], [-1, -1], [-1, -1]]
+    assert starts[:5].tolist() == [0, 0, 5, 10, 10] and lengths.tolist() == [4, 4, 5, 2, 2, 0, 0, 0]
+    assert rows.start[:7].tolist() == [15 + 6 * i for i in range(7)] and tables.vacant == [7]
+    tables.keep(torch.tensor([False, True, False, False, False, False, True]), 7)
+    rows.nodes[0][:2] = torch.tensor([0, 2])
+    tables.kept(2)
+    assert lines[:3].tolist() == [[0, -1], [1, -1], [-1, -1]] and lengths[:3].tolist() == [4, 2, 0] and tables.vacant == [7, 0, 2, 3, 4, 5]
 
 
 def test_a_cache_too_small_is_named(gpt):
