@@ -27,6 +27,7 @@ Letters: P prompts, R rows in flight, B rows in all, n continuations of a prompt
 """
 import copy
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -446,5 +447,5 @@ def filtered(logits, top_k=0, top_p=1.0, min_p=0.0):
         p, order = logits.softmax(-1).sort(-1, descending=True)
         keep &= torch.empty_like(keep).scatter_(1, order, p.cumsum(-1) - p < top_p)      # what stands before it is still below p
     if min_p:
-        keep &= logits >= logits.amax(-1, keepdim=True) + torch.tensor(min_p).log()
+        keep &= logits >= logits.amax(-1, keepdim=True) + math.log(min_p)
     return logits.masked_fill(~keep, -torch.inf)
