@@ -47,6 +47,7 @@ class ModelConfig:
     qk_norm: bool = False    # Qwen3
     tied: bool = True        # the output head is the embedding table
     end_token: int = -1      # the token that ends a completion; -1: none does
+    rope_scaling: tuple | None = None      # Llama-3.x: factor, low and high frequency factor, original context
 
 
 # ------------------------------------------------------------------------------------------------------ building blocks
@@ -84,12 +85,18 @@ def constant(value, device):
         return torch.tensor(value, device=device)
 
 
-def rope_tables(context, head_size, theta):
+def rope_tables(context, head_size, theta, scaling=None):
     """-> cos, sin: [context, C] fp32. Position p turns the pair (i, i + C/2) by p · theta^(-2i/C) (arXiv 2104.09864, eq. 15).
 
-    The first half of sin carries the minus sign of the rotation, so that `rotate` is two products and a sum.
+    The first half of sin carries the minus sign of the rotation, so that `rotate` is two products and a sum. scaling: Llama-3.1's, which
+    slows turns that the original context saw less than once down by a factor, leaves fast ones, and blends in between.
     """
     frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)          # [C/2]
+    if scaling:
+        factor, low, high, original = scaling
+        turns = frequency * original / (2 * math.pi)                                   # in the original context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (blend + (1 - blend) / factor)
     angle = torch.arange(context).float()[:, None] * frequency                         # [context, C/2]
     return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
@@ -161,7 +168,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.depth)])
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = self.embed if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
-        cos, sin = rope_tables(config.context, config.head_size, config.rope_theta)
+        cos, sin = rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init)
@@ -195,6 +202,17 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin, attend)
         return self.norm(x)
+
+    @staticmethod
+    def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
+        """weights.from_pretrained: a GPT from a folder in Hugging Face's format."""
+        import weights  # which imports this file
+        return weights.from_pretrained(folder, compute, device, context)
+
+    def save_pretrained(self, folder, dtype=torch.bfloat16):
+        """weights.save_pretrained: a folder in Hugging Face's format."""
+        import weights
+        return weights.save_pretrained(self, folder, dtype)
 
     def parameter_groups(self):
         """-> {"matrices", "embeddings", "vectors"}: every parameter once. The field decays matrices alone: embeddings hold rows that

@@ -1,0 +1,142 @@
+"""Hugging Face weights, read and written: against transformers itself, on random tiny checkpoints of every family."""
+import json
+
+import pytest
+import torch
+
+import weights
+from flags import BadInput
+from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from sample import Sampler
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-extra.txt")
+pytestmark = pytest.mark.extra
+SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=128, rms_norm_eps=1e-5, eos_token_id=96)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {   # name: class of the model, what its config adds
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1_000_000.0))),
+    "qwen2, untied": ("Qwen2", dict(tie_word_embeddings=False)),
+    "qwen3": ("Qwen3", dict(tie_word_embeddings=True, head_dim=32)),
+    "llama3": ("Llama", dict(tie_word_embeddings=False, rope_parameters=LLAMA3)),
+    "smollm2": ("Llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=100_000.0))),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def theirs(request, tmp_path_factory):
+    """-> (folder, model of transformers) with random weights; norms and biases too, which are ones and zeros when new."""
+    name, more = FAMILIES[request.param]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SHAPE, **more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder, model
+
+
+def logits_of(gpt, tokens):
+    with torch.no_grad():
+        return gpt(tokens) @ gpt.head.weight.T
+
+
+def test_logits_are_theirs(theirs):
+    """Catches a matrix in another's place, a bias or norm left out, another theta, RoPE unscaled: fp32 logits within 1e-4 of transformers', beyond
+    the original context too."""
+    folder, model = theirs
+    gpt, tokens = GPT.from_pretrained(folder), torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(gpt, tokens), model(tokens).logits, atol=1e-4, rtol=0)
+    assert gpt.config.end_token == 96 and all(p.dtype == torch.float32 for p in gpt.parameters())
+
+
+def test_sampled_log_probabilities_are_theirs(theirs):
+    """Catches the same in the cached path: what our sampler says of its tokens is what transformers says of them."""
+    folder, model = theirs
+    c = Sampler(GPT.from_pretrained(folder), workers=1).generate([[1, 2, 3], [4, 5]], 3, 40, seed=0)
+    for i, sampled in enumerate(c.sampled):
+        prompt = c.prompts[i // c.n]
+        with torch.no_grad():
+            logp = model(torch.tensor([prompt + sampled])).logits[0].log_softmax(-1)
+        expected = logp[len(prompt) - 1:-1].gather(1, torch.tensor(sampled)[:, None])[:, 0]
+        torch.testing.assert_close(c.logprobs[i, :len(sampled)], expected, atol=1e-4, rtol=0)
+
+
+def test_round_trip(theirs, tmp_path):
+    """Catches a file that only we can read: written by us, loaded by transformers, the logits are the first ones; tokenizer files come along."""
+    folder, model = theirs
+    gpt = GPT.from_pretrained(folder)
+    out = gpt.save_pretrained(tmp_path / "mine", torch.float32)
+    back = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokens = torch.randint(0, 97, (2, 50), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(back(tokens).logits, model(tokens).logits, atol=1e-5, rtol=0)
+    assert type(back) is type(model) and (out / "tokenizer.json").exists() and {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
+    torch.testing.assert_close(logits_of(GPT.from_pretrained(out), tokens), logits_of(gpt, tokens), atol=0, rtol=0)
+
+
+def test_sharded_files_and_our_own_checkpoints(theirs, tmp_path):
+    """Catches a reader of one file only, and a checkpoint of ours that forgets RoPE's scaling."""
+    folder, model = theirs
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert (tmp_path / "shards/model.safetensors.index.json").exists()
+    whole, sharded = GPT.from_pretrained(folder), GPT.from_pretrained(tmp_path / "shards")
+    save_checkpoint(tmp_path / "ours.pt", whole)
+    tokens = torch.arange(90)[None]
+    for other in (sharded, load_checkpoint(tmp_path / "ours.pt")[0]):
+        assert torch.equal(logits_of(other, tokens), logits_of(whole, tokens))
+    assert GPT.from_pretrained(folder, context=40).config.context == 40
+
+
+def edited(theirs, tmp_path, **fields):
+    """A copy of the folder whose config.json says something else."""
+    folder = tmp_path / "edited"
+    folder.mkdir()
+    for path in theirs[0].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("fields, says", [
+    (dict(model_type="mamba"), "model_type = 'mamba'"), (dict(hidden_act="gelu"), "hidden_act = 'gelu'"), (dict(attention_bias=True), "attention_bias"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config"), (dict(use_sliding_window=True), "use_sliding_window"), (dict(mlp_bias=True), "mlp_bias"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"), (dict(rope_parameters=dict(rope_type="yarn")), "rope_type = 'yarn'"),
+    (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "partial_rotary_factor"),
+    (dict(hidden_size=32, head_dim=16), "config.json asks for"), (dict(num_hidden_layers=4), "is missing"), (dict(num_hidden_layers=2), "has no place"),
+])
+@pytest.mark.parametrize("theirs", ["smollm2"], indirect=True)
+def test_what_cannot_be_represented_is_named(theirs, tmp_path, fields, says):
+    """Catches a model that loads and is slightly wrong."""
+    with pytest.raises(BadInput, match=says):
+        GPT.from_pretrained(edited(theirs, tmp_path, **fields))
+
+
+@pytest.mark.parametrize("theirs", ["qwen2"], indirect=True)
+def test_damage_is_named(theirs, tmp_path):
+    """Catches a traceback for a folder that is not there, a file cut short, other formats, and JSON that is none."""
+    with pytest.raises(BadInput, match=r"config\.json: there is no such file"):
+        GPT.from_pretrained(tmp_path / "nowhere")
+    folder = edited(theirs, tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(BadInput, match="is damaged"):
+        GPT.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="only safetensors"):
+        GPT.from_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(BadInput, match="is not JSON"):
+        GPT.from_pretrained(folder)
+
+
+def test_models_that_no_family_has_are_not_written(tmp_path):
+    """Catches a checkpoint that transformers loads and computes otherwise."""
+    for switches, says in ((dict(qkv_bias=True, qk_norm=True), "no family"), (dict(qkv_bias=True, head_size=8), "no family")):
+        with pytest.raises(BadInput, match=says):
+            GPT(ModelConfig(97, 64, 2, 4, 2, **dict(head_size=16, hidden=96) | switches)).save_pretrained(tmp_path / "x")
+    assert weights.their_config(ModelConfig(97), torch.float32)["model_type"] == "llama"

@@ -1,0 +1,223 @@
+"""Weights in Hugging Face's format: read into our GPT, and written back for transformers, vLLM and everybody else.
+
+    model = GPT.from_pretrained("path/to/Qwen2.5-Math-1.5B")      # a folder with config.json and *.safetensors; needs `safetensors`
+    model.save_pretrained("out/mine")                             # the same format, tokenizer files copied along
+
+The idea. Qwen2, Qwen2.5, Qwen3, Llama-3 and SmolLM2 are one transformer with a few switches (model.py), and their files differ from ours in
+names alone: `NAMES` below is the whole map. Three of their matrices are one of ours (q, k and v; gate and up), one under the other.
+
+What our GPT cannot represent EXACTLY is refused, with the name of the field: other architectures, sliding windows in use, quantised
+weights, other activations, biases we have not, scalings of RoPE that we lack. A model that loads and is slightly wrong would train, and
+cost its user a week.
+
+Letters: L layers, N query heads, K key/value heads, C head size, D width.
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from flags import BadInput
+from model import GPT, ModelConfig, rope_tables
+
+NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the layer
+    "embed.weight": ("model.embed_tokens.weight",),
+    "norm.weight": ("model.norm.weight",),
+    "head.weight": ("lm_head.weight",),                                     # unless tied
+    "blocks.{}.norm1.weight": ("model.layers.{}.input_layernorm.weight",),
+    "blocks.{}.qkv.weight": tuple(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"),
+    "blocks.{}.qkv.bias": tuple(f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"),
+    "blocks.{}.q_norm.weight": ("model.layers.{}.self_attn.q_norm.weight",),
+    "blocks.{}.k_norm.weight": ("model.layers.{}.self_attn.k_norm.weight",),
+    "blocks.{}.out.weight": ("model.layers.{}.self_attn.o_proj.weight",),
+    "blocks.{}.norm2.weight": ("model.layers.{}.post_attention_layernorm.weight",),
+    "blocks.{}.gate_up.weight": ("model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
+    "blocks.{}.down.weight": ("model.layers.{}.mlp.down_proj.weight",),
+}
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}     # model_type: architecture
+COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+          "chat_template.jinja", "generation_config.json")                 # files that go along, where they exist
+
+
+def library():
+    """safetensors, or BadInput that says how to get it."""
+    try:
+        import safetensors.torch
+        return safetensors
+    except ImportError:
+        raise BadInput("Hugging Face weights need the package safetensors: pip install safetensors") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: there is no such file; a Hugging Face model is a folder with config.json and *.safetensors") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from None
+
+
+def refuse(path, field, value, reason):
+    raise BadInput(f"{path}: {field} = {value!r} cannot be represented exactly: {reason}")
+
+
+def our_config(theirs, path="config.json", context=None):
+    """config.json as a dict -> ModelConfig. context: a shorter one than the model's own. BadInput names what cannot be represented."""
+    kind = theirs.get("model_type")
+    if kind not in FAMILIES:
+        refuse(path, "model_type", kind, f"only {', '.join(FAMILIES)} (SmolLM2 is a llama) are this transformer")
+    for field, allowed, reason in (("hidden_act", "silu", "the MLP here is SwiGLU"),
+                                   ("quantization_config", None, "weights must not be quantised"),
+                                   ("use_sliding_window", False, "attention here reaches back to the first token"),
+                                   ("attention_bias", False, "the output projection here has no bias"),
+                                   ("mlp_bias", False, "the MLP here has no bias")):
+        if theirs.get(field, allowed) not in (allowed, None):
+            refuse(path, field, theirs[field], reason)
+    if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
+        refuse(path, "layer_types", theirs["layer_types"], "every layer here attends to everything")
+    try:
+        width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
+        theta, scaling = rope_of(theirs, path)
+        longest = theirs["max_position_embeddings"]
+        end = theirs.get("eos_token_id")
+        return ModelConfig(theirs["vocab_size"], width, theirs["num_hidden_layers"], heads, theirs.get("num_key_value_heads") or heads,
+                           theirs.get("head_dim") or width // heads, theirs["intermediate_size"], min(context or longest, longest),
+                           theta, theirs["rms_norm_eps"], qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+                           tied=bool(theirs.get("tie_word_embeddings", False)), rope_scaling=scaling,
+                           end_token=-1 if end is None else end[0] if isinstance(end, list) else end)
+    except KeyError as error:
+        raise BadInput(f"{path} has no field {error}") from None
+
+
+def rope_of(theirs, path):
+    """-> theta, None or Llama-3's (factor, low frequency factor, high frequency factor, original context)."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
+    if rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) not in (1, 1.0, None):
+        refuse(path, "partial_rotary_factor", rope.get("partial_rotary_factor"), "RoPE here turns whole heads")
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        refuse(path, "rope_type", kind, "of the scalings of RoPE only Llama-3's is known here")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return float(theta), tuple(float(rope[name]) for name in names)
+
+
+def their_config(c, dtype):
+    """ModelConfig -> config.json of the family that has these switches. BadInput where none has."""
+    if c.qkv_bias and c.qk_norm:
+        raise BadInput("no family of models has both q/k/v biases and q/k norms, so this one cannot be written for others")
+    kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    if kind == "qwen2" and c.head_size * c.heads != c.width:
+        raise BadInput(f"heads of a qwen2 have size width / heads = {c.width // c.heads}, not {c.head_size}: no family is like this model")
+    scaling = dict(zip(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), c.rope_scaling or ()))
+    if scaling:
+        scaling |= dict(rope_type="llama3", original_max_position_embeddings=int(c.rope_scaling[3]))
+    return dict(architectures=[FAMILIES[kind]], model_type=kind, vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.depth,
+                num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_size, intermediate_size=c.hidden,
+                max_position_embeddings=c.context, rope_theta=c.rope_theta, rope_scaling=scaling or None, rms_norm_eps=c.norm_eps,
+                hidden_act="silu", attention_bias=False, use_sliding_window=False, tie_word_embeddings=c.tied,
+                eos_token_id=None if c.end_token < 0 else c.end_token, torch_dtype=str(dtype).removeprefix("torch."))
+
+
+# -------------------------------------------------------------------------------------------------------------- tensors
+
+def pieces(name):
+    """Our parameter's name -> the names of theirs that are stacked in it."""
+    part = name.split(".")
+    layer, pattern = (part[1], ".".join(["blocks", "{}", *part[2:]])) if part[0] == "blocks" else ("", name)
+    return [theirs.format(layer) for theirs in NAMES[pattern]]
+
+
+def sizes(name, config):
+    """How many rows each of the stacked pieces has; None for a single one."""
+    if ".qkv." in name:
+        return [config.heads * config.head_size, config.kv_heads * config.head_size, config.kv_heads * config.head_size]
+    return [config.hidden, config.hidden] if ".gate_up." in name else None
+
+
+class Shards:
+    """The tensors of a folder, by name, whichever of its files they are in."""
+
+    def __init__(self, folder):
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self.file_of = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+        elif (folder / "model.safetensors").exists():
+            self.file_of = dict.fromkeys(self.open(folder / "model.safetensors").keys(), folder / "model.safetensors")
+        else:
+            raise BadInput(f"{folder} holds neither model.safetensors nor model.safetensors.index.json: only safetensors are read (other "
+                           "formats can run code)")
+        self.folder = folder
+
+    def open(self, path):
+        try:
+            return library().safe_open(path, "pt")
+        except FileNotFoundError:
+            raise BadInput(f"{path} is named in the index and not there: a shard is missing") from None
+        except Exception as error:
+            raise BadInput(f"{path} is damaged: {error}") from None
+
+    def get(self, name):
+        if name not in self.file_of:
+            raise BadInput(f"{self.folder}: the tensor {name} is missing")
+        return self.open(self.file_of[name]).get_tensor(name)
+
+
+def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
+    """-> GPT with the weights of a folder in Hugging Face's format, as fp32 masters; `source` remembers the folder.
+
+    context: a shorter context than the model's own (a long one costs memory for RoPE's tables). BadInput for whatever is missing, damaged,
+    of another shape, left over, or not representable.
+    """
+    folder, _ = Path(folder), library()
+    config = our_config(read_json(folder / "config.json"), folder / "config.json", context)
+    shards = Shards(folder)
+    with torch.device("meta"):                                # no time for random weights
+        model = GPT(config, compute)
+    model = model.to_empty(device=device)
+    for mine, table in zip((model.cos, model.sin), rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)):
+        mine.copy_(table)
+    used = set()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            used |= set(pieces(name))
+            found = torch.cat([shards.get(piece) for piece in pieces(name)])
+            if found.shape != parameter.shape:
+                raise BadInput(f"{folder}: {' + '.join(pieces(name))} together have shape {tuple(found.shape)}, config.json asks for "
+                               f"{tuple(parameter.shape)}")
+            parameter.copy_(found)
+    unneeded = {"lm_head.weight"} if config.tied else set()
+    left = [name for name in shards.file_of if name not in used | unneeded and not name.endswith("inv_freq")]
+    if left:
+        raise BadInput(f"{folder}: the tensor {left[0]} has no place in this transformer ({len(left)} such)")
+    model.source = folder
+    return model
+
+
+def save_pretrained(model, folder, dtype=torch.bfloat16):
+    """Writes config.json and model.safetensors to `folder`, tokenizer files of the model's source beside them -> Path.
+
+    dtype: of the weights on disk. The files are complete or not there: each is moved into place when it is written.
+    """
+    library()
+    folder, tensors = Path(folder), {}
+    for name, parameter in model.named_parameters():
+        parts = parameter.detach().to("cpu", dtype)
+        parts = parts.split(sizes(name, model.config)) if sizes(name, model.config) else [parts]
+        tensors |= {theirs: part.contiguous() for theirs, part in zip(pieces(name), parts)}
+    folder.mkdir(parents=True, exist_ok=True)
+    library().torch.save_file(tensors, folder / "model.safetensors.tmp", metadata=dict(format="pt"))
+    (folder / "config.json.tmp").write_text(json.dumps(their_config(model.config, dtype), indent=2) + "\n")
+    for name in ("model.safetensors", "config.json"):
+        os.replace(folder / f"{name}.tmp", folder / name)
+    source = getattr(model, "source", None)
+    for name in COPIED if source and source.resolve() != folder.resolve() else ():
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+    return folder
