@@ -1,4 +1,4 @@
-"""The tokenizer: a tiktoken.Encoding built in memory, so that nothing is downloaded.
+"""The tokenizer, a tiktoken.Encoding in every case: built in memory for our own tasks, or converted from a Hugging Face model's files.
 
     python tokenizer.py "x in {3, 8}, (x*4)+7 = 6 (mod 11)"      # shows how a text is cut
 
@@ -10,11 +10,20 @@ then sees `7+8=4` as five symbols that mean something, and learns arithmetic man
 
 The end-of-answer token is `<|endoftext|>` (tiktoken's `eot_token`). `encode_ordinary` never produces it from text, so neither
 a problem nor a model can forge an end.
+
+`convert` reads the byte-level BPE of Qwen, Llama-3, GPT-2 and SmolLM2. tiktoken cuts text as the original library does under a condition,
+which is checked token by token before the result is trusted.
 """
+import itertools
+import json
 import re
 import sys
+import unicodedata
+from pathlib import Path
 
 import tiktoken
+
+from flags import BadInput
 
 # The seven guiding phrases of MGRPO's layer 2 (as both public re-implementations give them; see mgrpo.py, unknown 1).
 PHRASES = (
@@ -47,6 +56,139 @@ def build_encoding():
     return tiktoken.Encoding("nano-mgrpo", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
+
+# ------------------------------------------------------------------------------------------- Hugging Face's byte-level BPE
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"     # every digit cut off first: SmolLM2
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+CLASSES = {"Qwen2Tokenizer": (QWEN2, True), "GPT2Tokenizer": (GPT2, False)}     # without a tokenizer.json: pattern, whether NFC
+
+
+class Converted(tiktoken.Encoding):
+    """A tiktoken.Encoding that applies NFC where the original does, and decodes ids that are not in the vocabulary to a replacement
+    character (models have more logits than tokens: rows of padding)."""
+
+    def __init__(self, *args, nfc=False, **keywords):
+        super().__init__(*args, **keywords)
+        self.nfc = nfc
+        self.bytes_of = {number: text for text, number in self._mergeable_ranks.items()}
+        self.bytes_of |= {number: text.encode() for text, number in self._special_tokens.items()}
+
+    def encode_ordinary(self, text):
+        return super().encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+
+    def decode(self, tokens, errors="replace"):
+        return b"".join(self.bytes_of.get(token, "\ufffd".encode()) for token in tokens).decode("utf-8", errors)
+
+    def decode_batch(self, batch, **_):
+        return [self.decode(tokens) for tokens in batch]
+
+
+def byte_of():
+    """GPT-2's alphabet: {character: the byte it stands for}. Printable bytes stand for themselves; the others are 256, 257, ..."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def convert(folder):
+    """A folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json -> Converted.
+
+    BadInput names what tiktoken cannot do in the same way: another model than byte-level BPE, another normaliser, several cuts in
+    sequence, or merges that it would apply in another order (`check_merges`). What is not written in the alphabet of bytes is an added token.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():
+        whole = read_json(folder / "tokenizer.json")
+        model, added = whole["model"], {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
+        pattern, nfc = pattern_of(whole.get("pre_tokenizer"), folder), uses_nfc(whole.get("normalizer"), folder)
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+            raise BadInput(f"{folder}/tokenizer.json: model {model.get('type')} is not byte-level BPE, which is all that is converted here")
+        vocabulary, merges = model["vocab"], model["merges"]
+    else:
+        config = read_json(folder / "tokenizer_config.json")
+        kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+        if kind not in CLASSES:
+            raise BadInput(f"{folder}: without a tokenizer.json only {', '.join(CLASSES)} are known, not {kind}")
+        added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
+        (pattern, nfc), model, vocabulary = CLASSES[kind], {}, read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
+    alphabet = byte_of()
+    added |= {text: number for text, number in vocabulary.items() if not alphabet.keys() >= set(text)}
+    ranks = {bytes(alphabet[c] for c in text): number for text, number in vocabulary.items() if text not in added}
+    halves = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    pairs = [tuple(bytes(alphabet[c] for c in part) for part in half) for half in halves]
+    check_merges(ranks, pairs, folder, bool(model.get("ignore_merges")))
+    return Converted(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=added, nfc=nfc)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: there is no such file; a tokenizer is tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json"
+                       ) from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from None
+
+
+def uses_nfc(normalizer, folder):
+    """Whether text is put into NFC first. BadInput for other normalisers."""
+    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
+    for step in steps:
+        if step["type"] != "NFC":
+            raise BadInput(f"{folder}/tokenizer.json: the normaliser {step['type']} is not known here; only NFC is")
+    return bool(steps)
+
+
+def pattern_of(cutter, folder):
+    """The pre-tokenizer -> ONE pattern that cuts text in the same places. BadInput where there is none."""
+    steps = (cutter or {}).get("pretokenizers", [cutter] if cutter else [])
+    kinds = [step["type"] for step in steps]
+    if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
+        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+            return GPT2
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+            return GPT2_DIGITS
+        plain = len(steps) == 2 and kinds[0] == "Split" and not steps[1].get("use_regex", True)
+        if plain and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
+            return steps[0]["pattern"]["Regex"]
+    raise BadInput(f"{folder}/tokenizer.json: text is cut by {' then '.join(kinds) or 'nothing'}, which is not one pattern: joined into one "
+                   "it would cut in other places")
+
+
+def check_merges(ranks, pairs, folder, ignore_merges=False):
+    """BadInput, naming the first bad merge, unless tiktoken merges in the same order as the original.
+
+    tiktoken has ONE number as rank and id, and looks a whole piece up before it merges. Both agree if products of merges rise in id, and
+    if every token of several bytes, merged with lower ranks alone, ends as exactly the two parts of its merge. (With ignore_merges,
+    Llama-3's way, the original looks whole pieces up too, and tokens without a merge are fine.)
+    """
+    parts_of, last = {}, -1
+    for a, b in pairs:
+        if ranks.get(a + b, -1) <= last:
+            raise BadInput(f"{folder}: the merge {a!r} + {b!r} has id {ranks.get(a + b)}, after one with id {last}: tiktoken would merge in "
+                           "another order")
+        last = ranks[a + b]
+        parts_of[a + b] = a, b
+    for token, rank in ranks.items():
+        if len(token) > 1 and not (ignore_merges and token not in parts_of):
+            parts = merged(token, ranks, rank)
+            if tuple(parts) != parts_of.get(token):
+                raise BadInput(f"{folder}: the token {token!r} is made of {parts} by tiktoken, of {parts_of.get(token)} by its merges")
+
+
+def merged(token, ranks, below):
+    """The parts that byte-pair merging leaves of `token` when only products of rank < `below` exist."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        best, i = min((ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+        if best >= below:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 def main():
     encoding = build_encoding()

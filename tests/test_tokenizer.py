@@ -1,0 +1,136 @@
+"""Converted tokenizers against the `tokenizers` library, token for token; and what must be refused."""
+import base64
+import json
+import random
+import unicodedata
+
+import pytest
+from conftest import SHARED
+
+from flags import BadInput
+from tokenizer import GPT2, QWEN2, byte_of, check_merges, convert, merged
+
+FILES = SHARED / "tokenizers"
+needs_shared = pytest.mark.skipif(not FILES.exists(), reason="needs ../shared/tokenizers")
+
+
+def odd_strings(count, seed=0):
+    """Strings that tokenizers disagree about: spaces, newlines, digits, contractions, combining marks, all of Unicode."""
+    rng = random.Random(seed)
+    bits = ["'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "12", "0", "٣", "é", "e\u0301", "ﬁ", "中文", "👍🏽", "\u200d", "x=1", "<b>", "Hello", " world", "the", "!!", "\u3000"]
+    draw = lambda: rng.choice([*bits, chr(rng.choice([rng.randrange(32, 127), rng.randrange(160, 0xD800), rng.randrange(0xE000, 0x110000)]))])
+    return ["".join(draw() for _ in range(rng.randint(0, 14))) for _ in range(count)]
+
+
+def small(tmp_path, pretokenizer, normalizer=None, name="tok"):
+    """A BPE trained here by the `tokenizers` library on a few sentences -> (library's tokenizer, folder)."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers (comes with transformers): pip install -r requirements-extra.txt")
+    original = tokenizers.Tokenizer(tokenizers.models.BPE())
+    original.pre_tokenizer, original.decoder = pretokenizer(tokenizers), tokenizers.decoders.ByteLevel()
+    if normalizer:
+        original.normalizer = normalizer(tokenizers)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    original.train_from_iterator(odd_strings(3000, 1) + ["the world is 12 and the word's 120 here"] * 50, trainer)
+    original.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / name).mkdir()
+    original.save(str(tmp_path / name / "tokenizer.json"))
+    return original, tmp_path / name
+
+
+CUTS = {
+    "gpt2": lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm2": lambda t: t.pre_tokenizers.Sequence([t.pre_tokenizers.Digits(individual_digits=True), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "qwen2": lambda t: t.pre_tokenizers.Sequence([t.pre_tokenizers.Split(t.Regex(QWEN2), "isolated"),
+                                                  t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+}
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("cut", CUTS)
+def test_token_for_token(cut, tmp_path):
+    """Catches another pattern, NFC forgotten, merges in another order: 4,000 odd strings give the library's ids and come back as they were."""
+    original, folder = small(tmp_path, CUTS[cut], (lambda t: t.normalizers.NFC()) if cut == "qwen2" else None)
+    encoding = convert(folder)
+    for text in odd_strings(4000, 2):
+        ids = encoding.encode_ordinary(text)
+        assert ids == original.encode(text, add_special_tokens=False).ids, ascii(text)
+        assert encoding.decode(ids) == (unicodedata.normalize("NFC", text) if cut == "qwen2" else text)
+    assert encoding.eot_token == original.token_to_id("<|endoftext|>")
+    assert encoding.eot_token not in encoding.encode_ordinary("<|endoftext|>")
+
+
+@pytest.mark.extra
+@needs_shared
+def test_tiny_qwen_like_from_either_form():
+    """Catches a converter that only knows its own files: tokenizer.json of ../shared against the library."""
+    tokenizers = pytest.importorskip("tokenizers")
+    encoding, original = convert(FILES / "tiny_qwen_like"), tokenizers.Tokenizer.from_file(str(FILES / "tiny_qwen_like/tokenizer.json"))
+    for text in odd_strings(4000, 3):
+        assert encoding.encode_ordinary(text) == original.encode(text).ids, ascii(text)
+    assert encoding.n_vocab == 2004 and encoding.decode([0, 999_999]) == encoding.decode([0]) + "\ufffd"
+
+
+@needs_shared
+def test_vocab_and_merges(tmp_path):
+    """Catches the first merge taken for a comment, or the comment for a merge: vocab.json + merges.txt give what tokenizer.json gives."""
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((FILES / "tiny_qwen_like" / name).read_bytes())
+    added = {str(token["id"]): token for token in json.loads((FILES / "tiny_qwen_like/tokenizer.json").read_text())["added_tokens"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="Qwen2TokenizerFast", added_tokens_decoder=added)))
+    ours, whole = convert(tmp_path), convert(FILES / "tiny_qwen_like")
+    for text in odd_strings(1500, 4):
+        assert ours.encode_ordinary(text) == whole.encode_ordinary(text)
+
+
+@needs_shared
+def test_gpt2s_merges_are_valid():
+    """Catches a validity test that refuses what is valid: GPT-2's 50,000 merges hold, and so do 10,000 of Qwen's ranks against themselves."""
+    alphabet = byte_of()
+    vocabulary = json.loads((FILES / "gpt2/encoder.json").read_text())
+    ranks = {bytes(alphabet[c] for c in text): number for text, number in vocabulary.items() if text != "<|endoftext|>"}
+    lines = (FILES / "gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
+    check_merges(ranks, [tuple(bytes(alphabet[c] for c in part) for part in line.split(" ")) for line in lines if line], "gpt2")
+    qwen = {base64.b64decode(text): int(rank) for text, rank in map(str.split, (FILES / "qwen/qwen.tiktoken").read_text().splitlines())}
+    assert all(len(merged(token, qwen, qwen[token])) == 2 for token in list(qwen)[256:10_000])
+
+
+A = {bytes([b]): i for i, b in enumerate(b"abc")}
+
+
+@pytest.mark.parametrize("ranks, pairs, says", [
+    (A | {b"bc": 3, b"ab": 4}, [(b"a", b"b"), (b"b", b"c")], "in another order"),
+    (A | {b"ab": 3, b"abc": 4}, [(b"a", b"b")], "abc"),
+    (A | {b"ab": 3, b"bc": 4, b"abc": 5}, [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")], "abc"),
+])
+def test_merges_that_tiktoken_would_do_otherwise(ranks, pairs, says):
+    """Catches the toy cases in which both libraries cut `abc` differently: ids out of order, a token without a merge, another pair."""
+    with pytest.raises(BadInput, match=says):
+        check_merges(ranks, pairs, "toy")
+
+
+def test_ignored_merges():
+    """Catches Llama-3's tokens without a merge refused: there the original looks whole pieces up, as tiktoken does."""
+    check_merges(A | {b"ab": 3, b"abc": 4}, [(b"a", b"b")], "toy", ignore_merges=True)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(normalizer=dict(type="NFKC")), "NFKC"), (dict(model=dict(type="Unigram", vocab={}, merges=[])), "Unigram"),
+    (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Split"), dict(type="Split"), dict(type="ByteLevel")])), "Split then Split then ByteLevel"),
+    (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)), "not one pattern"), (dict(pre_tokenizer=None), "cut by nothing"),
+])
+def test_what_is_not_converted_is_named(change, says, tmp_path):
+    """Catches a tokenizer that is nearly converted."""
+    whole = dict(pre_tokenizer=dict(type="ByteLevel", use_regex=True), model=dict(type="BPE", vocab={}, merges=[])) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(BadInput, match=says):
+        convert(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    """Catches a traceback for a folder without a tokenizer, and for JSON that is none."""
+    with pytest.raises(BadInput, match="there is no such file"):
+        convert(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[")
+    with pytest.raises(BadInput, match="is not JSON"):
+        convert(tmp_path)
+    assert GPT2 != QWEN2
