@@ -96,7 +96,7 @@ def convert(folder):
     """A folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json -> Converted.
 
     BadInput names what tiktoken cannot do in the same way: another model than byte-level BPE, another normaliser, several cuts in
-    sequence, or merges that it would apply in another order (`check_merges`). What is not written in the alphabet of bytes is an added token.
+    sequence, or merges that it would apply in another order (`check_merges`). What is not written in the bytes' alphabet is an added token.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
@@ -155,8 +155,8 @@ def pattern_of(cutter, folder):
         plain = len(steps) == 2 and kinds[0] == "Split" and not steps[1].get("use_regex", True)
         if plain and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
             return steps[0]["pattern"]["Regex"]
-    raise BadInput(f"{folder}/tokenizer.json: text is cut by {' then '.join(kinds) or 'nothing'}, which is not one pattern: joined into one "
-                   "it would cut in other places")
+    raise BadInput(f"{folder}/tokenizer.json: text is cut by {' then '.join(kinds) or 'nothing'}, which is not one pattern: joined into "
+                   "one it would cut in other places")
 
 
 def check_merges(ranks, pairs, folder, ignore_merges=False):
@@ -169,8 +169,8 @@ def check_merges(ranks, pairs, folder, ignore_merges=False):
     parts_of, last = {}, -1
     for a, b in pairs:
         if ranks.get(a + b, -1) <= last:
-            raise BadInput(f"{folder}: the merge {a!r} + {b!r} has id {ranks.get(a + b)}, after one with id {last}: tiktoken would merge in "
-                           "another order")
+            raise BadInput(f"{folder}: the merge {a!r} + {b!r} has id {ranks.get(a + b)}, after one with id {last}: tiktoken would merge "
+                           "in another order")
         last = ranks[a + b]
         parts_of[a + b] = a, b
     for token, rank in ranks.items():
