@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 
 LEAST = 32                # rows a process should have, or it is not worth asking
+MOST = 16                 # processes: a rollout has not many times LEAST rows
 
 
 def crew_size(device):
-    """How many processes to sample with: one a thread on a CPU, where there are forks."""
-    return torch.get_num_threads() if device.type == "cpu" and sys.platform == "linux" else 1
+    """How many processes to sample with: one a thread on a CPU, at most MOST, where there are forks."""
+    return min(MOST, torch.get_num_threads()) if device.type == "cpu" and sys.platform == "linux" else 1
 
 
 @dataclass(eq=False)
