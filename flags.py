@@ -13,9 +13,11 @@ said in one sentence on stderr, with exit code 2 and no traceback.
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import sys
 import textwrap
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -99,6 +101,16 @@ def parse_flags(config, doc, presets=None, argv=None, refused=()):
         sys.exit(0)
     given = parse(config, argv, refused)
     return config(**{**(presets(given) if presets else {}), **given})
+
+
+def read_json(path, hint):
+    """What a JSON file holds. BadInput when it is not there (`hint` says what was expected) or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: there is no such file; {hint}") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from None
 
 
 def guarded(main):

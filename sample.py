@@ -71,7 +71,7 @@ class Completions:
 
     tokens [B, T] (end token included, zeros behind it), logprobs [B, T] fp32 at the sampling temperature (at 1 for greedy),
     lengths [B], ended [B] (False: cut at max_new_tokens), parents [B] (the prompt in `generate`, the row of the
-    completions extended in `extend`), numbers [B] (the row's own number, for keys). filtered: drawn with top-k, top-p or min-p.
+    completions extended in `extend`), numbers [B] (the row's own number, for keys).
     """
     prompts: list
     n: int
@@ -82,7 +82,6 @@ class Completions:
     ended: torch.Tensor
     parents: torch.Tensor
     numbers: torch.Tensor
-    filtered: bool = False
     path: list = field(default=None, repr=False)         # [(Level, node of each row)], root first
     level: Level = field(default=None, repr=False)       # what the rows themselves wrote; None: dropped
     epoch: int = -1                                      # which tree of the sampler's they belong to
@@ -250,7 +249,7 @@ class Sampler:
         behind = torch.arange(T, device=self.device) >= result.lengths[:, None]
         tokens, logprobs = (x[:, :T].masked_fill(behind, 0) for x in (result.tokens, result.logprobs))
         return Completions(prompts, n, depth, tokens, logprobs, result.lengths, last == self.model.config.end_token, parents, numbers,
-                           bool(filters), path, level, self.pool.epoch)
+                           path, level, self.pool.epoch)
 
     def _turns(self, prompts, above, n, most):
         """Which prompts are worked on together, all if memory allows -> [(first, last, whether the cache of what is above serves)]."""
@@ -367,9 +366,10 @@ class Sampler:
             rows = Rows.blank(capacity, len(path), self.model.config.end_token, self.device)
             return Grouped(self.pool, [level for level, _ in path], rows, most, whole)
         own = self.pool.level(capacity, most, torch.zeros(capacity, dtype=torch.long, device=self.device))
-        old, levels = self.tables, max(2, len(path))
-        if old is None or old.moves != self.pool.moves or len(old.me) < capacity or len(old.lines) < levels:
-            places = next((b for b in BUCKETS if b >= capacity), capacity)
+        old, places, levels = self.tables, next((b for b in BUCKETS if b >= capacity), capacity), max(2, len(path))
+        if old is not None:                           # never smaller than before, or a large call after a small one would capture anew
+            places, levels = max(places, len(old.me)), max(levels, len(old.lines))
+        if old is None or old.moves != self.pool.moves or (places, levels) != (len(old.me), len(old.lines)):
             rows = Rows.blank(places, levels, self.model.config.end_token, self.device)
             self.tables, self.graphs = Tables(self.model.config, self.pool, rows, places, levels), {}
             self.outputs = self.cos.new_empty(places if self.graph else 0, self.model.config.vocab_size)

@@ -15,7 +15,6 @@ a problem nor a model can forge an end.
 which is checked token by token before the result is trusted.
 """
 import itertools
-import json
 import re
 import sys
 import unicodedata
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import tiktoken
 
-from flags import BadInput
+from flags import BadInput, read_json
 
 # The seven guiding phrases of MGRPO's layer 2 (as both public re-implementations give them; see mgrpo.py, unknown 1).
 PHRASES = (
@@ -62,6 +61,7 @@ def build_encoding():
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"     # every digit cut off first: SmolLM2
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+FILES = "a tokenizer is tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json"
 CLASSES = {"Qwen2Tokenizer": (QWEN2, True), "GPT2Tokenizer": (GPT2, False)}     # without a tokenizer.json: pattern, whether NFC
 
 
@@ -100,19 +100,19 @@ def convert(folder):
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
-        whole = read_json(folder / "tokenizer.json")
+        whole = read_json(folder / "tokenizer.json", FILES)
         model, added = whole["model"], {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
         pattern, nfc = pattern_of(whole.get("pre_tokenizer"), folder), uses_nfc(whole.get("normalizer"), folder)
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             raise BadInput(f"{folder}/tokenizer.json: model {model.get('type')} is not byte-level BPE, which is all that is converted here")
         vocabulary, merges = model["vocab"], model["merges"]
     else:
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json", FILES)
         kind = str(config.get("tokenizer_class")).removesuffix("Fast")
         if kind not in CLASSES:
             raise BadInput(f"{folder}: without a tokenizer.json only {', '.join(CLASSES)} are known, not {kind}")
         added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
-        (pattern, nfc), model, vocabulary = CLASSES[kind], {}, read_json(folder / "vocab.json")
+        (pattern, nfc), model, vocabulary = CLASSES[kind], {}, read_json(folder / "vocab.json", FILES)
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
     alphabet = byte_of()
@@ -122,16 +122,6 @@ def convert(folder):
     pairs = [tuple(bytes(alphabet[c] for c in part) for part in half) for half in halves]
     check_merges(ranks, pairs, folder, bool(model.get("ignore_merges")))
     return Converted(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=added, nfc=nfc)
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: there is no such file; a tokenizer is tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json"
-                       ) from None
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON: {error}") from None
 
 
 def uses_nfc(normalizer, folder):

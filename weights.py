@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from flags import BadInput
+from flags import BadInput, read_json
 from model import GPT, ModelConfig, rope_tables
 
 NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the layer
@@ -37,6 +37,7 @@ NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the la
     "blocks.{}.down.weight": ("model.layers.{}.mlp.down_proj.weight",),
 }
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}     # model_type: architecture
+FILES = "a Hugging Face model is a folder with config.json and *.safetensors"
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
           "chat_template.jinja", "generation_config.json")                 # files that go along, where they exist
 
@@ -51,15 +52,6 @@ def library():
 
 
 # --------------------------------------------------------------------------------------------------------------- config
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{path}: there is no such file; a Hugging Face model is a folder with config.json and *.safetensors") from None
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON: {error}") from None
-
 
 def refuse(path, field, value, reason):
     raise BadInput(f"{path}: {field} = {value!r} cannot be represented exactly: {reason}")
@@ -147,7 +139,7 @@ class Shards:
     def __init__(self, folder):
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self.file_of = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+            self.file_of = {name: folder / file for name, file in read_json(index, FILES)["weight_map"].items()}
         elif (folder / "model.safetensors").exists():
             self.file_of = dict.fromkeys(self.open(folder / "model.safetensors").keys(), folder / "model.safetensors")
         else:
@@ -176,7 +168,7 @@ def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
     of another shape, left over, or not representable.
     """
     folder, _ = Path(folder), library()
-    config = our_config(read_json(folder / "config.json"), folder / "config.json", context)
+    config = our_config(read_json(folder / "config.json", FILES), folder / "config.json", context)
     shards = Shards(folder)
     with torch.device("meta"):                                # no time for random weights
         model = GPT(config, compute)

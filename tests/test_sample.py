@@ -10,6 +10,7 @@ import torch
 from conftest import END, VOCABULARY
 
 import crew as crew_module
+import sample
 from cache import Pool, Rows, Tables
 from kernels import at_position, choose_torch, exponentials, fold, mix, row_keys
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
@@ -399,6 +400,40 @@ def test_each_row_has_its_limit(gpt, random_prompts):
         Sampler(gpt).generate(random_prompts, 2, [4, 5, 6])
 
 
+class Late:
+    """sample.Watch as it is on CUDA, without CUDA: what it says is three steps old, and it says it every third step."""
+
+    def __init__(self, device):
+        self.forget()
+
+    def forget(self):
+        self.steps, self.seen = 0, None
+
+    def look(self, alive):
+        self.steps += 1
+        if self.steps % 3:
+            return None
+        self.seen, seen = alive.clone(), self.seen
+        return seen
+
+
+@pytest.mark.parametrize("cache_tokens", [0, 200])
+def test_late_news_of_who_has_ended(gpt, random_prompts, cache_tokens, monkeypatch):
+    """Catches rows that go on after their end until the host hears of it (it looks every few steps on CUDA): tokens, lengths and ends are those of a
+    host that sees everything, with and without rows that wait."""
+    prompt, late = Sampler(gpt, workers=1), Sampler(gpt, workers=1, cache_tokens=cache_tokens)
+    results = []
+    for sampler, watch in ((prompt, sample.Watch), (late, Late)):
+        monkeypatch.setattr(sample, "Watch", watch)
+        first = sampler.generate(random_prompts, 6, [3 + i % 38 for i in range(42)], seed=2)
+        results.append((first, sampler.extend(first, phrases_for(42), 2, 30, seed=2)))
+    for on_time, behind in zip(*results):
+        for name in ("tokens", "lengths", "ended"):
+            assert getattr(on_time, name).tolist() == getattr(behind, name).tolist(), name
+        assert worst_gap(gpt, behind) < 1e-4
+    assert len(set(results[0][0].lengths.tolist())) > 20, "rows must end at different times, or nothing is late"
+
+
 def test_an_outdated_cache_is_not_used(gpt, random_prompts):
     """Catches corrections sampled on keys of weights that are gone: after refresh() what is extended is what a fresh prompt gives."""
     sampler = Sampler(gpt)
@@ -421,12 +456,12 @@ def test_filters_by_hand():
 
 
 def test_filters_in_the_sampler(gpt, random_prompts):
-    """Catches filters that reach no token: the likeliest alone is greedy whatever the temperature, and the result says that it was filtered."""
+    """Catches filters that reach no token: the likeliest alone is greedy whatever the temperature, in either layer."""
     sampler = Sampler(gpt)
     greedy, one = sampler.generate(random_prompts, 1, 12, temperature=0), sampler.generate(random_prompts, 1, 12, temperature=2.0, top_k=1)
-    assert greedy.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any() and (greedy.filtered, one.filtered) == (False, True)
-    assert not sampler.generate(random_prompts, 1, 3, top_k=0, top_p=1.0).filtered
-    assert sampler.extend(greedy, phrases_for(7), 1, 5, top_p=0.5).filtered
+    assert greedy.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any()
+    second, one = (sampler.extend(greedy, phrases_for(7), 1, 5, **how) for how in (dict(temperature=0), dict(temperature=2.0, top_p=1e-6)))
+    assert second.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any()
 
 
 def test_training_rollouts_are_not_filtered(gpt, encoding):
