@@ -268,7 +268,7 @@ def launches_of(shape, rows, prompt, own, group):
         turn = x.new_empty(rows, C)
         kernels.rope_store(x.new_empty(rows, (N + 2 * K) * C), x.new_empty(N + K, C), turn, turn, me, k, v, N, 1e-6)
         kernels.attend(x.new_empty(rows, N, C), k, v, [(table, me, me), (me[:, None], me, me)], kernels.splits_for(rows, K))
-        flight = Rows.blank(rows, 1, 0, "cpu")
+        flight = Rows.blank(rows, 1, (0,), "cpu")
         flight.tokens, flight.logprobs = torch.empty(rows, own, dtype=torch.long), torch.empty(rows, own)
         kernels.choose(x.new_empty(rows, V), 1.0, flight)
     finally:

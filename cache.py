@@ -124,14 +124,15 @@ class Rows:
     nodes: list               # for each level of the path [places], the node that the row continues
     tokens: torch.Tensor = None      # [B, most + 1] the result
     logprobs: torch.Tensor = None    # [B, most + 1]
-    end_token: int = -1
+    ends: torch.Tensor = None        # [4] tokens that end a row, -1 where there are fewer
 
     @staticmethod
-    def blank(places, levels, end_token, device):
+    def blank(places, levels, end_tokens, device):
         zeros = [torch.zeros(places, dtype=torch.long, device=device) for _ in range(7 + levels)]
         token, position, length, slot, start, limit, row, *nodes = zeros
         return Rows(token, position, length, slot.fill_(-1), start, limit, torch.zeros(places, dtype=torch.int32, device=device), row,
-                    torch.zeros(places, dtype=torch.bool, device=device), nodes, end_token=end_token)
+                    torch.zeros(places, dtype=torch.bool, device=device), nodes,
+                    ends=torch.tensor([*end_tokens, -1, -1, -1, -1][:4], device=device))
 
     def part(self, first, last):
         """Places first .. last - 1 as Rows: views."""
@@ -167,7 +168,7 @@ class Rows:
         self.token.copy_(token)
         for x in (self.position, self.length, self.slot):
             x += self.alive
-        self.alive &= (token != self.end_token) & (self.length < self.limit)
+        self.alive &= ~torch.isin(token, self.ends) & (self.length < self.limit)
 
 
 # -------------------------------------------------------------------------------------------------- grouped rows, in torch

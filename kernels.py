@@ -361,7 +361,7 @@ def choose_torch(logits, temperature, rows):
     logarithm is the Gumbel-max trick: argmax log p_v - log E_v.) logits: [R, V]; temperature: 0 is greedy, with log-probabilities at 1.
 
     rows: cache.Rows, whose rows that are alive are moved on by a token: token and fp32 log-probability noted, length and position up by
-    one, and no longer alive after the end token or at their limit.
+    one, and no longer alive after an end token or at their limit.
     """
     p = scaled(logits, temperature).softmax(-1)                                            # [R, V]
     token = p.argmax(-1) if temperature == 0 else exponentials(at_position(rows.key, rows.length), p.shape[1]).div_(p).argmin(-1)
@@ -369,7 +369,7 @@ def choose_torch(logits, temperature, rows):
 
 
 @jit
-def _choose(logits, key, token, position, length, slot, limit, alive, row, tokens, logprobs, V, stride, temperature, noise, end_token, most,
+def _choose(logits, key, token, position, length, slot, limit, alive, row, tokens, logprobs, V, stride, temperature, noise, ends, most,
             BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     if tl.load(alive + r):
@@ -398,7 +398,8 @@ def _choose(logits, key, token, position, length, slot, limit, alive, row, token
         tl.store(position + r, tl.load(position + r) + 1)
         tl.store(slot + r, tl.load(slot + r) + 1)
         tl.store(length + r, t + 1)
-        tl.store(alive + r, (choice != end_token) & (t + 1 < tl.load(limit + r)))
+        ended = tl.sum((tl.load(ends + tl.arange(0, 4)) == choice).to(tl.int32), 0) > 0
+        tl.store(alive + r, ~ended & (t + 1 < tl.load(limit + r)))
 
 
 def choose(logits, temperature, rows):
@@ -407,5 +408,5 @@ def choose(logits, temperature, rows):
     check(logits.stride(1) == 1 and len(rows.token) == R, f"choose: logits {tuple(logits.shape)} for {len(rows.token)} rows")
     check_dense(tokens=rows.tokens, logprobs=rows.logprobs)
     _choose[(R,)](logits, rows.key, rows.token, rows.position, rows.length, rows.slot, rows.limit, rows.alive, rows.row, rows.tokens,
-                  rows.logprobs, V, logits.stride(0), float(temperature or 1), float(temperature > 0), rows.end_token,
+                  rows.logprobs, V, logits.stride(0), float(temperature or 1), float(temperature > 0), rows.ends,
                   rows.tokens.shape[1], BLOCK=min(4096, power_of_2(V)), num_warps=8 if V > 4096 else 4)

@@ -46,7 +46,7 @@ class ModelConfig:
     qkv_bias: bool = False   # Qwen2, Qwen2.5
     qk_norm: bool = False    # Qwen3
     tied: bool = True        # the output head is the embedding table
-    end_token: int = -1      # the token that ends a completion; -1: none does
+    end_tokens: tuple = ()   # tokens that end a completion, at most 4 (Llama-3 has several)
     rope_scaling: tuple | None = None      # Llama-3.x: factor, low and high frequency factor, original context
 
 

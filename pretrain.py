@@ -159,7 +159,7 @@ def new_model(config, encoding, task):
     """An untrained GPT for this config; its context holds the longest question, two completions and a phrase."""
     heads, width, (question, completion) = config.depth, 32 * config.depth, token_limits(task)
     shape = ModelConfig(encoding.n_vocab, width, config.depth, heads, kv_heads=1 if heads % 4 else heads // 4, head_size=32,
-                        hidden=3 * width, context=question + 2 * completion + 8, qk_norm=True, end_token=encoding.eot_token)
+                        hidden=3 * width, context=question + 2 * completion + 8, qk_norm=True, end_tokens=(encoding.eot_token,))
     torch.manual_seed(config.base_seed)
     return GPT(shape, getattr(torch, config.dtype)).to(config.device)
 

@@ -247,8 +247,9 @@ class Sampler:
         path, level = (path, level) if b - a == len(prompts) else (None, None)
         T, last = int(result.lengths.max()), result.tokens[torch.arange(B, device=self.device), result.lengths - 1]
         behind = torch.arange(T, device=self.device) >= result.lengths[:, None]
+        ends = torch.tensor(self.model.config.end_tokens, dtype=torch.long, device=self.device)
         tokens, logprobs = (x[:, :T].masked_fill(behind, 0) for x in (result.tokens, result.logprobs))
-        return Completions(prompts, n, depth, tokens, logprobs, result.lengths, last == self.model.config.end_token, parents, numbers,
+        return Completions(prompts, n, depth, tokens, logprobs, result.lengths, torch.isin(last, ends), parents, numbers,
                            path, level, self.pool.epoch)
 
     def _turns(self, prompts, above, n, most):
@@ -363,14 +364,14 @@ class Sampler:
     def _cache(self, path, capacity, most, whole):
         """Grouped or Tables for this call; Tables (and graphs) of an earlier call if they are large enough and the pool has not moved."""
         if not self.fused:
-            rows = Rows.blank(capacity, len(path), self.model.config.end_token, self.device)
+            rows = Rows.blank(capacity, len(path), self.model.config.end_tokens, self.device)
             return Grouped(self.pool, [level for level, _ in path], rows, most, whole)
         own = self.pool.level(capacity, most, torch.zeros(capacity, dtype=torch.long, device=self.device))
         old, places, levels = self.tables, next((b for b in BUCKETS if b >= capacity), capacity), max(2, len(path))
         if old is not None:                           # never smaller than before, or a large call after a small one would capture anew
             places, levels = max(places, len(old.me)), max(levels, len(old.lines))
         if old is None or old.moves != self.pool.moves or (places, levels) != (len(old.me), len(old.lines)):
-            rows = Rows.blank(places, levels, self.model.config.end_token, self.device)
+            rows = Rows.blank(places, levels, self.model.config.end_tokens, self.device)
             self.tables, self.graphs = Tables(self.model.config, self.pool, rows, places, levels), {}
             self.outputs = self.cos.new_empty(places if self.graph else 0, self.model.config.vocab_size)
         self.tables.rows.clear()                      # an interrupted call may have left rows behind

@@ -69,18 +69,21 @@ def our_config(theirs, path="config.json", context=None):
                                    ("mlp_bias", False, "the MLP here has no bias")):
         if theirs.get(field, allowed) not in (allowed, None):
             refuse(path, field, theirs[field], reason)
+    end = theirs.get("eos_token_id")
+    ends = tuple(end if isinstance(end, list) else [] if end is None else [end])
+    if len(ends) > 4:
+        refuse(path, "eos_token_id", end, "the sampler knows at most 4 tokens that end a completion")
     if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
         refuse(path, "layer_types", theirs["layer_types"], "every layer here attends to everything")
     try:
         width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
         theta, scaling = rope_of(theirs, path)
         longest = theirs["max_position_embeddings"]
-        end = theirs.get("eos_token_id")
         return ModelConfig(theirs["vocab_size"], width, theirs["num_hidden_layers"], heads, theirs.get("num_key_value_heads") or heads,
                            theirs.get("head_dim") or width // heads, theirs["intermediate_size"], min(context or longest, longest),
                            theta, theirs["rms_norm_eps"], qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
                            tied=bool(theirs.get("tie_word_embeddings", False)), rope_scaling=scaling,
-                           end_token=-1 if end is None else end[0] if isinstance(end, list) else end)
+                           end_tokens=ends)
     except KeyError as error:
         raise BadInput(f"{path} has no field {error}") from None
 
@@ -114,7 +117,8 @@ def their_config(c, dtype):
                 num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_size, intermediate_size=c.hidden,
                 max_position_embeddings=c.context, rope_theta=c.rope_theta, rope_scaling=scaling or None, rms_norm_eps=c.norm_eps,
                 hidden_act="silu", attention_bias=False, use_sliding_window=False, tie_word_embeddings=c.tied,
-                eos_token_id=None if c.end_token < 0 else c.end_token, torch_dtype=str(dtype).removeprefix("torch."))
+                eos_token_id=(list(c.end_tokens) if len(c.end_tokens) > 1 else c.end_tokens[0]) if c.end_tokens else None,
+                torch_dtype=str(dtype).removeprefix("torch."))
 
 
 # -------------------------------------------------------------------------------------------------------------- tensors

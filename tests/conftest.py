@@ -35,7 +35,7 @@ def encoding():
 def gpt():
     """A random fp32 GPT whose embeddings are large enough for its predictions to differ (an untrained one is nearly uniform)."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(VOCABULARY, width=64, depth=3, heads=4, kv_heads=2, head_size=16, hidden=96, context=256, end_token=END))
+    model = GPT(ModelConfig(VOCABULARY, width=64, depth=3, heads=4, kv_heads=2, head_size=16, hidden=96, context=256, end_tokens=(END,)))
     with torch.no_grad():
         model.embed.weight.mul_(12)
     return model

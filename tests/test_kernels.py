@@ -125,7 +125,7 @@ def test_choose(V, temperature):
     bookkeeping and log-probabilities equal the twin's, for bf16 logits too."""
     for dtype in (torch.float32, torch.bfloat16) if V < 10_000 else (torch.bfloat16,):
         logits = 3 * randn(3, V, dtype=dtype)
-        ours, twins = (seated(3, most=5, end_token=int(logits[2].argmax()), device=DEVICE) for _ in range(2))
+        ours, twins = (seated(3, most=5, end_tokens=(V + 7, int(logits[2].argmax())), device=DEVICE) for _ in range(2))
         for rows in (ours, twins):
             rows.key.copy_(row_keys(5, torch.arange(3)))
             rows.length.copy_(torch.tensor([0, 4, 2]))
@@ -183,7 +183,7 @@ def test_wrappers_refuse(call):
 
 def small(dtype=torch.float32, qk_norm=True):
     torch.manual_seed(0)
-    model = GPT(ModelConfig(VOCABULARY, width=32, depth=2, heads=4, kv_heads=2, head_size=16, hidden=32, context=64, end_token=END, qk_norm=qk_norm), dtype)
+    model = GPT(ModelConfig(VOCABULARY, width=32, depth=2, heads=4, kv_heads=2, head_size=16, hidden=32, context=64, end_tokens=(END,), qk_norm=qk_norm), dtype)
     with torch.no_grad():
         model.embed.weight.mul_(12)
         model.embed.weight[END] *= 3            # rows end now and then

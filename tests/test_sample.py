@@ -30,9 +30,9 @@ def phrases_for(rows):
     return [[5, 6, 7][:1 + i % 3] for i in range(rows)]
 
 
-def seated(n, most=1, end_token=-1, device="cpu"):
+def seated(n, most=1, end_tokens=(), device="cpu"):
     """n rows in flight that have sampled nothing, with results of `most` tokens."""
-    rows = Rows.blank(n, 0, end_token, device)
+    rows = Rows.blank(n, 0, end_tokens, device)
     rows.tokens, rows.logprobs = torch.zeros(n, most + 1, dtype=torch.long, device=device), torch.zeros(n, most + 1, device=device)
     rows.row.copy_(torch.arange(n))
     rows.limit.fill_(most)
@@ -93,6 +93,19 @@ def test_fold_separates_its_arguments():
     """Catches seed + step, which makes step 1 of seed 0 the step 0 of seed 1."""
     seen = {fold(seed, step) for seed in range(50) for step in range(50)} | {fold(step) for step in range(50)}
     assert len(seen) == 2550 and fold(1, 2) != fold(2, 1)
+
+
+def test_any_end_token_ends_a_row(gpt):
+    """Catches all but the first of a model's end tokens ignored (Llama-3 names three): every row stops at the first of them, and stands
+    without it in `ids`."""
+    ends = set(range(0, END, 3))
+    gpt.config = replace(gpt.config, end_tokens=tuple(ends)[:4])
+    for most in (1, 40):
+        c = Sampler(gpt, workers=1).generate([[1, 2], [5]], 50, most, seed=3)
+        for sampled, ids, ended in zip(c.sampled, c.ids, c.ended.tolist()):
+            stops = [i for i, token in enumerate(sampled) if token in gpt.config.end_tokens]
+            assert stops == ([len(sampled) - 1] if ended else []) and ids == (sampled[:-1] if ended else sampled)
+    assert len({sampled[-1] for sampled, ended in zip(c.sampled, c.ended.tolist()) if ended}) > 1
 
 
 def test_frequencies_match_the_softmax():
@@ -234,7 +247,7 @@ def test_refresh_takes_new_weights(gpt):
 def test_every_shape_of_model(heads, kv_heads, switches, random_prompts):
     """Catches query heads meeting the wrong key head, and switches that only the trainer knows."""
     torch.manual_seed(1)
-    gpt = GPT(ModelConfig(VOCABULARY, 48, 2, heads, kv_heads, 16, 64, 128, end_token=END, **switches))
+    gpt = GPT(ModelConfig(VOCABULARY, 48, 2, heads, kv_heads, 16, 64, 128, end_tokens=(END,), **switches))
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -245,7 +258,7 @@ def test_every_shape_of_model(heads, kv_heads, switches, random_prompts):
 def test_bf16_stays_near(random_prompts):
     """The bf16 sampler against the bf16 trainer: they round alike, so the mean gap stays below 0.01 nats (fp32: 1e-6)."""
     torch.manual_seed(0)
-    gpt = GPT(ModelConfig(VOCABULARY, 64, 3, 4, 1, 16, 96, 128, end_token=END), torch.bfloat16)
+    gpt = GPT(ModelConfig(VOCABULARY, 64, 3, 4, 1, 16, 96, 128, end_tokens=(END,)), torch.bfloat16)
     c = Sampler(gpt).generate(random_prompts, 4, 30, seed=1)
     rows = pad_rows([c.prompts[i // 4] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], "cpu")
     assert (completion_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
@@ -360,7 +373,7 @@ def test_tables_by_hand():
     """Catches siblings that do not share a line (their keys would be read once a row), a line with too many, and lines left over from before:
     7 rows below 3 nodes, 32 query heads a key head, so 2 rows to a line; then 2 rows."""
     config = ModelConfig(VOCABULARY, heads=32, kv_heads=1)
-    pool, rows = Pool(config, torch.float32, "cpu", shared=True), Rows.blank(8, 1, END, "cpu")
+    pool, rows = Pool(config, torch.float32, "cpu", shared=True), Rows.blank(8, 1, (END,), "cpu")
     level = pool.level(3, 5, torch.tensor([4, 5, 2]))
     tables = Tables(config, pool, rows, 8, 1)
     tables.open([level], pool.level(8, 6, torch.zeros(8)))

@@ -50,7 +50,7 @@ def test_logits_are_theirs(theirs):
     gpt, tokens = GPT.from_pretrained(folder), torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(logits_of(gpt, tokens), model(tokens).logits, atol=1e-4, rtol=0)
-    assert gpt.config.end_token == 96 and all(p.dtype == torch.float32 for p in gpt.parameters())
+    assert gpt.config.end_tokens == (96,) and all(p.dtype == torch.float32 for p in gpt.parameters())
 
 
 def test_sampled_log_probabilities_are_theirs(theirs):
