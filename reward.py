@@ -1,14 +1,18 @@
-"""The verifier: finds the answer in a response, compares it with the gold answer, and turns that into a reward.
+r"""The verifier: finds the answer in a response, compares it with the gold answer, and turns that into a reward.
 
     python reward.py "<think>6*7</think><answer>42</answer>" 42       # -> accuracy 1, format 1
+    python reward.py "so \boxed{\frac12}" 0.5
 
 The idea. MGRPO has no reward MODEL: a rule looks at the final answer and says 1 or 0, in both layers. Everything the
 policy learns comes through this rule, so a hole in it is what the policy will learn. Hence:
 
-- The LAST complete <answer>...</answer> or \\boxed{...} is the answer, nothing else: not the last number, not a tag left
-  open by truncation, not "the gold stands somewhere in the text". No answer, or an empty one, scores 0.
-- Numbers are compared exactly, as fractions of integers: 0.5 = 1/2, 1,234 = 1234, +7 = 7; 1234576 is not 1234567.
+- The LAST complete <answer>...</answer> or \boxed{...} (\fbox too) is the answer, nothing else: not the last number, not a tag left
+  open by truncation, not "the gold stands somewhere in the text". Without any, what follows the last `#### ` (GSM8K's form). No
+  answer, or an empty one, scores 0; a box that is cut off leaves an earlier, complete one standing.
+- Numbers are compared exactly, as fractions of integers: 0.5 = 1/2, 1,234 = 1234, +7 = 7; 1234576 is not 1234567. Lists between
+  spaces, "8 10 6 4", are compared number by number. Everything else goes on to answers.py (structure) and algebra.py (expressions).
 - Model text is hostile: it is never evaluated by Python, and whatever is longer than a real answer is wrong unread.
+- A verifier that breaks, or runs out of time, gives no reward and says so: `failed` counts what would otherwise look like wrong answers.
 - The optional format term is smaller than the accuracy term, so a wrong answer in perfect form never beats a right one.
 """
 import ast
@@ -18,8 +22,14 @@ import sys
 from fractions import Fraction
 from typing import NamedTuple
 
+import algebra
+import answers
+
 LONGEST = 1_000          # characters of an answer that are looked at; a real one has tens
 FORM = re.compile(r"\s*<think>(?:(?!</?(?:think|answer)>)[\s\S])*</think>\s*<answer>(?:(?!</?(?:think|answer)>)[\s\S])*</answer>\s*")
+BRACE = re.compile(r"\\[\\{}]|[{}]")                           # escaped ones, of a set, are not counted
+BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{\Z")
+HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
 NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)")
 
 
@@ -27,6 +37,7 @@ class Reward(NamedTuple):
     accuracy: float      # 1 right, 0 wrong
     format: float        # 1 when the whole response is <think>...</think><answer>...</answer>
     total: float         # accuracy + format_weight * format: what the advantages are made of
+    failed: float = 0.0  # 1 when the verifier itself could not decide; the accuracy is 0 then
 
 
 class Makes(NamedTuple):
@@ -35,31 +46,44 @@ class Makes(NamedTuple):
     numbers: tuple
 
 
+class VerifierFailed(Exception):
+    """A verifier could not decide, through no fault of the answer: it broke, or ran out of time."""
+
+
 # ------------------------------------------------------------------------------------------------------------ extraction
 
 def extract_answer(text):
     """-> the content of the last complete <answer>...</answer> or \\boxed{...} in text, stripped; None if there is none.
 
-    "Last" is by where it ends. Braces inside \\boxed are matched, so \\boxed{\\frac{1}{2}} comes out whole. One pass each:
-    ten thousand opened boxes cost no more than ten thousand characters.
+    "Last" is by where it ends. A box in an answer or in another box is unwrapped. Braces inside \\boxed are matched, so
+    \\boxed{\\frac{1}{2}} comes out whole. One pass each: ten thousand opened boxes cost no more than ten thousand characters.
     """
+    found = last_answer(text)
+    if found is None:
+        marked = HASHES.findall(text)
+        return marked[-1].strip() if marked else None
+    inner = last_answer(found)
+    return (found if inner is None else inner).strip()
+
+
+def last_answer(text):
+    """-> what the last complete tag or box of text holds, None without one."""
     tag_start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
     tag_end = text.find("</answer>", tag_start)
     tagged = (tag_end, text[tag_start + len("<answer>"):tag_end]) if tag_start >= 0 else (-1, None)
-    end, answer = max(tagged, last_box(text), key=lambda found: found[0])
-    return None if end < 0 else answer.strip()
+    return max(tagged, last_box(text), key=lambda found: found[0])[1]
 
 
 def last_box(text):
-    """-> (where it ends, content) of the last closed \\boxed{...}, (-1, None) without one."""
-    opened, found = [], (-1, None)
-    for brace in re.finditer(r"[{}]", text):
+    """-> (where it ends, content) of the last closed \\boxed{...}, of a box in a box the inner; (-1, None) without one."""
+    opened, found, inner = [], (-1, None), -1
+    for brace in BRACE.finditer(text):
         if brace[0] == "{":
             opened.append(brace.end())
-        elif opened:
+        elif brace[0] == "}" and opened:
             start = opened.pop()
-            if text.endswith("\\boxed{", 0, start) and not text.startswith("\\boxed{", start):   # of a box in a box, the inner
-                found = (brace.start(), text[start:brace.start()])
+            if BOX.search(text, max(0, start - 20), start):
+                found, inner = (brace.start(), found[1] if inner >= start else text[start:brace.start()]), max(inner, start)
     return found
 
 
@@ -88,16 +112,17 @@ def _decimal(text):
 
 
 def same(answer, gold):
-    """Whether two answers are equal: as numbers, as lists of numbers between spaces, or letter by letter."""
+    """Whether two answers are equal: as numbers, as lists of numbers between spaces, or as answers.py reads them."""
     if not answer or len(answer) > LONGEST:
         return False
     a, b = parse_number(answer), parse_number(gold)
-    if a is not None or b is not None:
+    if a is not None and b is not None:
         return a == b
-    parts, golds = answer.split(), gold.split()
-    if len(golds) > 1:
-        return len(parts) == len(golds) and all(same(x, y) for x, y in zip(parts, golds))
-    return " ".join(parts) == " ".join(golds)
+    golds = gold.split()
+    if len(golds) > 1 and all(parse_number(part) is not None for part in golds):
+        parts = answer.split()
+        return len(parts) == len(golds) and all(parse_number(x) == parse_number(y) for x, y in zip(parts, golds))
+    return answers.same(answer, gold)
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -127,23 +152,41 @@ def _value(node, used):
 
 # ---------------------------------------------------------------------------------------------------------------- reward
 
+def judge(response, gold, verifier=None):
+    """-> whether the response's answer is the gold one. Raises VerifierFailed when that could not be decided."""
+    answer = extract_answer(response)
+    if not answer:
+        return False
+    if isinstance(gold, Makes):
+        return makes(answer, gold)
+    try:
+        with algebra.deadline:
+            return (verifier.same if verifier else same)(answer, gold)
+    except VerifierFailed:
+        raise
+    except Exception as error:               # whatever it is, it says nothing about the answer
+        raise VerifierFailed(f"{type(error).__name__}: {error}") from error
+
+
 def is_correct(response, gold):
     """response: what the model wrote, without the prompt; gold: a string or Makes -> bool. Never raises on a response."""
-    answer = extract_answer(response)
-    if answer is None:
-        return False
-    return makes(answer, gold) if isinstance(gold, Makes) else same(answer, gold)
+    return bool(score(response, gold).accuracy)
 
 
-def score(response, gold, format_weight=0.0):
+def score(response, gold, format_weight=0.0, verifier=None):
     """-> Reward. format_weight in [0, 0.5]: a wrong answer gets at most 0.5, a right one at least 1.
 
+    verifier: None for this one, or an object with same(answer, gold) -> bool that raises VerifierFailed when it could not decide.
     Raises ValueError for a weight outside of that.
     """
     if not 0 <= format_weight <= 0.5:
         raise ValueError(f"format weight {format_weight} is not in [0, 0.5]: form could pay better than being right")
-    accuracy, form = float(is_correct(response, gold)), float(FORM.fullmatch(response) is not None)
-    return Reward(accuracy, form, accuracy + format_weight * form)
+    try:
+        accuracy, failed = float(judge(response, gold, verifier)), 0.0
+    except VerifierFailed:
+        accuracy, failed = 0.0, 1.0
+    form = float(FORM.fullmatch(response) is not None)
+    return Reward(accuracy, form, accuracy + format_weight * form, failed)
 
 
 def main():

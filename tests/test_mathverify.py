@@ -1,0 +1,137 @@
+"""The library math-verify behind a process that can be killed. Workers of a few lines stand in for it where it is not installed."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mathverify
+from flags import BadInput
+from mathverify import MathVerify
+from reward import LONGEST, Makes, VerifierFailed, score
+
+ECHO = """
+import json, sys, time
+print("{}", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["answer"] == "hang":
+        time.sleep(60)
+    if asked["answer"] == "die":
+        sys.exit(1)
+    if asked["answer"] == "babble":
+        print("not JSON", flush=True)
+    if asked["answer"] == "break":
+        print(json.dumps({"error": "broken"}), flush=True)
+        continue
+    print(json.dumps({"same": asked["answer"] == asked["gold"]}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake():
+    """A verifier whose worker compares strings, and misbehaves when asked to."""
+    verifier = MathVerify(seconds=0.3, command=[sys.executable, "-c", ECHO])
+    yield verifier
+    verifier.close()
+
+
+def is_alive(pid):
+    """Whether a process is there, as a zombie or otherwise."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_library_is_asked_for(monkeypatch):
+    """Catches an ImportError in the middle of a run instead of one sentence at its start."""
+    monkeypatch.setattr(mathverify.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install math-verify"):
+        MathVerify()
+
+
+def test_one_worker_answers_many(fake):
+    """Catches a new process for every comparison, and replies that belong to another question."""
+    assert fake.same("5", "5") and not fake.same("6", "5")
+    pid = fake.worker.pid
+    assert [fake.same(str(i % 3), "1") for i in range(30)] == [i % 3 == 1 for i in range(30)] and fake.worker.pid == pid
+
+
+@pytest.mark.parametrize("trouble", ["hang", "die", "babble"])
+def test_a_bad_worker_is_killed_and_replaced(fake, trouble):
+    """Catches a run that hangs, a zombie, a verdict after a failure, and a verifier that is of no use afterwards."""
+    assert fake.same("5", "5")
+    pid = fake.worker.pid
+    with pytest.raises(VerifierFailed):
+        fake.same(trouble, "5")
+    assert fake.worker is None and not is_alive(pid)
+    assert fake.same("5", "5") and fake.worker.pid != pid
+
+
+def test_an_error_in_the_library_is_a_failure(fake):
+    """Catches errors reported as wrong answers."""
+    with pytest.raises(VerifierFailed, match="math-verify: broken"):
+        fake.same("break", "5")
+
+
+def test_failures_are_counted(fake):
+    """Catches a failure that looks like a wrong answer in the rewards, and gets a reward for it."""
+    assert score(r"\boxed{hang}", "5", 0, fake) == (0, 0, 0, 1) and score(r"\boxed{5}", "5", 0, fake) == (1, 0, 1, 0)
+    assert score("5", "5", 0, fake) == (0, 0, 0, 0)
+
+
+def test_only_the_answer_is_sent(fake, monkeypatch):
+    """Catches the whole response being sent, giants being sent, and Countdown's golds leaving this process."""
+    sent = []
+    monkeypatch.setattr(fake, "ask", lambda line: sent.append(line) or {"same": True})
+    monkeypatch.setattr(fake, "start", lambda: None)
+    score(r"secret \boxed{42} secret", "5", 0, fake)
+    assert sent == ['{"answer": "42", "gold": "5"}']
+    assert not fake.same("9" * (LONGEST + 1), "5") and score("<answer>3*8</answer>", Makes(24, (3, 8)), 0, fake).accuracy == 1 and len(sent) == 1
+
+
+def test_close_ends_the_worker(fake):
+    """Catches workers left behind by a run that has ended."""
+    fake.same("5", "5")
+    pid = fake.worker.pid
+    fake.close()
+    fake.close()
+    assert not is_alive(pid)
+
+
+def test_the_worker_ends_with_its_parent():
+    """Catches an orphan: the worker must end when its input does."""
+    script = f"import sys; sys.path.insert(0, {os.getcwd()!r}); from mathverify import MathVerify\n" \
+             f"v = MathVerify(5, [sys.executable, '-c', {ECHO!r}]); v.same('5', '5'); print(v.worker.pid, flush=True); import os; os._exit(0)"
+    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    end = time.monotonic() + 10
+    while is_alive(pid) and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():      # nobody's child: init buries it
+        assert time.monotonic() < end, "the worker is still there"
+        time.sleep(0.05)
+
+
+@pytest.mark.extra
+def test_the_library_decides():
+    """Catches a gold or an answer that does not reach the library whole."""
+    pytest.importorskip("math_verify")
+    verifier = MathVerify()
+    for answer, gold, expected in ((r"\frac{1}{2}", "0.5", True), (r"\frac{1}{3}", "0.5", False), ("(x+1)^2", "x^2+2x+1", True), ("2,1", "1,2", True)):
+        assert verifier.same(answer, gold) == expected, answer
+    verifier.close()
+
+
+@pytest.mark.extra
+def test_the_library_hangs():
+    """Catches a factorial that is computed in C, where no alarm of Python is heard: it is killed, and the next answer is judged."""
+    pytest.importorskip("math_verify")
+    verifier = MathVerify(seconds=1)
+    assert verifier.same("5", "5")
+    pid = verifier.worker.pid
+    with pytest.raises(VerifierFailed, match="no reply"):
+        verifier.same("99999999!", "5")
+    assert not is_alive(pid) and verifier.same("5", "5")
+    verifier.close()
