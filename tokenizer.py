@@ -67,11 +67,11 @@ CLASSES = {"Qwen2Tokenizer": (QWEN2, True), "GPT2Tokenizer": (GPT2, False)}     
 
 class Converted(tiktoken.Encoding):
     """A tiktoken.Encoding that applies NFC where the original does, and decodes ids that are not in the vocabulary to a replacement
-    character (models have more logits than tokens: rows of padding)."""
+    character (models have more logits than tokens: rows of padding). `opening`: ids that the original puts before every text."""
 
-    def __init__(self, *args, nfc=False, **keywords):
+    def __init__(self, *args, nfc=False, opening=(), **keywords):
         super().__init__(*args, **keywords)
-        self.nfc = nfc
+        self.nfc, self.opening = nfc, [self._special_tokens[token] for token in opening]
         self.bytes_of = {number: text for text, number in self._mergeable_ranks.items()}
         self.bytes_of |= {number: text.encode() for text, number in self._special_tokens.items()}
 
@@ -103,6 +103,7 @@ def convert(folder):
         whole = read_json(folder / "tokenizer.json", FILES)
         model, added = whole["model"], {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
         pattern, nfc = pattern_of(whole.get("pre_tokenizer"), folder), uses_nfc(whole.get("normalizer"), folder)
+        opening = tokens_before(whole.get("post_processor"))
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             raise BadInput(f"{folder}/tokenizer.json: model {model.get('type')} is not byte-level BPE, which is all that is converted here")
         vocabulary, merges = model["vocab"], model["merges"]
@@ -112,7 +113,7 @@ def convert(folder):
         if kind not in CLASSES:
             raise BadInput(f"{folder}: without a tokenizer.json only {', '.join(CLASSES)} are known, not {kind}")
         added = {token["content"]: int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
-        (pattern, nfc), model, vocabulary = CLASSES[kind], {}, read_json(folder / "vocab.json", FILES)
+        (pattern, nfc), model, opening, vocabulary = CLASSES[kind], {}, (), read_json(folder / "vocab.json", FILES)
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
     alphabet = byte_of()
@@ -121,7 +122,17 @@ def convert(folder):
     halves = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     pairs = [tuple(bytes(alphabet[c] for c in part) for part in half) for half in halves]
     check_merges(ranks, pairs, folder, bool(model.get("ignore_merges")))
-    return Converted(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=added, nfc=nfc)
+    return Converted(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=added, nfc=nfc, opening=opening)
+
+
+def tokens_before(finisher):
+    """The special tokens that a post-processor puts before a single text: Llama-3's <|begin_of_text|>."""
+    for step in (finisher or {}).get("processors", [finisher] if finisher else []):
+        if step["type"] == "TemplateProcessing":
+            single = [next(iter(piece.items())) for piece in step["single"]]
+            texts = [i for i, (kind, _) in enumerate(single) if kind == "Sequence"]
+            return [token["id"] for kind, token in single[:texts[0]] if kind == "SpecialToken"]
+    return []
 
 
 def uses_nfc(normalizer, folder):
@@ -179,6 +190,7 @@ def merged(token, ranks, below):
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
+
 
 def main():
     encoding = build_encoding()

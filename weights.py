@@ -209,11 +209,15 @@ def save_pretrained(model, folder, dtype=torch.bfloat16):
         tensors |= {theirs: part.contiguous() for theirs, part in zip(pieces(name), parts)}
     folder.mkdir(parents=True, exist_ok=True)
     library().torch.save_file(tensors, folder / "model.safetensors.tmp", metadata=dict(format="pt"))
-    (folder / "config.json.tmp").write_text(json.dumps(their_config(model.config, dtype), indent=2) + "\n")
+    config = their_config(model.config, dtype) | dict(prompt_template=getattr(model, "prompt_template", None))
+    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("model.safetensors", "config.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
     source = getattr(model, "source", None)
     for name in COPIED if source and source.resolve() != folder.resolve() else ():
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
+    generation = folder / "generation_config.json"            # its end tokens come before config.json's where both are read
+    if generation.exists():
+        generation.write_text(json.dumps(read_json(generation, FILES) | dict(eos_token_id=config["eos_token_id"]), indent=2) + "\n")
     return folder
