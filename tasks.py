@@ -259,8 +259,10 @@ def held_out(task, problem):
 def draw(task, split, seed, index):
     """Problem `index` of a stream: a pure function of its arguments, so data order never depends on what ran before.
 
-    split: "train" or "held out". -> Problem.
+    split: "train" or "held out". -> Problem. A data set (data.py) has a way of its own, since it ends.
     """
+    if hasattr(task, "draw"):
+        return task.draw(split, seed, index)
     rng = random.Random(f"{split}/{seed}/{index}")
     for _ in range(10_000):
         problem = task.sample(rng)
@@ -276,8 +278,9 @@ def task_of(config):
 
 
 def prompts_and_golds(encoding, problems):
-    """-> (token ids of each prompt, each gold answer)."""
-    return [encoding.encode_ordinary(prompt_text(p)) for p in problems], [p.gold for p in problems]
+    """-> (token ids of each prompt, each gold answer). A real model's encoding has a template of its own (chat.py)."""
+    template = getattr(encoding, "template", None)
+    return [template(p.question) if template else encoding.encode_ordinary(prompt_text(p)) for p in problems], [p.gold for p in problems]
 
 
 @dataclass(frozen=True)

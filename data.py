@@ -1,0 +1,212 @@
+"""Benchmarks on disk: lines of JSONL become problems, whichever of the known sets they come from.
+
+    python data.py gsm8k/train.jsonl math500.jsonl        # what is in these files, and the first problem of each
+
+The idea. Every set of mathematical problems is a question and a gold answer; they differ in what the fields are called. A line is
+recognised by its fields, so nothing needs to be declared, and files of several sets may be mixed:
+
+    question, answer with "#### 72"        GSM8K              gold: what stands after ####
+    problem, answer (and solution)         MATH-500, plain    gold: the answer
+    problem, solution                      MATH, Minerva      gold: the last \\boxed{...} of the solution
+    question, final_answer: [...]          OlympiadBench      gold: the answers, joined with commas; its context precedes the question
+    question, answer                       plain              gold: the answer
+
+A line that is not a problem stops the run with its file, number and fault, because a set that is silently smaller gives another score. Rows
+that are problems but have no gold answer, and prompts that are too long, are left out and COUNTED.
+"""
+import functools
+import hashlib
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from flags import BadInput, guarded
+from reward import last_box
+from tasks import HELD_OUT, Problem
+
+
+def after_hashes(answer):
+    """GSM8K's gold: what stands behind the last "####"."""
+    return answer.rpartition("####")[2]
+
+
+# What a set's lines hold besides its question: (name, fields that it must have, test on them, where the gold answer is).
+FORMS = (
+    ("OlympiadBench", ("question", "final_answer"), lambda row: True, lambda row: olympiad_gold(row["final_answer"])),
+    ("GSM8K", ("question", "answer"), lambda row: "####" in row["answer"] if isinstance(row["answer"], str) else False,
+     lambda row: after_hashes(row["answer"])),
+    ("problem and answer", ("problem", "answer"), lambda row: True, lambda row: plain_gold(row)),
+    ("problem and solution", ("problem", "solution"), lambda row: True, lambda row: boxed(row["solution"])),
+    ("question and answer", ("question", "answer"), lambda row: True, lambda row: plain_gold(row)),
+)
+KNOWN = "; ".join(" + ".join(fields) for _, fields, _, _ in FORMS)
+
+
+def boxed(solution):
+    """The last \\boxed{...} of a solution, "" without one."""
+    return (last_box(solution)[1] or "") if isinstance(solution, str) else ""
+
+
+def plain_gold(row):
+    """The answer as text; where it is empty, the last box of the solution."""
+    answer = row["answer"]
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        return str(answer)
+    if answer is not None and not isinstance(answer, str):
+        raise ValueError(f"its answer is {type(answer).__name__}, not text or a number")
+    return (answer or "").strip() or boxed(row.get("solution"))
+
+
+def olympiad_gold(answers):
+    """OlympiadBench keeps a list, nearly always of one text that may itself hold several answers."""
+    answers = [answers] if isinstance(answers, str) else answers or []
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("its final_answer is not a list of texts")
+    return ", ".join(answers)
+
+
+class Source(NamedTuple):
+    """Where a problem is from, and its worked solution, if there is one."""
+    place: str        # "file:line"
+    solution: str = ""
+
+
+def read_problem(line):
+    """One line of JSON -> (form's name, question, gold, solution). Raises ValueError saying what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {type(row).__name__}, not an object with fields")
+    for name, fields, test, gold in FORMS:
+        if all(field in row for field in fields) and test(row):
+            question = row[fields[0]]
+            if not isinstance(question, str) or not question.strip():
+                raise ValueError(f"its {fields[0]} is empty or not text")
+            context = row.get("context") if name == "OlympiadBench" else None
+            question = f"{context.strip()}\n\n{question}" if isinstance(context, str) and context.strip() else question
+            answer, solution = gold(row).strip(), row["answer"].rpartition("####")[0] if name == "GSM8K" else row.get("solution")
+            try:
+                f"{question}{answer}".encode()
+            except UnicodeEncodeError:
+                raise ValueError("it holds half of a character (a lone surrogate)") from None
+            return name, question.strip(), answer, solution.strip() if isinstance(solution, str) else ""
+    raise ValueError(f"its fields are {', '.join(row) or 'none'}; a problem has {KNOWN}")
+
+
+def read_problems(path):
+    """-> ([Problem], Counter of what was found and left out). `data` of a problem is its Source.
+
+    BadInput names the file and line of what is not a problem, or a file that is missing, not UTF-8, or holds nothing.
+    """
+    problems, counts = [], Counter()
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    name, question, gold, solution = read_problem(line)
+                    counts[name if gold else "without a gold answer"] += 1
+                    problems += [Problem(question, gold, Source(f"{path}:{number}", solution))] if gold else []
+    except FileNotFoundError:
+        raise BadInput(f"{path}: there is no such file; data is JSONL, a problem a line, with the fields {KNOWN}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: {error}") from None
+    except ValueError as error:
+        raise BadInput(f"{path}:{number}: this line is not a problem: {error}") from None
+    if not problems:
+        raise BadInput(f"{path} holds no problem with a gold answer")
+    return problems, counts
+
+
+def shorter(problems, encoding, prompt_tokens):
+    """Those whose prompt has at most `prompt_tokens` tokens."""
+    return [problem for problem in problems if len(encoding.template(problem.question)) <= prompt_tokens]
+
+
+class DataSet:
+    """Problems of files, drawn like those of a task of tasks.py: `draw(split, seed, index)` is a pure function of its arguments.
+
+    Every epoch is a permutation of its own, so each problem comes once before any comes twice. `held_out` are files to evaluate on: what is
+    asked there never comes in training, even if it stands in both. Without them every eighth problem (by hash) is held out; without
+    files to train on there is only what is held out.
+    """
+
+    def __init__(self, paths, encoding, prompt_tokens, held_out=(), say=print):
+        self.paths = [*paths] or [*held_out]
+        train, held = load(paths, encoding, prompt_tokens, say), load(held_out, encoding, prompt_tokens, say)
+        if held_out:
+            asked = {self.canonical(problem) for problem in held}
+            kept = [problem for problem in train if self.canonical(problem) not in asked]
+            if len(kept) < len(train):
+                say(f"data: {len(train) - len(kept)} of the training problems are in the evaluation data too, and are not trained on")
+        else:
+            kept, held = ([p for p in train if (digest(self.canonical(p)) % HELD_OUT > 0) == kind] for kind in (True, False))
+        self.splits = {"train": kept, "held out": held}
+        for split, problems in self.splits.items():
+            if not problems and (split != "train" or paths):
+                raise BadInput(f"{', '.join(self.paths)}: no problem is left for the split {split!r}; give more data, or --eval-data")
+
+    def __str__(self):
+        train, held = (len(self.splits[name]) for name in ("train", "held out"))
+        return f"{', '.join(Path(path).name for path in self.paths)}: {train:,} problems to train on, {held:,} held out"
+
+    def canonical(self, problem):
+        """What makes two problems the same: the question, but for white space."""
+        return " ".join(problem.question.split())
+
+    def draw(self, split, seed, index):
+        problems = self.splits[split]
+        return problems[permutation(len(problems), f"{split}/{seed}/{index // len(problems)}")[index % len(problems)]]
+
+    def some(self, split, count, seed):
+        """`count` problems (all for 0, or when there are no more), in the order of the file."""
+        problems = self.splits[split]
+        return [problems[i] for i in sorted(permutation(len(problems), f"{split}/{seed}")[:count or len(problems)])]
+
+
+@functools.lru_cache(8)
+def permutation(count, seed):
+    return random.Random(seed).sample(range(count), count)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).digest()[0]
+
+
+def load(paths, encoding, prompt_tokens, say):
+    """The problems of several files whose prompts are not too long; says what was found."""
+    found = []
+    for path in paths:
+        problems, counts = read_problems(path)
+        fitting = shorter(problems, encoding, prompt_tokens)
+        counts[f"with a prompt of more than {prompt_tokens} tokens"] = len(problems) - len(fitting)
+        say(f"data: {path}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+            + ("" if len(fitting) == sum(counts.values()) else f"; {len(fitting):,} are used"))
+        found += fitting
+    if paths and not found:
+        raise BadInput(f"{', '.join(paths)}: every prompt has more than {prompt_tokens} tokens; raise --prompt-tokens")
+    return found
+
+
+def names(text):
+    """"a.jsonl,b.jsonl" -> ["a.jsonl", "b.jsonl"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise BadInput("usage: python data.py FILE.jsonl [FILE.jsonl ...]")
+    for path in sys.argv[1:]:
+        problems, counts = read_problems(path)
+        print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        print(f"  question  {problems[0].question}\n  gold      {problems[0].gold}")
+
+
+if __name__ == "__main__":
+    guarded(main)
