@@ -29,6 +29,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024              # tokens whose logits exist at a time in training
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,12 @@ class Block(nn.Module):
 # --------------------------------------------------------------------------------------------------------------- the GPT
 
 class GPT(nn.Module):
-    """The model. `compute` is the type of activations (fp32 or bf16); parameters stay fp32 whatever it is."""
+    """The model. `compute` is the type of activations (fp32 or bf16); parameters stay fp32 whatever it is. `recompute`: backward computes
+    blocks a second time instead of keeping what they computed (about a third more time, a fraction of the memory)."""
 
     def __init__(self, config, compute=torch.float32):
         super().__init__()
-        self.config, self.compute = config, compute
+        self.config, self.compute, self.recompute = config, compute, False
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.depth)])
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -200,8 +204,15 @@ class GPT(nn.Module):
         cos = self.cos[positions][:, :, None].to(self.compute)                          # [B or 1, T, 1, C]
         sin = self.sin[positions][:, :, None].to(self.compute)
         for block in self.blocks:
-            x = block(x, cos, sin, attend)
+            again = self.recompute and torch.is_grad_enabled()
+            x = self.recomputed(block, x, cos, sin, attend) if again else block(x, cos, sin, attend)
         return self.norm(x)
+
+    @staticmethod
+    def recomputed(block, x, cos, sin, attend):
+        """A block of which backward keeps the input alone, and computes the rest a second time (activation checkpointing,
+        arXiv 1604.06174)."""
+        return checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
 
     @staticmethod
     def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
@@ -252,12 +263,8 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, tokens, temperature, chunk):
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk = temperature, chunk
-        logp, entropy = [], []
-        for h, token in zip(hidden.split(chunk), tokens.split(chunk)):
-            z = scaled_logits(h, weight, temperature).log_softmax(-1)                   # [chunk, V]
-            logp.append(z.gather(-1, token[:, None])[:, 0])
-            entropy.append(-(z.exp() * z).sum(-1))
-        logp, entropy = torch.cat(logp), torch.cat(entropy)
+        parts = [TokenLogprobs.look(h, weight, token, temperature) for h, token in zip(hidden.split(chunk), tokens.split(chunk))]
+        logp, entropy = (torch.cat(part) for part in zip(*parts))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -267,15 +274,26 @@ class TokenLogprobs(torch.autograd.Function):
         dweight, dhidden = torch.zeros_like(weight), torch.empty_like(hidden)
         cast = weight.to(hidden.dtype)
         for h, token, d, dh in zip(*(x.split(ctx.chunk) for x in (hidden, tokens, dlogp, dhidden))):
-            dz = scaled_logits(h, weight, ctx.temperature).softmax(-1).mul_(-d[:, None])
-            dz.scatter_add_(-1, token[:, None], d[:, None])                             # [chunk, V]
-            dz = (dz / ctx.temperature).to(h.dtype)
+            dz = TokenLogprobs.slope(h, weight, token, d, ctx.temperature)              # [chunk, V]
             torch.mm(dz, cast, out=dh)
             dweight += dz.mT @ h
+            del dz                                             # or it would stand beside the next chunk's
         return dhidden, dweight, None, None, None
 
+    @staticmethod
+    def look(h, weight, token, temperature):
+        """A chunk's log-probabilities and entropies; its logits end with this function."""
+        z = scaled_logits(h, weight, temperature).log_softmax(-1)                       # [chunk, V]
+        return z.gather(-1, token[:, None])[:, 0], z.exp().mul_(z).sum(-1).neg_()
 
-def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=1024):
+    @staticmethod
+    def slope(h, weight, token, d, temperature):
+        """dlogp / dz · d of a chunk, in the type of h."""
+        dz = scaled_logits(h, weight, temperature).softmax(-1).mul_(-d[:, None])
+        return dz.scatter_add_(-1, token[:, None], d[:, None]).div_(temperature).to(h.dtype)
+
+
+def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=CHUNK):
     """hidden: [M, D] vectors, weight: [V, D], tokens: [M] the tokens that followed -> logp [M] fp32, entropy [M] fp32.
 
     Off by one, with three tokens: in the row a b c, the vector at a predicts b, the vector at b predicts c; so

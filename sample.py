@@ -135,11 +135,11 @@ class Sampler:
 
     cache_tokens: how many tokens' keys and values may exist at a time (0: no limit on a CPU; on CUDA half of the memory that is free
     after a warm-up). workers: processes on a CPU (crew.py; None: one a thread). fused, graph: use the kernels, replay CUDA graphs (None:
-    where there is CUDA). leave: ended rows leave. share: a prompt's keys and values exist once, not once a row. The last five are for
-    measuring what each of them is worth.
+    where there is CUDA). leave: ended rows leave. share: a prompt's keys and values exist once, not once a row. (These five are for
+    measuring what each of them is worth.) reserved: bytes of CUDA memory that others will need, which do not count as free.
     """
 
-    def __init__(self, model, *, cache_tokens=0, workers=None, fused=None, graph=None, leave=True, share=True):
+    def __init__(self, model, *, cache_tokens=0, workers=None, fused=None, graph=None, leave=True, share=True, reserved=0):
         self.source = model
         with torch.no_grad():
             self.model = copy.deepcopy(model).requires_grad_(False)
@@ -150,7 +150,7 @@ class Sampler:
         self.graph = self.fused and self.device.type == "cuda" if graph is None else graph
         if self.graph and not self.fused:
             raise ValueError("graph needs fused: without the kernels a step depends on shapes that only the host knows")
-        self.leave, self.share, self.tables, self.graphs = leave, share, None, {}
+        self.leave, self.share, self.reserved, self.tables, self.graphs = leave, share, reserved, None, {}
         self.pool = Pool(model.config, model.compute, self.device, shared=self.fused, limit=cache_tokens or None)
         self.measured = bool(cache_tokens) or self.device.type != "cuda"
         self.cos, self.sin = (x.to(model.compute) for x in (self.model.cos, self.model.sin))
@@ -274,7 +274,7 @@ class Sampler:
                 self.model(torch.tensor([prompts[0][:64]] * 64, device=self.device))
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-            c, free = self.model.config, torch.cuda.mem_get_info(self.device)[0]
+            c, free = self.model.config, max(0, torch.cuda.mem_get_info(self.device)[0] - self.reserved)
             self.pool.limit = int(SHARE * free) // (2 * c.depth * c.kv_heads * c.head_size * self.model.compute.itemsize)
             self.measured = True
 

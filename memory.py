@@ -1,0 +1,213 @@
+"""Where the memory goes: a plan before the first step, the peak after it, and an optimiser that keeps its state on the host.
+
+    python memory.py                                          # README's table: models x completion length x G -> GB, computed
+    python memory.py --rows 2 --offload-optimizer             # the same with other flags
+
+The idea. Six things take memory, and each has its flag:
+
+    weights      the sampler's copy, in the compute type
+    masters      fp32 weights and gradients: 8 bytes a parameter, and 8 more for Adam's moments, unless with --offload-optimizer
+    reference    one more copy in the compute type, with --kl-coef
+    KV cache     2 x L x K x C numbers a token of the rollout; with --cache-tokens so many at most, and rows wait their turn
+    activations  what backward needs of a micro-batch (--rows, --max-new-tokens): with --recompute a vector a token and layer
+    logits       those of 1,024 tokens at a time, never [rows, time, vocabulary] (model.TokenLogprobs)
+
+Computed from shapes; tests/test_memory.py holds activations and logits against what torch allocates. Not in the plan: CUDA's own
+context, its graphs, and what an allocator cannot use for being in pieces.
+
+Letters: L layers, N query heads, K key/value heads, C head size, D width, V vocabulary.
+"""
+import resource
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from flags import BadInput, guarded, parse_flags
+from model import CHUNK, GPT, ModelConfig
+
+GB = 1e9
+PHRASE = 24               # tokens of the longest guiding phrase, and a few
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+def parameters(config):
+    """How many numbers a model of this shape has."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def block_bytes(c, rows, length, compute, flash=True):
+    """What one block keeps for backward: the inputs of its norms, products and gates; attention weights where no fused kernel computes them
+    (on a CPU: in fp32, and cast)."""
+    inner, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+    numbers = 6 * c.width + 4 * inner + 3 * keys + 4 * c.hidden + (3 * (inner + keys) if c.qk_norm else 0)
+    weights = 0 if flash else c.heads * length * (4 + (compute.itemsize if compute.itemsize < 4 else 0))
+    return rows * length * (numbers * compute.itemsize + weights)
+
+
+def activations(c, rows, length, compute, recompute, flash=True):
+    """Bytes that a micro-batch of `rows` x `length` tokens keeps for backward: all blocks, and their matrices as cast to the compute type;
+    with recompute one block at a time, and each block's input. Besides, the gradients inside an MLP."""
+    blocks = 1 if recompute else c.depth
+    cast = 0 if compute.itemsize == 4 else compute.itemsize * block_parameters(c)
+    inputs = rows * length * (2 * c.hidden + c.width * (c.depth if recompute else 1)) * compute.itemsize
+    return blocks * (block_bytes(c, rows, length, compute, flash) + cast) + inputs
+
+
+def block_parameters(c):
+    return (parameters(c) - c.vocab_size * c.width * (1 if c.tied else 2)) // c.depth
+
+
+def logits(c, compute):
+    """Bytes of a chunk of logits (as they come, in fp32, and their softmax), of the head's gradient and of its cast weights."""
+    narrow = compute.itemsize if compute.itemsize < 4 else 0
+    return CHUNK * c.vocab_size * (8 + narrow) + c.vocab_size * c.width * (8 + 2 * narrow)
+
+
+def kv_tokens(prompts, attempts, corrections, prompt, completion, layers=2):
+    """Tokens whose keys and values a whole rollout has at its end: questions once, attempts, their copies with a phrase, corrections."""
+    first = prompts * (prompt + attempts * completion)
+    return first if layers == 1 else first + prompts * attempts * (completion + PHRASE + corrections * completion)
+
+
+def plan(config, *, compute, rows, prompts, attempts, corrections, prompt, completion, layers=2, cache_tokens=0, reference=False,
+         recompute=False, offload=False, flash=True):
+    """-> {what: bytes} on the device (and "host"), for a training step with these flags (names as in train.py; prompt and completion:
+    their most tokens)."""
+    count, c = parameters(config), config
+    longest = prompt + completion + (PHRASE + completion if layers == 2 else 0)
+    tokens = kv_tokens(prompts, attempts, corrections, prompt, completion, layers)
+    return {
+        "weights": count * compute.itemsize,
+        "masters and gradients": 8 * count,
+        "Adam": 0 if offload else 8 * count,
+        "reference": count * compute.itemsize if reference else 0,
+        "KV cache": min(tokens, cache_tokens or tokens) * 2 * c.depth * c.kv_heads * c.head_size * compute.itemsize,
+        "activations": activations(c, rows, longest, compute, recompute, flash),
+        "logits": logits(c, compute),
+        "host": 16 * count if offload else 0,
+    }
+
+
+def on_device(planned):
+    return sum(size for what, size in planned.items() if what != "host")
+
+
+def plan_text(planned, total=None):
+    """The plan as a line: GB of each part, the sum, and what there is (total bytes, where known)."""
+    parts = " + ".join(f"{what} {size / GB:.2f}" for what, size in planned.items() if size and what != "host")
+    there = f" of {total / GB:.0f}" if total else ""
+    host = f"; on the host {planned['host'] / GB:.2f}" if planned["host"] else ""
+    return f"memory, GB: {parts} = {on_device(planned) / GB:.2f}{there}{host}"
+
+
+def total_memory(device):
+    """Bytes that the device has; None for a CPU, whose memory is shared with everybody."""
+    return torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
+
+
+def peak(device):
+    """Most bytes that were in use at a time: tensors on CUDA; on a CPU the whole process, torch itself (some 0.4 GB) included."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def out_of_memory(planned, error):
+    """The sentence for a device (or host) that has too little: where it went, and the three flags to lower."""
+    first = str(error).split(".")[0]
+    return BadInput(f"out of memory ({first}). Planned were: {plan_text(planned)}. Lower --rows (activations), --max-new-tokens "
+                    "(activations and KV cache) or --cache-tokens (KV cache; 0 means half of what is free); --recompute yes and "
+                    "--offload-optimizer help too. What was saved is intact")
+
+
+# ----------------------------------------------------------------------------------------------------- optimiser on the host
+
+class HostAdamW:
+    """AdamW whose masters and moments live in host memory; the device has weights and gradients only. Same arithmetic, so the same result.
+
+    A step copies gradients to the host, updates there (torch's fused CPU kernel), and copies the weights back: 8 bytes a parameter over
+    the bus, for 8 bytes a parameter less on the device.
+    """
+
+    def __init__(self, params, lr, **options):
+        self.params = list(params)
+        pin = self.params[0].is_cuda
+        self.masters = [torch.nn.Parameter(self.host(p.detach(), pin)) for p in self.params]
+        self.grads = [self.host(p.detach(), pin).zero_() for p in self.params]
+        self.adam = torch.optim.AdamW(self.masters, lr, fused=True, **options)
+        self.param_groups = self.adam.param_groups
+
+    @staticmethod
+    def host(x, pin):
+        """A copy of x in host memory, always one of its own; pinned, so that the bus runs at full speed, if it comes from CUDA."""
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=pin).copy_(x)
+
+    @torch.no_grad()
+    def step(self):
+        for master, grad, p in zip(self.masters, self.grads, self.params):
+            master.grad = None if p.grad is None else grad.copy_(p.grad, non_blocking=True)
+        if self.params[0].is_cuda:
+            torch.cuda.synchronize(self.params[0].device)
+        self.adam.step()
+        for master, p in zip(self.masters, self.params):
+            p.copy_(master, non_blocking=True)
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.params:
+            p.grad = None
+
+
+def make_optimizer(policy, lr, offload):
+    """AdamW without weight decay, on the device or on the host."""
+    make = HostAdamW if offload else lambda params, lr, **options: torch.optim.AdamW(params, lr, fused=True, **options)
+    return make(policy.parameters(), lr, weight_decay=0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- the table
+
+SHAPES = {   # V, D, L, N, K, C, hidden: from the models' config.json
+    "Qwen2.5-0.5B": ModelConfig(151_936, 896, 24, 14, 2, 64, 4864, 32_768, qkv_bias=True, tied=True),
+    "Llama-3.2-1B": ModelConfig(128_256, 2048, 16, 32, 8, 64, 8192, 131_072, tied=True),
+    "Qwen2.5-Math-1.5B": ModelConfig(151_936, 1536, 28, 12, 2, 128, 8960, 4096, qkv_bias=True, tied=True),
+    "Qwen3-4B": ModelConfig(151_936, 2560, 36, 32, 8, 128, 9728, 40_960, qk_norm=True, tied=True),
+    "Qwen2.5-Math-7B": ModelConfig(152_064, 3584, 28, 28, 4, 128, 18_944, 4096, qkv_bias=True, tied=False),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    prompts: int = 32         # P, questions per step
+    corrections: int = 4      # H, layer-2 answers per attempt
+    prompt_tokens: int = 512  # most tokens of a question's prompt
+    rows: int = 8             # rows per micro-batch
+    cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: those of the whole rollout
+    recompute: Literal["yes", "no"] = "yes"           # activation checkpointing
+    offload_optimizer: bool = False    # Adam's moments and the masters that it updates in host memory
+    reference: Literal["yes", "no"] = "yes"           # a copy for the KL term
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"    # compute type
+
+
+def main():
+    c = parse_flags(Config, __doc__)
+    for name in ("prompts", "corrections", "prompt_tokens", "rows"):
+        if getattr(c, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    titles = "model", "completion", "G", "weights, reference", "masters, gradients, Adam", "activations", "logits", "sum, GB", "+ KV cache"
+    print(f"| {' | '.join(titles)} |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        for completion in (1024, 4096):
+            for attempts in (8, 16):
+                p = plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=attempts,
+                         corrections=c.corrections, prompt=c.prompt_tokens, completion=completion, cache_tokens=c.cache_tokens,
+                         reference=c.reference == "yes", recompute=c.recompute == "yes", offload=c.offload_optimizer)
+                sums = [p["weights"] + p["reference"], p["masters and gradients"] + p["Adam"], p["activations"], p["logits"],
+                        on_device(p) - p["KV cache"], p["KV cache"]]
+                print(f"| {name} | {completion:,} | {attempts} | {' | '.join(f'{size / GB:.1f}' for size in sums)} |")
+
+
+if __name__ == "__main__":
+    guarded(main)
