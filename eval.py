@@ -1,7 +1,7 @@
-"""The paper's table for a checkpoint: how often the first answer is right, the second, and what the second look changed.
+"""The paper's table for a model: how often the first answer is right, the second, and what the second look changed.
 
-    python eval.py --checkpoint out/solve-mgrpo-0/checkpoint.pt
-    python eval.py --checkpoint out/solve-mgrpo-0/checkpoint.pt --samples 4 --temperature 0.7 --json table.json
+    python eval.py --checkpoint out/solve-mgrpo-0/checkpoint.pt                            # a run on the built-in tasks
+    python eval.py --init out/run --data math500.jsonl --samples 4 --temperature 0.7       # a run, or any model in Hugging Face's format
 
 The idea. Every question is answered (turn 1), a guiding phrase is appended, and the model answers again (turn 2). With c1, c2 =
 right or wrong in each turn, over all questions (SCoRe, arXiv 2409.12917, section 3):
@@ -9,25 +9,36 @@ right or wrong in each turn, over all questions (SCoRe, arXiv 2409.12917, sectio
     Acc@t1 = mean c1      Acc@t2 = mean c2       Δ(t1,t2) = Acc@t2 - Acc@t1
     Δ i→c  = share wrong first, right second     Δ c→i = share right first, wrong second     Δ(t1,t2) = Δ i→c - Δ c→i
 
+With n samples of a question, c of them right, also
+
+    pass@k = 1 - C(n-c, k) / C(n, k)     a right one among k, without bias (arXiv 2107.03374, eq. 1)
+    maj@n  = the answer that most of the n give is right; answers count as one if the verifier holds them equal, and a tie is shared
+
 Questions are held out: training cannot draw them. Errors are standard errors over QUESTIONS: with several samples of each, the
-samples of one question are averaged first, since they are not independent.
+samples of one question are averaged first, since they are not independent. Every transcript goes to a JSONL file.
 """
+import functools
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from flags import BadInput, guarded, parse_flags
-from mgrpo import Sampling, expand, second_look
+from chat import open_model
+from data import DataSet, names
+from flags import BadInput, guarded, parse_flags, read_json
+from mathverify import MathVerify
+from mgrpo import Sampling, draw_phrases, expand, second_look
 from model import compute_dtype, load_checkpoint
 from pretrain import pick_device
+from reward import extract_answer, same
 from sample import Sampler
-from tasks import draw, prompts_and_golds, task_of, token_limits
-from tokenizer import build_encoding
+from tasks import draw, phrase_text, prompts_and_golds, task_of, token_limits
+from tokenizer import PHRASES, build_encoding
 
 COLUMNS = {"t1": "Acc@t1", "t2": "Acc@t2", "delta": "Δ(t1,t2)", "i2c": "Δ i→c", "c2i": "Δ c→i"}
 ROWS = 1024               # sampled at a time
@@ -36,22 +47,31 @@ ROWS = 1024               # sampled at a time
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = ""      # the checkpoint.pt of a run, or a base-....pt of pretrain.py
-    questions: int = 1024     # held-out questions
+    init: str = ""            # or a folder: a run's, or a model in Hugging Face's format
+    data: str = ""            # files of problems (data.py), separated by commas, for a model that is not of the built-in tasks
+    questions: int = 0        # how many; 0: all of a data set, 1,024 of a task's held-out ones
     samples: int = 1          # answers sampled per question at --temperature (greedy needs one)
-    temperature: float = 1.0  # besides greedy, which is always shown
+    temperature: float = 1.0  # besides greedy, which is always shown; 0: greedy alone
     top_k: int = 0            # at --temperature, draw from the k likeliest tokens only; 0: from all
     top_p: float = 1.0        # ... from the fewest likeliest whose probabilities sum to p
     min_p: float = 0.0        # ... from those at least p times as likely as the likeliest
     turns: Literal["1", "2"] = "2"                            # 1 skips the second look
+    max_new_tokens: int = 0   # per answer; 0: as in training, else what fits twice into the context, at most 1,024
+    prompt_tokens: int = 512  # questions whose prompt is longer are left out
+    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (chat.py); auto: the model's own
+    verifier: Literal["rules", "math-verify"] = "rules"       # who says what is right: reward.py, or that library
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
-    seed: int = 0             # of the questions and of the sampling
+    seed: int = 0             # of the questions of a task and of the sampling
     json: str = ""            # also write the figures to this file
+    transcripts: str = ""     # folder for a JSONL of every transcript; empty: beside the model
     device: Literal["auto", "cpu", "cuda"] = "auto"           # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # compute type; auto: the faster one, measured
 
 
 def held_out_questions(task, count, seed=0):
-    """`count` DIFFERENT held-out problems; fewer when 20 x count draws do not bring as many (Countdown has few)."""
+    """`count` DIFFERENT held-out problems; fewer when 20 x count draws do not bring as many (Countdown has few). Of a data set 0 is all."""
+    if isinstance(task, DataSet):
+        return task.some("held out", count, seed)
     found = {}
     for index in range(20 * count):
         problem = draw(task, "held out", seed, index)
@@ -61,28 +81,36 @@ def held_out_questions(task, count, seed=0):
     return list(found.values())
 
 
+# -------------------------------------------------------------------------------------------------------------- measuring
+
 def two_turns(sampler, encoding, problems, how, samples=1, turns=2):
-    """-> (right [Q, samples, turns] bool, cut [Q, samples, turns] bool, tokens [Q, samples, turns]) for Q problems."""
+    """-> [layer 1] or [layer 1, layer 2]: `samples` answers to each problem, and one second look at each answer."""
     prompts, golds = prompts_and_golds(encoding, problems)
     layers = [expand(sampler, encoding, golds, prompts, samples, how)]
-    if turns == 2:
-        layers.append(second_look(sampler, encoding, golds, layers[0], 1, how))
-    shape = len(problems), samples
-    return tuple(torch.stack([x.view(shape) for x in column], -1) for column in
-                 zip(*[(layer.correct, ~layer.completions.ended.cpu(), layer.lengths) for layer in layers]))
+    return layers + ([second_look(sampler, encoding, golds, layers[0], 1, how)] if turns == 2 else [])
 
 
-def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, samples=1, turns=2, seed=0, filters=None, say="evaluating"):
-    """-> {"t1": (mean, standard error), ..., "cut": share, "tokens": mean of both turns together, "questions", "samples",
-    "temperature"}."""
-    parts, at_once = [], max(1, ROWS // samples)
+def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, samples=1, turns=2, seed=0, filters=None, verifier=None,
+             record=None, say="evaluating"):
+    """-> {"t1": (mean, standard error), ..., "pass": {k: ...}, "maj": ..., "cut": share, "tokens": mean of both turns together, "length1",
+    "length2", "undecided": verifier's failures, "questions", "samples", "temperature"}. record(problems, layers, how) sees every batch."""
+    parts, votes, undecided, at_once = [], [], 0, max(1, ROWS // samples)
     for start in tqdm(range(0, len(problems), at_once), desc=say, unit="batch", disable=None, leave=False):
-        how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples, filters=filters or {})
-        parts.append(two_turns(sampler, encoding, problems[start:start + at_once], how, samples, turns))
-    right, cut, tokens = (torch.cat(column).float() for column in zip(*parts))
-    result = summarise(right)
-    return result | dict(cut=cut.mean().item(), tokens=tokens.sum(-1).mean().item(), questions=len(problems), samples=samples,
-                         temperature=temperature)
+        batch = problems[start:start + at_once]
+        how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples, filters=filters or {}, verifier=verifier)
+        layers = two_turns(sampler, encoding, batch, how, samples, turns)
+        shape = len(batch), samples
+        parts.append([torch.stack([x.view(shape).float() for x in column], -1) for column in
+                      zip(*[(layer.correct, ~layer.completions.ended.cpu(), layer.lengths) for layer in layers])])
+        undecided += sum(int(layer.undecided.sum()) for layer in layers)
+        votes += majorities(layers, samples) if samples > 1 else []
+        if record:
+            record(batch, layers, how)
+    right, cut, tokens = (torch.cat(column) for column in zip(*parts))                                    # [Q, samples, turns] each
+    lengths = {f"length{turn + 1}": tokens[..., turn].mean().item() for turn in range(turns)}
+    return summarise(right) | several(right, votes) | lengths | dict(
+        cut=cut.mean().item(), tokens=tokens.sum(-1).mean().item(), undecided=undecided, questions=len(problems), samples=samples,
+        temperature=temperature)
 
 
 def summarise(right):
@@ -94,9 +122,53 @@ def summarise(right):
     return {name: mean_and_error(x.mean(1)) for name, x in values.items()}
 
 
+def several(right, votes):
+    """pass@k for k = 1, 2, 4, ..., n and maj@n of each turn -> {"pass1": {k: (mean, error)}, "maj1": (mean, error), "pass2": ...}; nothing
+    for one sample. right: [Q, n, turns]; votes: [Q] lists with a value for each turn."""
+    n, found = right.shape[1], {}
+    for turn in range(right.shape[-1] if n > 1 else 0):
+        count = right[..., turn].sum(1).int().tolist()
+        sizes = [k for k in (2 ** i for i in range(20)) if k < n] + [n]
+        found[f"pass{turn + 1}"] = {k: mean_and_error(torch.tensor([pass_at(k, n, c) for c in count])) for k in sizes}
+        found[f"maj{turn + 1}"] = mean_and_error(torch.tensor([vote[turn] for vote in votes]))
+    return found
+
+
+def pass_at(k, n, c):
+    """Probability that k of n samples, drawn without replacement, hold one of the c right ones (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majorities(layers, samples):
+    """For each question a list with maj@n of each turn (see `majority`)."""
+    turns = []
+    for layer in layers:
+        answers, right = [extract_answer(text) for text in layer.texts], layer.correct.tolist()
+        turns.append([majority(answers[i:i + samples], right[i:i + samples]) for i in range(0, len(answers), samples)])
+    return [list(question) for question in zip(*turns)]
+
+
+def majority(answers, right):
+    """Share of right ones among the answers that got the most votes: 0 or 1 but for ties. What gave no answer has no vote."""
+    counts, verdicts = {}, {}
+    for answer, verdict in zip(answers, right):
+        if answer:
+            known = answer if answer in counts else next((other for other in counts if same(answer, other)), answer)
+            counts[known] = counts.get(known, 0) + 1
+            verdicts.setdefault(known, float(verdict))
+    most = [verdicts[answer] for answer, count in counts.items() if count == max(counts.values())]
+    return sum(most) / max(len(most), 1)
+
+
 def mean_and_error(x):
     """Mean of a vector and its standard error, std / sqrt(n)."""
     return x.mean().item(), (x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------- showing
+
+def percent(pair, sign=""):
+    return f"{100 * pair[0]:{sign}.1f} ± {100 * pair[1]:.1f}"
 
 
 def table(rows):
@@ -104,16 +176,65 @@ def table(rows):
     shown = {k: v for k, v in COLUMNS.items() if all(k in result for result in rows.values())}
     lines = [f"{'':24}" + "".join(f"{title:>15}" for title in shown.values())]
     for name, result in rows.items():
-        cells = [f"{100 * result[k][0]:{'+' if k == 'delta' else ''}.1f} ± {100 * result[k][1]:.1f}" for k in shown]
-        lines.append(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{name:24}" + "".join(f"{percent(result[k], '+' if k == 'delta' else ''):>15}" for k in shown))
     one = next(iter(rows.values()))
     return "\n".join([*lines, f"(percent ± standard error; {one['questions']} held-out questions)"])
+
+
+def details(rows, verifier):
+    """What else is worth knowing of each row: pass@k and maj@n, lengths, answers cut at the limit, verifier's failures."""
+    lines = []
+    for name, result in rows.items():
+        turns = [turn for turn in (1, 2) if f"length{turn}" in result]
+        for turn in turns if f"pass{turns[0]}" in result else ():
+            found = [f"pass@{k} {percent(value)}" for k, value in result[f"pass{turn}"].items()]
+            lines.append(f"{name}, turn {turn}: {', '.join(found)}, maj@{result['samples']} {percent(result[f'maj{turn}'])}")
+        lengths = " and ".join(f"{result[f'length{turn}']:.0f}" for turn in turns)
+        lines.append(f"{name}: {lengths} tokens an answer, {100 * result['cut']:.1f} % of answers cut at the limit; verifier {verifier}, "
+                     f"{result['undecided']} undecided")
+    return "\n".join(lines)
+
+
+class Transcripts:
+    """A JSONL file of whole dialogues, a line for each sample of each question, written as batches come."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("")
+
+    def record(self, problems, layers, how):
+        phrases, lines = draw_phrases(how.seed, layers[0].completions.numbers.tolist()), []
+        for row in range(len(layers[0].texts)):
+            problem = problems[int(layers[0].questions[row])]
+            line = dict(question=problem.question, gold=problem.gold, source=str(getattr(problem.data, "place", "")),
+                        temperature=how.temperature, number=int(layers[0].completions.numbers[row]))
+            for turn, layer in enumerate(layers, 1):
+                line[f"turn{turn}"] = dict(text=layer.texts[row], answer=extract_answer(layer.texts[row]), right=bool(layer.correct[row]),
+                                           undecided=bool(layer.undecided[row]), tokens=int(layer.lengths[row]),
+                                           cut=not bool(layer.completions.ended[row])) | (dict(phrase=phrases[row]) if turn == 2 else {})
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- opening
+
+class Subject(NamedTuple):
+    """What is evaluated, and on what."""
+    model: Any
+    encoding: Any
+    sets: dict            # name: task of tasks.py or data.DataSet
+    max_new_tokens: int
+    folder: Path          # for transcripts
+    prefix: str           # of their names
 
 
 def load_policy(path, dtype, device):
     """-> (model, the config it was trained with as a dict). BadInput for what is not a checkpoint of a run or a base."""
     if not path:
-        raise BadInput("--checkpoint is missing: name the checkpoint.pt of a run, say out/solve-mgrpo-0/checkpoint.pt")
+        raise BadInput("--checkpoint is missing: name the checkpoint.pt of a run, say out/solve-mgrpo-0/checkpoint.pt, or a folder with "
+                       "--init")
     device = pick_device(device)
     try:
         model, extra = load_checkpoint(path, compute_dtype(dtype, device), device)
@@ -124,32 +245,97 @@ def load_policy(path, dtype, device):
         raise BadInput(f"--checkpoint {error}" if isinstance(error, ValueError) else f"--checkpoint {path} does not say its task") from None
 
 
-def make_sampler(model, cache_tokens):
-    """A sampler whose cache holds at least one row of any length. BadInput for a limit below that."""
-    if 0 < cache_tokens < model.config.context:
-        raise BadInput(f"--cache-tokens {cache_tokens}: a row may need {model.config.context}, the model's context; use that or more, or 0")
-    return Sampler(model, cache_tokens=cache_tokens)
+def open_subject(c):
+    """The model of --checkpoint or --init with the questions it is asked -> Subject. BadInput for what is neither."""
+    folder = Path(c.init)
+    if c.init and not folder.is_dir():
+        raise BadInput(f"--init {c.init}: there is no such folder; it is a run's, or a model's in Hugging Face's format")
+    if not c.init or (folder / "checkpoint.pt").exists():
+        if c.data:
+            raise BadInput("--data: this model was trained on a built-in task, and knows no other words; leave --data out")
+        path = Path(c.checkpoint or folder / "checkpoint.pt") if c.checkpoint or c.init else ""
+        model, trained = load_policy(path, c.dtype, c.device)
+        task = task_of(trained)
+        prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
+        return Subject(model, build_encoding(), {str(task): task},
+                       c.max_new_tokens or trained.get("max_new_tokens") or token_limits(task)[1], path.parent, prefix)
+    if not c.data:
+        raise BadInput("--data is missing: a real model is asked questions of files, say --data gsm8k/test.jsonl (data.py)")
+    run = (folder / "model").is_dir()
+    trained = read_json(folder / "config.json", "a run has one") if run else {}
+    device = pick_device(c.device)
+    model, encoding = open_model(folder / "model" if run else folder, compute_dtype(c.dtype, device), device, c.template)
+    new = max_new_tokens(model, encoding, c.prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
+    sets = {path: DataSet([], encoding, c.prompt_tokens, [path], print) for path in names(c.data)}
+    return Subject(model, encoding, sets, new, folder if run else Path("out"), "" if run else f"{folder.resolve().name}-")
+
+
+def max_new_tokens(model, encoding, prompt_tokens, asked):
+    """Tokens of a completion such that a prompt, two of them and a phrase fit the model's context; `asked` if that fits, at most 1,024 if
+    nothing is asked. BadInput otherwise."""
+    phrase = max(len(encoding.encode_ordinary(phrase_text(text))) for text in PHRASES)
+    room = (model.config.context - prompt_tokens - phrase) // 2
+    if room < 1 or asked > room:
+        raise BadInput(f"--prompt-tokens {prompt_tokens} and twice --max-new-tokens {asked or 1} do not fit the model's context of "
+                       f"{model.config.context} with a phrase of {phrase}; lower one of them (completions may have {max(room, 0)} here)")
+    return asked or min(1024, room)
+
+
+def make_sampler(model, cache_tokens, least=0, reserved=0):
+    """A sampler whose cache holds at least one row of `least` tokens (0: of the model's context). reserved: bytes that the cache must leave
+    to others. BadInput for a limit below that."""
+    least = least or model.config.context
+    if 0 < cache_tokens < least:
+        raise BadInput(f"--cache-tokens {cache_tokens}: a row may need {least}; use that or more, or 0")
+    return Sampler(model, cache_tokens=cache_tokens, reserved=reserved)
+
+
+def make_verifier(name):
+    """None for our own rules, or the library's."""
+    return MathVerify() if name == "math-verify" else None
+
+
+def validate(c):
+    if (c.questions != 0 and c.questions < 2) or c.samples < 1 or not 0 <= c.temperature < math.inf or c.cache_tokens < 0:
+        raise BadInput("--questions must be at least 2 (or 0: all), --samples at least 1, --temperature and --cache-tokens at least 0")
+    if c.top_k < 0 or not 0 < c.top_p <= 1 or not 0 <= c.min_p < 1:
+        raise BadInput("--top-k must be at least 0, --top-p above 0 and at most 1, --min-p at least 0 and below 1")
+    if c.max_new_tokens < 0 or c.prompt_tokens < 1:
+        raise BadInput("--max-new-tokens must be at least 0 and --prompt-tokens at least 1")
+    if c.init and c.checkpoint:
+        raise BadInput("--checkpoint and --init both name a model: use one")
+    if c.samples > 1 and not c.temperature:
+        raise BadInput(f"--samples {c.samples} at --temperature 0 would be the same answer every time; raise the temperature")
+
+
+def measure(c, subject, name, task, sampler):
+    """The rows of a table for one set of questions: greedy, and at the temperature asked for."""
+    problems = held_out_questions(task, c.questions or (0 if isinstance(task, DataSet) else 1024), c.seed)
+    stem = Path(name).stem if isinstance(task, DataSet) else type(task).__name__.lower()
+    transcripts = Transcripts((Path(c.transcripts) if c.transcripts else subject.folder) / f"{subject.prefix}eval-{stem}.jsonl")
+    ask = functools.partial(evaluate, sampler, subject.encoding, problems, subject.max_new_tokens, turns=int(c.turns), seed=c.seed,
+                            verifier=make_verifier(c.verifier), record=transcripts.record)
+    rows = {"greedy": ask()}
+    if c.temperature:
+        filters = dict(top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
+        rows[f"temperature {c.temperature:g}"] = ask(samples=c.samples, temperature=c.temperature, filters=filters)
+    print(f"\n{name}\n{table(rows)}\n{details(rows, c.verifier)}\n{transcripts.path}: every transcript")
+    return rows
 
 
 def main():
-    """Flags, the checkpoint, the table."""
+    """Flags, the model, a table for each set of questions."""
     c = parse_flags(Config, __doc__)
-    if c.questions < 2 or c.samples < 1 or c.temperature < 0 or c.cache_tokens < 0:
-        raise BadInput("--questions must be at least 2, --samples at least 1, --temperature and --cache-tokens at least 0")
-    if c.top_k < 0 or not 0 < c.top_p <= 1 or not 0 <= c.min_p < 1:
-        raise BadInput("--top-k must be at least 0, --top-p above 0 and at most 1, --min-p at least 0 and below 1")
-    model, trained = load_policy(c.checkpoint, c.dtype, c.device)
-    encoding, task = build_encoding(), task_of(trained)
-    problems, sampler = held_out_questions(task, c.questions, c.seed), make_sampler(model, c.cache_tokens)
-    max_new, turns = trained.get("max_new_tokens") or token_limits(task)[1], int(c.turns)
-    rows = {"greedy": evaluate(sampler, encoding, problems, max_new, turns=turns, seed=c.seed)}
-    if c.temperature:
-        rows[f"temperature {c.temperature:g}"] = evaluate(sampler, encoding, problems, max_new, turns=turns, seed=c.seed,
-                                                          temperature=c.temperature, samples=c.samples,
-                                                          filters=dict(top_k=c.top_k, top_p=c.top_p, min_p=c.min_p))
-    print(f"{c.checkpoint}: {task}\n{table(rows)}")
+    validate(c)
+    subject = open_subject(c)
+    sampler = make_sampler(subject.model, c.cache_tokens, 0 if c.checkpoint else c.prompt_tokens + 2 * subject.max_new_tokens + 64)
+    print(f"{c.init or c.checkpoint}: {', '.join(subject.sets)}")
+    results = {name: measure(c, subject, name, task, sampler) for name, task in subject.sets.items()}
     if c.json:
-        Path(c.json).write_text(json.dumps(dict(checkpoint=c.checkpoint, task=str(task), **rows), indent=1) + "\n")
+        results = next(iter(results.values())) if len(results) == 1 else results
+        temporary = Path(f"{c.json}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(dict(model=c.init or c.checkpoint, sets=list(subject.sets), **results), indent=1) + "\n")
+        os.replace(temporary, c.json)
 
 
 if __name__ == "__main__":

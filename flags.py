@@ -7,8 +7,8 @@ The idea. A script's settings are one dataclass, read top to bottom:
     attempts: int = 4       # G, answers sampled per question
 
 From that line come the flag `--attempts`, its type, its default and its line of help; nothing is said twice, so nothing can
-disagree. A flag that does not exist is answered with the nearest one that does; whatever else is wrong with the input is
-said in one sentence on stderr, with exit code 2 and no traceback.
+disagree. A bool is a flag without a value: there or not. A flag that does not exist is answered with the nearest one that does;
+whatever else is wrong with the input is said in one sentence on stderr, with exit code 2 and no traceback.
 """
 import dataclasses
 import difflib
@@ -38,7 +38,8 @@ def help_text(config, doc):
     """The script's docstring, then its own flags, then those it takes over from another script's config, under that script's name."""
     lines, fields = [doc.strip()], {field.name: field for field in dataclasses.fields(config)}
     for cls in config.__mro__[:-1]:
-        lines += ["", "Flags (--name value or --name=value):" if cls is config else f"Flags of {cls.__module__}.py, taken here too:", ""]
+        here = cls.__module__ == config.__module__
+        lines += ["", "Flags (--name value or --name=value):" if here else f"Flags of {cls.__module__}.py, taken here too:", ""]
         lines += [line for name in inspect.get_annotations(cls) for line in help_lines(config, fields[name])]
     return "\n".join(lines)
 
@@ -46,8 +47,8 @@ def help_text(config, doc):
 def help_lines(config, field):
     """A line or two for a flag: name, values, meaning, default."""
     kind, note = get_type_hints(config)[field.name], comments(config).get(field.name, "")
-    kind = "|".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__
-    note = f"{note} [{field.default!r}]" if field.default != "" else note
+    kind = "|".join(get_args(kind)) if get_origin(kind) is Literal else "" if kind is bool else kind.__name__
+    note = f"{note} [{field.default!r}]" if field.default not in ("", False) else note
     head = f"  --{field.name.replace('_', '-')} {kind}"
     body = textwrap.wrap(note, 84, initial_indent=" " * 36, subsequent_indent=" " * 36)
     return [head.ljust(36) + body[0].strip(), *body[1:]] if len(head) < 36 else [head, *body]
@@ -82,6 +83,11 @@ def parse(config, argv, refused=()):
             near = difflib.get_close_matches(name, hints, 1, 0.5)
             guess = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists the flags"
             raise BadInput(f"unknown {'flag' if word.startswith('-') else 'argument'} {flag!r}: {guess}")
+        if hints[name] is bool:
+            if equals:
+                raise BadInput(f"{flag} takes no value: it is given or not")
+            given[name] = True
+            continue
         if not equals and not words:
             raise BadInput(f"{flag} needs a value")
         value = value if equals else words.pop(0)

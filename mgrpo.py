@@ -20,7 +20,7 @@ sense supervises the process without a process reward model.
 Deviations from the paper, and what is not known of it (no full text or official code was at hand; the seven phrases and
 the settings come from public re-implementations):
  1. The layer-2 prompt is the model's own turn continued (phrases 5 and 6 stop in mid-sentence and fit nowhere else). The
-    paper's template is unknown. For our tiny model the layer-1 template is the question and a newline.
+    paper's template is unknown. For our tiny model the layer-1 template is the question and a newline; a real model has its own (chat.py).
  2. The formula of J_2, the weight w and the order of updates are unknown: the same form, w = 1, one joint step;
     `--update alternating` steps on layer 1 first.
  3. "Failed corrections are discarded" read literally gives no gradient: what is left of a group has equal rewards, so
@@ -167,6 +167,7 @@ class Layer:
     siblings: torch.Tensor = None  # the group whose mean and std make the advantages
     advantages: torch.Tensor = None
     trained: torch.Tensor = None   # bool: in the loss at all
+    undecided: torch.Tensor = None # bool: the verifier failed, and the reward is 0 for want of another
 
     @property
     def lengths(self):
@@ -191,6 +192,7 @@ class Sampling(NamedTuple):
     format_weight: float = 0.0
     first_row: int = 0        # number of the first row, when a batch is a part of a larger one
     filters: dict = {}        # top_k, top_p, min_p: in evaluation only
+    verifier: Any = None      # reward.score's; None: its own rules
 
 
 def expand(sampler, encoding, golds, prefixes, n, how, above=None, rows=None):
@@ -206,9 +208,10 @@ def expand(sampler, encoding, golds, prefixes, n, how, above=None, rows=None):
     parents = completions.parents.cpu()
     questions = parents if above is None else above.questions[parents]
     texts = encoding.decode_batch(completions.ids)
-    results = [score(text, golds[q], how.format_weight) for text, q in zip(texts, questions.tolist())]
+    results = [score(text, golds[q], how.format_weight, how.verifier) for text, q in zip(texts, questions.tolist())]
     return Layer(completions, texts, torch.tensor([r.total for r in results]),
-                 torch.tensor([r.accuracy == 1 for r in results]), questions, parents)
+                 torch.tensor([r.accuracy == 1 for r in results]), questions, parents,
+                 undecided=torch.tensor([r.failed == 1 for r in results]))
 
 
 def draw_phrases(seed, attempts):
@@ -262,10 +265,14 @@ class Rows(NamedTuple):
 
 
 def pad_rows(prompts, completions, device):
-    """Two lists of token-id lists -> Rows. The mask comes from the lengths, never from token values: a sampled 0 is an action too."""
+    """Two lists of token-id lists -> Rows. The mask comes from the lengths, never from token values: a sampled 0 is an action too.
+
+    S is rounded up to one of 8 sizes an octave, since libraries keep a kernel for every shape that they have met.
+    """
     lengths = torch.tensor([len(c) for c in completions], device=device)
     rows = [p + c for p, c in zip(prompts, completions)]
     S = max(map(len, rows))
+    S += -S % (1 << max(0, S.bit_length() - 4))
     tokens = torch.tensor([row + [0] * (S - len(row)) for row in rows], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
     return Rows(tokens, torch.tensor([len(p) for p in prompts], device=device), lengths, mask)
@@ -288,7 +295,7 @@ def completion_logprobs(model, rows, temperature=1.0):
     """
     row, t = rows.mask.nonzero(as_tuple=True)                                              # the M sampled tokens
     column = rows.prompt_lengths[row] + t                                                  # where each stands
-    hidden = model(rows.tokens[:, :-1])[row, column - 1]                                   # [M, D]
+    hidden = model(rows.tokens[:, :-1][:, :model.config.context])[row, column - 1]         # [M, D]; padding may reach beyond the context
     logp, entropy = token_logprobs(hidden, model.head.weight, rows.tokens[row, column], temperature)
     blank = torch.zeros(rows.mask.shape, device=logp.device)
     return blank.index_put((row, t), logp), blank.index_put((row, t), entropy)

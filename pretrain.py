@@ -2,6 +2,7 @@
 
     python pretrain.py                           # makes out/base-<hash>.pt, about three minutes on 2 CPU cores
     python pretrain.py --task chain --modulus 23
+    python pretrain.py --data gsm8k/train.jsonl --tokenizer path/to/tokenizer --save out/tiny-qwen       # on worked solutions, as a Qwen2
 
 The idea. RL sharpens what a model already does sometimes; it cannot find what is never sampled. So the base must answer in
 the format, must err, and must hold the seed of checking. It reads two kinds of text (tasks.py), half and half:
@@ -15,6 +16,9 @@ is learnt after the arithmetic and suddenly; a base that stops before it leaves 
 
 The base is kept under out/, named by a hash of everything that made it: the settings below and the code that ran. A changed
 setting never meets a wrong base.
+
+With --data it learns worked solutions of a data set instead, in the format that the paper's template asks for, and is saved as others save
+theirs. Such a model is far too small to solve anything; it is there so that the way from files to files can be walked without a download.
 """
 import ast
 import collections
@@ -22,6 +26,7 @@ import dataclasses
 import hashlib
 import inspect
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +35,22 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import algebra
+import answers
 import cache
+import chat
 import crew
 import kernels
+import latex
 import mgrpo
 import model
 import reward
 import sample
 import tasks
 import tokenizer
+import units
+import weights
+from data import names, read_problems
 from flags import BadInput, guarded, parse_flags
 from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
@@ -239,7 +251,8 @@ def fingerprint(config):
     The preset's name does not count (its values do), nor do comments and docstrings."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "preset"}
     here = sys.modules[Config.__module__]
-    code = [code_of(m) for m in (here, model, tasks, tokenizer, mgrpo, sample, cache, kernels, crew, reward)]
+    made_by = here, model, tasks, tokenizer, mgrpo, sample, cache, kernels, crew, reward, answers, latex, algebra, units
+    code = [code_of(m) for m in made_by]
     return hashlib.sha256(repr([sorted(fields.items()), torch.__version__, *code]).encode()).hexdigest()[:12]
 
 
@@ -265,10 +278,73 @@ def base_model(config, say=print):
     return gpt, measured, path
 
 
+# ------------------------------------------------------------------------------------------------------- worked solutions
+
+@dataclass(frozen=True)
+class Script(Config):
+    data: str = ""            # files of problems with worked solutions (data.py), separated by commas, to learn from
+    tokenizer: str = ""       # folder of the Hugging Face tokenizer for it
+    save: str = ""            # folder for the model, in Hugging Face's format
+
+
+def solution_pair(encoding, problem, rng, review):
+    """A worked solution as (prompt ids, target ids), in the format of the paper's template. In a review a solution stands before the
+    phrase, half of the time with a wrong answer, and the target is the right one."""
+    steps = re.sub(r"<<.*?>>", "", problem.data.solution).strip()                # GSM8K's notes for a calculator
+    right = f"<think>{steps}</think><answer>{problem.gold}</answer>"
+    prompt, target = encoding.template(problem.question), encoding.encode_ordinary(right) + [encoding.eot_token]
+    if review:
+        given = right if rng.random() < 0.5 else f"<think>{steps}</think><answer>{rng.randint(1, 99)}</answer>"
+        prompt = prompt + encoding.encode_ordinary(given) + encoding.encode_ordinary(phrase_text(rng.choice(PHRASES)))
+    return prompt, target
+
+
+def open_solutions(c):
+    """-> encoding with its template, problems that have a solution, the length of the longest text."""
+    encoding = chat.open_bare_tokenizer(c.tokenizer)
+    problems = [problem for path in names(c.data) for problem in read_problems(path)[0] if problem.data.solution]
+    if not problems:
+        raise BadInput(f"--data {c.data}: no problem there has a worked solution to learn from")
+    return encoding, problems
+
+
+def pretrain_on_solutions(c, say=print):
+    """A model of Qwen2's shape that has read worked solutions, half of them as reviews, for --base-tokens -> GPT."""
+    encoding, problems = open_solutions(c)
+    shape = ModelConfig(-(-encoding.n_vocab // 64) * 64, 32 * c.depth, c.depth, c.depth, 1 if c.depth % 4 else c.depth // 4, 32,
+                        96 * c.depth, context=2048, qkv_bias=True, end_tokens=(encoding.eot_token,), rope_theta=1e6)
+    torch.manual_seed(c.base_seed)
+    gpt = GPT(shape, getattr(torch, c.dtype)).to(c.device)
+    peak = LR * (4 / c.depth) ** 0.5
+    optimizers, tokens, step = make_optimizers(gpt, peak), 0, 0
+    bar = tqdm(total=c.base_tokens, unit="tok", unit_scale=True, desc="worked solutions", disable=None)
+    while tokens < c.base_tokens:
+        rng = random.Random(f"solutions/{c.base_seed}/{step}")
+        pairs = [solution_pair(encoding, rng.choice(problems), rng, review=i % 2 == 1) for i in range(16)]
+        pairs = sorted((pair for pair in pairs if len(pair[0] + pair[1]) <= shape.context), key=lambda pair: len(pair[0] + pair[1]))
+        micro_batches = [pad_rows(*zip(*pairs[i:i + 4]), c.device) for i in range(0, len(pairs), 4)]       # like beside like: less padding
+        left = 1 - tokens / c.base_tokens                                        # the learning rate falls to 0 over the last fifth
+        seen = train_step(gpt, optimizers, micro_batches, learning_rate(peak, step, None) * min(1.0, 5 * left))
+        tokens, step = tokens + seen, step + 1
+        bar.update(seen)
+    bar.close()
+    size = sum(p.numel() for p in gpt.parameters())
+    say(f"{size:,} parameters read {tokens / 1e6:.1f} M tokens of {len(problems):,} worked solutions in {step} steps")
+    return gpt
+
+
 def main():
-    config = resolve(parse_flags(Config, __doc__, pick_preset))
-    _, measured, path = base_model(config)
-    print(f"{path}: {measured}")
+    c = parse_flags(Script, __doc__, pick_preset)
+    if (bool(c.data), bool(c.tokenizer), bool(c.save)) not in ((False,) * 3, (True,) * 3):
+        raise BadInput("--data, --tokenizer and --save belong together: files of solutions, a tokenizer's folder, and where the model goes")
+    if not c.data:
+        _, measured, path = base_model(resolve(c))
+        print(f"{path}: {measured}")
+        return
+    weights.library()                                                            # missing? say so before the work, not after
+    gpt = pretrain_on_solutions(resolve(c))
+    gpt.source = Path(c.tokenizer)
+    print(f"{gpt.save_pretrained(c.save, torch.float32)}: python eval.py --init {c.save} --data {c.data}")
 
 
 if __name__ == "__main__":

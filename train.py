@@ -3,20 +3,21 @@
     python train.py                          # no GPU, no download: a base model, then MGRPO, then the table; minutes on 2 cores
     python train.py --layers 1 --attempts 16 # plain GRPO with as many rollouts per question
     python train.py --preset smoke           # the same in under a minute, on a toy size
+    python train.py --init path/to/Qwen2.5-Math-1.5B --data gsm8k/train.jsonl --eval-data gsm8k/test.jsonl
 
 The idea. One step draws P questions and grows a tree on each: G attempts, and H corrections of every attempt. Both layers are
 scored by a rule and trained by one loss (mgrpo.py); nothing else makes it "multi-layer". A run ends after `--tokens` generated
 tokens, not after steps, so that runs of different shape compare at equal cost.
 
 A run leaves in out/<run>/: config.json, metrics.jsonl (a line per step, every field by name), samples.md (whole trees, the best and
-the worst), result.json (the table), checkpoint.pt (`python eval.py --checkpoint ...`). README explains every column of the log.
+the worst), result.json (the table), and checkpoint.pt or, from --init, model/ in Hugging Face's format (eval.py reads both). README
+explains every column of the log.
 """
 import copy
 import dataclasses
+import functools
 import json
 import math
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +26,29 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import memory
 import pretrain
-from eval import evaluate, held_out_questions, make_sampler, table
+from chat import open_model
+from data import DataSet, names
+from eval import evaluate, held_out_questions, make_sampler, make_verifier, max_new_tokens, table
 from flags import BadInput, guarded, parse_flags
+from journal import log, rollout_metrics, run_folder, say, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
 from model import save_checkpoint
 from pretrain import base_model, pick_device, pick_preset, resolve
-from tasks import draw, phrase_text, task_of, token_limits
+from tasks import draw, task_of, token_limits
 from tokenizer import build_encoding
 
 
 @dataclass(frozen=True)
 class Config(pretrain.Config):
+    init: str = ""            # folder of a model in Hugging Face's format to start from; empty: a base of the built-in task
+    data: str = ""            # files of problems for it (data.py), separated by commas
+    eval_data: str = ""       # files to evaluate on; empty: every eighth problem of --data, which is then not trained on
+    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (chat.py); auto: the model's own
+    prompt_tokens: int = 512  # questions whose prompt is longer are left out
+    verifier: Literal["rules", "math-verify"] = "rules"           # who says what is right: reward.py, or that library
     run: str = ""             # folder under out/; empty: named after task, method and seed, with a number if that exists
     seed: int = 0             # of RL: questions, sampling, phrases; the base has its own, so that seeds share a base
     tokens: int = 1_260_000   # generated tokens, both layers together, after which the run ends
@@ -59,7 +70,9 @@ class Config(pretrain.Config):
     epochs: int = 1           # passes over each rollout
     minibatches: int = 2      # optimiser steps per pass, each on its share of the questions
     rows: int = 128           # rows per micro-batch: less memory, same gradient
-    max_new_tokens: int = 0   # per completion; 0: half as much again as a right answer can need
+    recompute: Literal["auto", "yes", "no"] = "auto"              # activation checkpointing: less memory, more time; auto: with --init
+    offload_optimizer: bool = False    # keep fp32 masters and Adam's moments in host memory
+    max_new_tokens: int = 0   # per completion; 0: half as much again as a right answer can need; of a real model what fits, at most 1,024
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
     temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
     format_weight: float = 0.0     # reward for <think>..</think><answer>..</answer>, at most 0.5 so that it never beats being right
@@ -74,8 +87,27 @@ PRESETS = {
 }
 
 
+# Of a model from --init: what the paper used, as far as public re-implementations know (H and the tokens are ours).
+REAL = dict(prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000, rows=8)
+
+
 REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), "rollouts must be drawn from the distribution whose log-probabilities are trained, or "
                         "the gradient is biased; evaluation may filter: python eval.py --help")
+
+
+def presets(given):
+    """What stands under the given flags. BadInput for flags of the one kind of run given to the other."""
+    own = {field.name for field in dataclasses.fields(pretrain.Config)} - {"device", "dtype"}
+    if given.get("init"):
+        for name in own & given.keys():
+            raise BadInput(f"--{name.replace('_', '-')} is about bases that are made here; a model from --init is what it is")
+        if not given.get("data"):
+            raise BadInput("--data is missing: a model from --init learns from files of problems, say --data gsm8k/train.jsonl (data.py)")
+        return REAL
+    for name in ("data", "eval_data", "template", "prompt_tokens"):
+        if name in given:
+            raise BadInput(f"--{name.replace('_', '-')} needs --init, the model that is asked; the built-in tasks make their own problems")
+    return pick_preset(given, PRESETS)
 
 
 def validate(c):
@@ -83,7 +115,8 @@ def validate(c):
     for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "rows"):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name, least in (("eval_questions", 2), ("cache_tokens", 0), ("lr", 0), ("kl_coef", 0), ("layer2_weight", 0)):
+    for name, least in (("eval_questions", 2), ("prompt_tokens", 1), ("cache_tokens", 0), ("max_new_tokens", 0), ("lr", 0), ("kl_coef", 0),
+                        ("layer2_weight", 0)):
         if not least <= getattr(c, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
     if c.layers not in (1, 2):
@@ -108,19 +141,30 @@ def validate(c):
 # ------------------------------------------------------------------------------------------------------------------ loop
 
 def train(c):
-    """The whole run for a config -> path of its folder."""
+    """The whole run for a config -> path of its folder. BadInput for bad input, and when memory runs out."""
     policy, encoding, task, base_path, c = prepare(c)
-    folder, start = run_folder(c, base_path), time.time()
-    sampler = make_sampler(policy, c.cache_tokens)
-    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, weight_decay=0.0, fused=True)
-    reference = copy.deepcopy(policy).requires_grad_(False) if c.kl_coef else None
-    results = {"base": final_table(sampler, encoding, task, c, "base")}
+    planned = plan(policy.config, c)
+    say(memory.plan_text(planned, memory.total_memory(c.device)))
+    try:
+        return rollouts_and_steps(policy, encoding, task, run_folder(c.run, settings(c), base_path), planned, c)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise memory.out_of_memory(planned, error) from None
+
+
+def rollouts_and_steps(policy, encoding, task, folder, planned, c):
+    """Table, loop, table -> the run's folder."""
+    start, verifier = time.time(), make_verifier(c.verifier)
+    later = sum(planned[what] for what in ("Adam", "activations", "logits")) + planned["masters and gradients"] // 2
+    sampler = make_sampler(policy, c.cache_tokens, 0 if not c.init else c.prompt_tokens + 2 * c.max_new_tokens + memory.PHRASE, later)
+    optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
+    reference = frozen(policy) if c.kl_coef else None
+    results = {"base": final_table(sampler, encoding, task, c, "base", verifier)}
     generated, step, bar = 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
     try:
         while generated < c.tokens:
             problems = [draw(task, "train", f"rl/{c.seed}", step * c.prompts + i) for i in range(c.prompts)]
             clock = time.perf_counter()
-            how = Sampling(c.max_new_tokens, c.temperature, fold(c.seed, step), c.format_weight)
+            how = Sampling(c.max_new_tokens, c.temperature, fold(c.seed, step), c.format_weight, verifier=verifier)
             layers = collect(sampler, encoding, problems, c.attempts, c.corrections, how,                 # MGRPO: two of them
                              layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
             sampled = time.perf_counter()
@@ -132,19 +176,23 @@ def train(c):
             new = sum(int(layer.lengths.sum()) for layer in layers)
             generated, step = generated + new, step + 1
             log(folder, bar, dict(step=step, generated=generated) | rollout_metrics(layers) | learned
-                | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1]))
+                | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1],
+                       peak_gb=memory.peak(c.device) / memory.GB))
+            if step == 1:
+                say(f"memory, GB: {memory.peak(c.device) / memory.GB:.2f} at most up to here"
+                    f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}")
             if step == 1 or 10 * generated // c.tokens > 10 * (generated - new) // c.tokens:               # ten times a run
-                write_samples(folder / "samples.md", step, layers, problems)
+                write_samples(folder / "samples.md", step, layers, problems, encoding)
                 save(folder, policy, c)
             bar.update(new)
     except KeyboardInterrupt:
         save(folder, policy, c)
-        say(f"stopped after step {step}: python eval.py --checkpoint {folder}/checkpoint.pt shows how far it got")
+        say(f"stopped after step {step}: {how_to_evaluate(folder, c)} shows how far it got")
         raise
     finally:
         bar.close()
     save(folder, policy, c)
-    results[method(c)] = final_table(sampler, encoding, task, c, method(c))
+    results[method(c)] = final_table(sampler, encoding, task, c, method(c), verifier)
     finish(folder, results, c, time.time() - start)
     return folder
 
@@ -152,16 +200,50 @@ def train(c):
 def prepare(c):
     """Checks the config, makes or loads the base -> policy, encoding, task, path of the base, the config with nothing left open."""
     validate(c)
-    task, encoding = task_of(c), build_encoding()
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
-    longest = token_limits(task)[1]
-    if not 0 <= c.max_new_tokens <= longest:
+    name = Path(c.init).resolve().name if c.init else c.task
+    c = dataclasses.replace(c, run=c.run or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
+        c.recompute, c.recompute))
+    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
+    policy, encoding, task, base_path, c = (real_model if c.init else tiny_model)(c)
+    policy.recompute = c.recompute == "yes"
+    say(str(task))
+    return policy, encoding, task, base_path, c
+
+
+def tiny_model(c):
+    """The base of a built-in task, from out/ or made now."""
+    task, longest = task_of(c), token_limits(task_of(c))[1]
+    if c.max_new_tokens > longest:
         raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
                        f"model; use at most {longest}, or 0 for that")
-    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest, run=c.run or f"{c.task}-{method(c).lower()}-{c.seed}")
-    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}; {task}")
     policy, _, base_path = base_model(base_config(c), say)
-    return policy, encoding, task, base_path, c
+    return policy, build_encoding(), task, base_path, dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
+
+
+def real_model(c):
+    """The model of --init with the questions of --data."""
+    policy, encoding = open_model(c.init, getattr(torch, c.dtype), c.device, c.template)
+    new = max_new_tokens(policy, encoding, c.prompt_tokens, c.max_new_tokens)
+    task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
+    return policy, encoding, task, c.init, dataclasses.replace(c, max_new_tokens=new, template=encoding.template_name)
+
+
+def frozen(policy):
+    """The reference: the policy as it is now, in the compute type (in which it is cast at every use anyway: the same log-probabilities)."""
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(policy.compute)
+    return reference
+
+
+def plan(config, c):
+    """memory.plan for the flags of a run."""
+    prompt = c.prompt_tokens if c.init else config.context - 2 * c.max_new_tokens
+    return memory.plan(config, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
+                       corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
+                       cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
+                       offload=c.offload_optimizer, flash=c.device == "cuda")
 
 
 def base_config(c):
@@ -236,111 +318,37 @@ def check_finite(norm):
         raise BadInput("the gradient is not finite; the last checkpoint is intact. Lower --lr, or use --dtype float32")
 
 
-# --------------------------------------------------------------------------------------------------------------- logging
-
-def rollout_metrics(layers):
-    """What a rollout shows before any training: rewards, accuracies, transitions, lengths, signal."""
-    found = {}
-    for i, layer in enumerate(layers, 1):
-        found |= {f"reward{i}": layer.rewards.mean().item(), f"accuracy{i}": layer.correct.float().mean().item(),
-                  f"length{i}": layer.lengths.float().mean().item(), f"signal{i}": signal_share(layer),
-                  f"cut{i}": 1 - layer.completions.ended.float().mean().item()}
-    if len(layers) == 2:
-        before, after = layers[0].correct[layers[1].parents], layers[1].correct
-        found |= dict(fix=(~before & after).float().mean().item(), broke=(before & ~after).float().mean().item())
-    return found
-
-
-def signal_share(layer):
-    """Share of sibling groups in which some row is trained with an advantage that is not 0."""
-    return layer.siblings[layer.active(0)].unique().numel() / layer.siblings.unique().numel()
-
-
-LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2", "  R2", "{:4.2f}"), ("accuracy1", "acc1", "{:4.2f}"),
-        ("accuracy2", "acc2", "{:4.2f}"), ("fix", " fix", "{:4.2f}"), ("broke", "brok", "{:4.2f}"), ("length1", "len1", "{:4.0f}"),
-        ("length2", "len2", "{:4.0f}"), ("entropy", "entr", "{:4.2f}"), ("grad_norm", "|grad|", "{:6.3f}"), ("clipped", "clip%", "{:5.1%}"),
-        ("gauge_max", " gauge", "{:6.0e}"), ("signal1", "sig1", "{:4.0%}"), ("signal2", "sig2", "{:4.0%}"), ("cut", " cut", "{:4.0%}"),
-        ("tokens_per_s", " tok/s", "{:6.0f}"), ("seconds_sampling", "s smp", "{:5.2f}"), ("seconds_training", "s trn", "{:5.2f}"))
-
-
-def log(folder, bar, metrics):
-    """One line on the screen, one line of JSON in metrics.jsonl."""
-    metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({k: round(v, 6) for k, v in metrics.items()}) + "\n")
-    if metrics["step"] % 20 == 1:
-        bar.write(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
-    bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
-
-
-def write_samples(path, step, layers, problems):
-    """Appends the trees of the best and the worst question of this rollout, by the sum of rewards of all their nodes."""
-    total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)
-    with open(path, "a") as file:
-        for name, question in (("best", int(total.argmax())), ("worst", int(total.argmin()))):
-            file.write(f"## Step {step}, {name} tree\n\n```\n{tree_text(layers, problems[question], question)}\n```\n\n")
-
-
-def tree_text(layers, problem, question):
-    """A whole tree as indented text: reward and advantage at each node."""
-    first, lines = layers[0], [problem.question, f"gold: {problem.gold}"]
-    for i in (first.questions == question).nonzero()[:, 0].tolist():
-        lines.append(
-            f"├─ [{'right' if first.correct[i] else 'WRONG'} R={first.rewards[i]:.2f} A={first.advantages[i]:+.2f}] {first.texts[i]}")
-        if len(layers) == 2:
-            second, encoding = layers[1], build_encoding()
-            for row, j in enumerate((second.parents == i).nonzero()[:, 0].tolist()):
-                if row == 0:
-                    given = encoding.decode(second.completions.prompts[j // second.completions.n])
-                    lines.append("│  " + given[given.rindex(phrase_text("")) + 1:])
-                lines.append(f"│  ├─ [{'right' if second.correct[j] else 'WRONG'} R={second.rewards[j]:.2f} "
-                             f"A={second.advantages[j]:+.2f}] {second.texts[j]}")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------ run folder
+# --------------------------------------------------------------------------------------------------------------- results
 
 def method(c):
     return "MGRPO" if c.layers == 2 else "GRPO"
 
 
-def say(text):
-    """Prints beside a progress bar without tearing it."""
-    tqdm.write(text)
-
-
-def run_folder(c, base_path):
-    """Makes out/<run> with config.json -> its path. A run that exists is never written over."""
-    folder, number = Path("out") / c.run, 1
-    while folder.exists():
-        number += 1
-        folder = Path("out") / f"{c.run}.{number}"
-    folder.mkdir(parents=True)
-    made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.platform(),
-                   threads=torch.get_num_threads(), commit=commit())
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c) | dict(made_by=made_by), indent=1) + "\n")
-    say(f"run: {folder}")
-    return folder
-
-
-def commit():
-    """The git commit of this code, with "+" when files differ from it; empty without git."""
-    try:
-        words = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        return subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:
-        return ""
+def settings(c):
+    """The config as a dict; for a model from --init without what made a base here."""
+    base = {field.name for field in dataclasses.fields(pretrain.Config)} - {"device", "dtype"} if c.init else set()
+    return {name: value for name, value in dataclasses.asdict(c).items() if name not in base}
 
 
 def save(folder, policy, c):
-    save_checkpoint(folder / "checkpoint.pt", policy, config=dataclasses.asdict(c))
+    """A built-in task's model as checkpoint.pt, a real one as it came: a folder that transformers and vLLM load."""
+    if c.init:
+        policy.save_pretrained(folder / "model")
+    else:
+        save_checkpoint(folder / "checkpoint.pt", policy, config=dataclasses.asdict(c))
 
 
-def final_table(sampler, encoding, task, c, name):
+def how_to_evaluate(folder, c):
+    if c.init:
+        return f"python eval.py --init {folder} --data {c.eval_data or c.data}"
+    return f"python eval.py --checkpoint {folder}/checkpoint.pt"
+
+
+def final_table(sampler, encoding, task, c, name, verifier):
     """Held-out accuracy, greedy and at temperature 1 -> {"greedy": ..., "temperature 1": ...}."""
     problems = held_out_questions(task, c.eval_questions)
-    return {label: evaluate(sampler, encoding, problems, c.max_new_tokens, temperature=temperature, say=f"{name}, {label}")
-            for label, temperature in (("greedy", 0.0), ("temperature 1", 1.0))}
+    ask = functools.partial(evaluate, sampler, encoding, problems, c.max_new_tokens, verifier=verifier)
+    return {label: ask(temperature=temperature, say=f"{name}, {label}") for label, temperature in (("greedy", 0.0), ("temperature 1", 1.0))}
 
 
 def finish(folder, results, c, seconds):
@@ -348,11 +356,11 @@ def finish(folder, results, c, seconds):
     (folder / "result.json").write_text(json.dumps(results, indent=1) + "\n")
     for label in ("greedy", "temperature 1"):
         say(f"\n{label}\n{table({name: result[label] for name, result in results.items()})}")
-    say(f"\n{folder}: {seconds / 60:.1f} minutes after the base; python eval.py --checkpoint {folder}/checkpoint.pt")
+    say(f"\n{folder}: {seconds / 60:.1f} minutes after the base; {how_to_evaluate(folder, c)}")
 
 
 def main():
-    train(parse_flags(Config, __doc__, lambda given: pick_preset(given, PRESETS), refused=REFUSED))
+    train(parse_flags(Config, __doc__, presets, refused=REFUSED))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import torch
 from conftest import script
 from test_mgrpo import scripted_rollout
 
-import train
+import journal
+from flags import BadInput
+from journal import rollout_metrics, tree_text
 from mgrpo import Sampling, collect
 from pretrain import learning_rate
 from sample import Sampler
 from tasks import draw, make_task
 from tokenizer import build_encoding
-from train import Config, accumulate, learn, optimiser_steps, rollout_metrics, tree_text
+from train import Config, accumulate, learn, optimiser_steps
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def test_a_nonfinite_gradient_stops_the_run(rollout):
     """Catches NaN written into the weights, and into the next checkpoint."""
     gpt, layers, c = rollout
     layers[0].advantages[0], layers[0].trained[0] = float("nan"), True
-    with pytest.raises(train.BadInput, match="not finite"):
+    with pytest.raises(BadInput, match="not finite"):
         learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, c)
 
 
@@ -127,7 +129,7 @@ def test_tree_text_shows_the_whole_tree(encoding):
     """Catches a transcript that lacks the phrase, a node, or who was right."""
     from tasks import Problem
     layers, sampler = scripted_rollout(encoding)
-    text = tree_text(layers, Problem("a", "1", None), 0)
+    text = tree_text(layers, Problem("a", "1", None), 0, encoding)
     assert text.count("├─") == 2 + 4 and text.count("WRONG") == 1 + 2 and sampler.asked[0].strip() in text and "gold: 1" in text
 
 
@@ -198,7 +200,7 @@ def test_smoke_run_leaves_what_the_readme_promises(smoke):
     config = json.loads((run / "config.json").read_text())
     assert config["made_by"]["torch"] == torch.__version__ and {f.name for f in dataclasses.fields(Config)} <= set(config)
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert {name for name, _, _ in train.LINE} <= set(line) and line["gauge_max"] < 0.5
+    assert {name for name, _, _ in journal.LINE} <= set(line) and line["gauge_max"] < 0.5
     assert (run / "samples.md").read_text().count("best tree") >= 3 and (run / "checkpoint.pt").exists()
 
 

@@ -1,0 +1,113 @@
+"""What a run writes while it runs: its folder, a line a step, and whole trees to read.
+
+The idea. A run that cannot be read afterwards did not happen. So out/<run>/ holds
+
+    config.json      every setting with nothing left open, and what made it: versions, machine, git commit
+    metrics.jsonl    a line per step, every field by name; the screen shows the columns of `LINE` (README explains each)
+    samples.md       the trees of the best and the worst question of a step, with rewards and advantages at every node
+
+Nothing here draws random numbers or touches the model.
+"""
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tasks import phrase_text
+
+
+def say(text):
+    """Prints beside a progress bar without tearing it."""
+    tqdm.write(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------- a step
+
+def rollout_metrics(layers):
+    """What a rollout shows before any training: rewards, accuracies, transitions, lengths, signal."""
+    found = {}
+    for i, layer in enumerate(layers, 1):
+        found |= {f"reward{i}": layer.rewards.mean().item(), f"accuracy{i}": layer.correct.float().mean().item(),
+                  f"length{i}": layer.lengths.float().mean().item(), f"signal{i}": signal_share(layer),
+                  f"cut{i}": 1 - layer.completions.ended.float().mean().item()}
+    found["undecided"] = sum(int(layer.undecided.sum()) for layer in layers)
+    if len(layers) == 2:
+        before, after = layers[0].correct[layers[1].parents], layers[1].correct
+        found |= dict(fix=(~before & after).float().mean().item(), broke=(before & ~after).float().mean().item())
+    return found
+
+
+def signal_share(layer):
+    """Share of sibling groups in which some row is trained with an advantage that is not 0."""
+    return layer.siblings[layer.active(0)].unique().numel() / layer.siblings.unique().numel()
+
+
+LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2", "  R2", "{:4.2f}"), ("accuracy1", "acc1", "{:4.2f}"),
+        ("accuracy2", "acc2", "{:4.2f}"), ("fix", " fix", "{:4.2f}"), ("broke", "brok", "{:4.2f}"), ("length1", "len1", "{:4.0f}"),
+        ("length2", "len2", "{:4.0f}"), ("entropy", "entr", "{:4.2f}"), ("grad_norm", "|grad|", "{:6.3f}"), ("clipped", "clip%", "{:5.1%}"),
+        ("gauge_max", " gauge", "{:6.0e}"), ("signal1", "sig1", "{:4.0%}"), ("signal2", "sig2", "{:4.0%}"), ("cut", " cut", "{:4.0%}"),
+        ("undecided", "und", "{:3.0f}"), ("peak_gb", "  GB", "{:4.1f}"),
+        ("tokens_per_s", " tok/s", "{:6.0f}"), ("seconds_sampling", "s smp", "{:5.2f}"), ("seconds_training", "s trn", "{:5.2f}"))
+
+
+def log(folder, bar, metrics):
+    """One line on the screen, one line of JSON in metrics.jsonl."""
+    metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({k: round(v, 6) for k, v in metrics.items()}) + "\n")
+    if metrics["step"] % 20 == 1:
+        bar.write(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
+    bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
+
+
+def write_samples(path, step, layers, problems, encoding):
+    """Appends the trees of the best and the worst question of this rollout, by the sum of rewards of all their nodes."""
+    total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)
+    with open(path, "a") as file:
+        for name, question in (("best", int(total.argmax())), ("worst", int(total.argmin()))):
+            file.write(f"## Step {step}, {name} tree\n\n```\n{tree_text(layers, problems[question], question, encoding)}\n```\n\n")
+
+
+def tree_text(layers, problem, question, encoding):
+    """A whole tree as indented text: reward and advantage at each node."""
+    first, lines = layers[0], [problem.question, f"gold: {problem.gold}"]
+    for i in (first.questions == question).nonzero()[:, 0].tolist():
+        lines.append(
+            f"├─ [{'right' if first.correct[i] else 'WRONG'} R={first.rewards[i]:.2f} A={first.advantages[i]:+.2f}] {first.texts[i]}")
+        if len(layers) == 2:
+            second = layers[1]
+            for row, j in enumerate((second.parents == i).nonzero()[:, 0].tolist()):
+                if row == 0:
+                    given = encoding.decode(second.completions.prompts[j // second.completions.n])
+                    lines.append("│  " + given[given.rindex(phrase_text("")) + 1:])
+                lines.append(f"│  ├─ [{'right' if second.correct[j] else 'WRONG'} R={second.rewards[j]:.2f} "
+                             f"A={second.advantages[j]:+.2f}] {second.texts[j]}")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- the folder
+
+def run_folder(run, settings, base_path):
+    """Makes out/<run> with config.json: the settings (a dict) and what made it -> its path. A run that exists is never written over."""
+    folder, number = Path("out") / run, 1
+    while folder.exists():
+        number += 1
+        folder = Path("out") / f"{run}.{number}"
+    folder.mkdir(parents=True)
+    made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.platform(),
+                   threads=torch.get_num_threads(), commit=commit())
+    (folder / "config.json").write_text(json.dumps(settings | dict(made_by=made_by), indent=1) + "\n")
+    say(f"run: {folder}")
+    return folder
+
+
+def commit():
+    """The git commit of this code, with "+" when files differ from it; empty without git."""
+    try:
+        words = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
