@@ -2,6 +2,7 @@
 
     python bench.py sampler                      # from recomputing everything to this sampler; transformers too, where it is installed
     python bench.py sampler --shape 0.5b --rows 256 --prompt 256 --new 512      # on a GPU: the shape of Qwen2.5-0.5B, random weights
+    python bench.py verifier                     # comparisons a second, by kind of answer
     python bench.py kernels                      # registers, spills, shared memory, bytes, operations of the Triton kernels; needs no GPU
 
 The idea. A speed alone says little: machines differ and other jobs interfere. So variants take turns within one run, medians are
@@ -30,11 +31,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+import answers
 import kernels
+import latex
 from cache import Rows
 from flags import BadInput, guarded, parse_flags
 from model import GPT, ModelConfig
 from pretrain import pick_device
+from reward import is_correct
 from sample import Sampler
 from tokenizer import build_encoding
 
@@ -61,7 +65,7 @@ ABSENT = {   # device -> what it has not: why
 
 @dataclass(frozen=True)
 class Config:
-    what: Literal["sampler", "kernels"] = "sampler"   # what to measure; may also be given as a bare first word
+    what: Literal["sampler", "kernels", "verifier"] = "sampler"   # what to measure; may also be given as a bare first word
     shape: Literal["default", "0.5b", "1.5b", "7b"] = "default"    # of the model; all but the default want a GPU
     rows: int = 256           # completions at a time
     group: int = 8            # completions per prompt
@@ -327,6 +331,45 @@ def bench_kernels(c):
     print("\nattend stands twice: for shared prefixes and for the rows' own segments; its MB and MFLOP are those of both together")
 
 
+# --------------------------------------------------------------------------------------------------------------- verifier
+
+ANSWERS = {   # golds of the kinds that data sets have; each is compared with itself, rewritten, and with the next one
+    "integers": ["72", "1,024", "-5", "18.00", "\\$40", "25\\%", "1{,}000", "3.0", "10080", "0"],
+    "fractions, surds": [r"\frac{1}{2}", r"\dfrac{3\sqrt{2}}{4}", r"1+\sqrt{5}", r"2\pi", r"\frac{\pi}{6}", r"5\frac{3}{4}", r"\sqrt[3]{2}",
+                         "4.5e33"],
+    "algebra": ["x^2+2x+1", r"\frac{n(n+1)}{2}", r"\sin^2 x", "(x-2)(x+3)", "y=2x+1", r"2^{1009}", r"f(x)=2 x", "p-q"],
+    "structure": [r"\left(3, \frac{\pi}{2}\right)", r"(-\infty,1)\cup(2,\infty)", "1,-2", r"\{1,2,3\}", r"1\pm\sqrt{2}", r"\text{Evelyn}",
+                  "x>3", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"],
+    "hostile": ["10^{10^{10}}", "((100!)!)!", r"\binom{1000000000}{500000000}", "1e999999999", "9" * 900, "(" * 400 + "6" + ")" * 400,
+                r"\frac{1}{" * 100 + "2" + "}" * 100, "(x+1)^{100000}"],
+}
+
+
+def bench_verifier(c):
+    """Comparisons a second of reward.is_correct, right ones and wrong ones: as if every text were met for the first time, and again."""
+    print(f"{platform.machine()}, one core; {c.rounds} rounds, medians\n{'':20}{'new a second':>16}{'again':>12}{'slowest, ms':>14}")
+    for kind, golds in ANSWERS.items():
+        pairs = [(rf"so \boxed{{{answer}}}", gold) for i, gold in enumerate(golds) for answer in (gold, f"{gold} ", golds[i - 1])]
+        rates, slowest = {"new": [], "again": []}, 0.0
+        for _ in range(c.rounds):
+            for name in rates:
+                took = [verdict_seconds(*pair, forget=name == "new") for pair in pairs]
+                rates[name].append(len(took) / sum(took))
+                slowest = max(slowest, *took)
+        new, again = (statistics.median(rates[name]) for name in rates)
+        print(f"{kind:20}{new:16,.0f}{again:12,.0f}{1e3 * slowest:14.2f}")
+
+
+def verdict_seconds(response, gold, forget):
+    """Seconds of one comparison; `forget` empties the caches before it."""
+    if forget:
+        answers.read.cache_clear()
+        latex.clean.cache_clear()
+    start = time.perf_counter()
+    is_correct(response, gold)
+    return time.perf_counter() - start
+
+
 def main():
     """Flags, with the first word as --what."""
     words = sys.argv[1:]
@@ -336,7 +379,7 @@ def main():
     if c.rows < 1 or c.group < 1 or c.rows % c.group or min(c.prompt, c.new, c.rounds, c.threads + 1) < 1:
         raise BadInput(f"--rows {c.rows} must be a multiple of --group {c.group}; --prompt, --new and --rounds at least 1; "
                        "--threads at least 0")
-    {"sampler": bench_sampler, "kernels": bench_kernels}[c.what](c)
+    {"sampler": bench_sampler, "kernels": bench_kernels, "verifier": bench_verifier}[c.what](c)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from mathverify import MathVerify
 from mgrpo import Sampling, draw_phrases, expand, second_look
 from model import compute_dtype, load_checkpoint
 from pretrain import pick_device
-from reward import extract_answer, same
+from reward import agree, extract_answer
 from sample import Sampler
 from tasks import draw, phrase_text, prompts_and_golds, task_of, token_limits
 from tokenizer import PHRASES, build_encoding
@@ -150,13 +150,12 @@ def majorities(layers, samples):
 
 def majority(answers, right):
     """Share of right ones among the answers that got the most votes: 0 or 1 but for ties. What gave no answer has no vote."""
-    counts, verdicts = {}, {}
+    votes = {}
     for answer, verdict in zip(answers, right):
         if answer:
-            known = answer if answer in counts else next((other for other in counts if same(answer, other)), answer)
-            counts[known] = counts.get(known, 0) + 1
-            verdicts.setdefault(known, float(verdict))
-    most = [verdicts[answer] for answer, count in counts.items() if count == max(counts.values())]
+            known = answer if answer in votes else next((other for other in votes if agree(answer, other)), answer)
+            votes.setdefault(known, []).append(float(verdict))
+    most = [verdict for verdicts in votes.values() if len(verdicts) == max(map(len, votes.values())) for verdict in verdicts]
     return sum(most) / max(len(most), 1)
 
 
@@ -251,8 +250,9 @@ def open_subject(c):
     if c.init and not folder.is_dir():
         raise BadInput(f"--init {c.init}: there is no such folder; it is a run's, or a model's in Hugging Face's format")
     if not c.init or (folder / "checkpoint.pt").exists():
-        if c.data:
-            raise BadInput("--data: this model was trained on a built-in task, and knows no other words; leave --data out")
+        for name in ("data", "template", "verifier", "prompt_tokens"):
+            if getattr(c, name) != getattr(Config, name):
+                raise BadInput(f"--{name.replace('_', '-')}: this model was trained on a built-in task, and knows no other; leave it out")
         path = Path(c.checkpoint or folder / "checkpoint.pt") if c.checkpoint or c.init else ""
         model, trained = load_policy(path, c.dtype, c.device)
         task = task_of(trained)

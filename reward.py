@@ -168,6 +168,15 @@ def judge(response, gold, verifier=None):
         raise VerifierFailed(f"{type(error).__name__}: {error}") from error
 
 
+def agree(answer, other):
+    """Whether two answers (extracted ones) are the same, for counting votes; undecided is no."""
+    try:
+        with algebra.deadline:
+            return same(answer, other)
+    except Exception:                        # whatever it is: two votes that cannot be compared are two
+        return False
+
+
 def is_correct(response, gold):
     """response: what the model wrote, without the prompt; gold: a string or Makes -> bool. Never raises on a response."""
     return bool(score(response, gold).accuracy)

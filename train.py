@@ -104,7 +104,7 @@ def presets(given):
         if not given.get("data"):
             raise BadInput("--data is missing: a model from --init learns from files of problems, say --data gsm8k/train.jsonl (data.py)")
         return REAL
-    for name in ("data", "eval_data", "template", "prompt_tokens"):
+    for name in ("data", "eval_data", "template", "prompt_tokens", "verifier"):
         if name in given:
             raise BadInput(f"--{name.replace('_', '-')} needs --init, the model that is asked; the built-in tasks make their own problems")
     return pick_preset(given, PRESETS)
