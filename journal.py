@@ -56,7 +56,7 @@ LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2",
 def log(folder, bar, metrics):
     """One line on the screen, one line of JSON in metrics.jsonl."""
     metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
-    with open(folder / "metrics.jsonl", "a") as file:
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({k: round(v, 6) for k, v in metrics.items()}) + "\n")
     if metrics["step"] % 20 == 1:
         bar.write(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
@@ -66,7 +66,7 @@ def log(folder, bar, metrics):
 def write_samples(path, step, layers, problems, encoding):
     """Appends the trees of the best and the worst question of this rollout, by the sum of rewards of all their nodes."""
     total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         for name, question in (("best", int(total.argmax())), ("worst", int(total.argmin()))):
             file.write(f"## Step {step}, {name} tree\n\n```\n{tree_text(layers, problems[question], question, encoding)}\n```\n\n")
 
@@ -99,7 +99,7 @@ def run_folder(run, settings, base_path):
     folder.mkdir(parents=True)
     made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.platform(),
                    threads=torch.get_num_threads(), commit=commit())
-    (folder / "config.json").write_text(json.dumps(settings | dict(made_by=made_by), indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(settings | dict(made_by=made_by), indent=1) + "\n", encoding="utf-8")
     say(f"run: {folder}")
     return folder
 

@@ -10,32 +10,6 @@ from conftest import ROOT, script
 
 import bench
 import compare
-from eval import mean_and_error, summarise, table
-
-# ------------------------------------------------------------------------------------------------------------ eval's table
-
-def test_transitions_by_hand():
-    """Catches i→c and c→i swapped, and samples of one question counted as independent. Four questions, two samples, two turns."""
-    right = torch.tensor([[[1, 1], [1, 0]], [[0, 1], [0, 1]], [[0, 0], [1, 1]], [[1, 0], [0, 0]]]).float()
-    found = summarise(right)
-    means = {k: v[0] for k, v in found.items()}
-    assert means == dict(t1=0.5, t2=0.5, delta=0.0, i2c=0.25, c2i=0.25)
-    assert found["t1"][1] == pytest.approx(torch.tensor([1, 0, 0.5, 0.5]).std().item() / 2)
-
-
-def test_standard_error_of_a_share():
-    """Catches a std for a standard error: 300 ones among 1,000 have an error of sqrt(p(1-p)/n), but for n - 1."""
-    mean, error = mean_and_error(torch.cat([torch.ones(300), torch.zeros(700)]))
-    assert mean == pytest.approx(0.3) and error == pytest.approx(math.sqrt(0.21 / 999), rel=1e-3)
-
-
-def test_table_has_the_papers_columns():
-    """Catches a column lost or a sign dropped."""
-    result = dict(t1=(0.6, 0.015), t2=(0.7, 0.014), delta=(0.1, 0.01), i2c=(0.2, 0.01), c2i=(0.1, 0.01), questions=1024)
-    text = table({"base": result, "MGRPO": result})
-    assert [w for w in ("Acc@t1", "Acc@t2", "Δ(t1,t2)", "Δ i→c", "Δ c→i") if w not in text] == []
-    assert "+10.0 ± 1.0" in text and "1024 held-out" in text and text.count("\n") == 3
-
 
 # ----------------------------------------------------------------------------------------------------------------- compare
 

@@ -1,0 +1,122 @@
+"""Real models end to end, as far as that goes without a download: files in, files out, each step by one command."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, script
+from test_chat import TOKENS, make_folder
+
+import train
+from flags import BadInput, guarded
+
+FLOAT = ("--dtype", "float32", "--device", "cpu")
+SMALL = ("--prompt-tokens", "640", "--max-new-tokens", "24")
+
+
+def problems(count, first=0):
+    return "".join(json.dumps(dict(question=f"Ann has {i} pens and buys {i % 3 + 1} more. How many?", answer=f"{i}+{i % 3 + 1} = <<{i}+{i % 3 + 1}={i + i % 3 + 1}>>{i + i % 3 + 1}\n#### {i + i % 3 + 1}")) + "\n"
+                   for i in range(first, first + count))
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """pretrain.py --data, train.py --init, eval.py --init in a folder of its own -> folder, what each printed."""
+    pytest.importorskip("safetensors", reason="needs safetensors: pip install -r requirements-extra.txt")
+    folder = tmp_path_factory.mktemp("real")
+    make_folder(folder / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
+    (folder / "train.jsonl").write_text(problems(40))
+    (folder / "test.jsonl").write_text(problems(5, 100))
+    (folder / "math.jsonl").write_text(json.dumps(dict(problem="Half?", solution=r"\boxed{\frac12}")) + "\n" + json.dumps(dict(problem="?", solution="none")) + "\n")
+    printed = [script(folder, "pretrain.py", "--data", "train.jsonl", "--tokenizer", "tokenizer", "--save", "out/base", "--depth", "2", "--base-tokens", "60000", *FLOAT)]
+    printed.append(script(folder, "train.py", "--init", "out/base", "--data", "train.jsonl", "--eval-data", "test.jsonl", "--run", "r", "--prompts", "2", "--attempts", "2",
+                          "--corrections", "2", "--tokens", "600", "--eval-questions", "4", "--lr", "1e-4", "--offload-optimizer", *SMALL, *FLOAT))
+    printed.append(script(folder, "eval.py", "--init", "out/r", "--data", "test.jsonl,math.jsonl", "--samples", "3", "--json", "table.json", *SMALL, *FLOAT))
+    return folder, printed
+
+
+@pytest.mark.extra
+def test_the_run_leaves_a_model(walked):
+    """Catches a run that trains and loses the result, a config that claims a task, a plan that is not printed, a step without a gauge."""
+    folder, (_, printed, _) = walked
+    assert {path.name for path in (folder / "out/r").iterdir()} >= {"config.json", "metrics.jsonl", "samples.md", "result.json", "model"}
+    config = json.loads((folder / "out/r/config.json").read_text())
+    assert config["template"] == "paper" and config["init"] == "out/base" and config["offload_optimizer"] and config["recompute"] == "yes" and "task" not in config
+    assert "memory, GB: weights" in printed and "on the host" in printed and "at most up to here" in printed and "40 problems to train on, 5 held out" in printed
+    steps = [json.loads(line) for line in (folder / "out/r/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["generated"] >= 600 and all(step["gauge_max"] < 1e-3 and step["undecided"] == 0 and step["peak_gb"] > 0 for step in steps)
+    assert "You are a helpful" not in (folder / "out/r/samples.md").read_text(encoding="utf-8")            # trees show questions, not prompts
+
+
+@pytest.mark.extra
+def test_the_table_of_each_set(walked):
+    """Catches sets mixed into one table, figures that are asked for and missing, and transcripts that are not there."""
+    folder, (_, _, printed) = walked
+    table = json.loads((folder / "table.json").read_text())
+    assert table["sets"] == ["test.jsonl", "math.jsonl"] and table["test.jsonl"]["greedy"]["questions"] == 5 and table["math.jsonl"]["greedy"]["questions"] == 1
+    sampled = table["test.jsonl"]["temperature 1"]
+    assert set(sampled["pass1"]) == {"1", "2", "3"} and {"t1", "t2", "delta", "i2c", "c2i", "maj1", "maj2", "length1", "cut", "undecided"} <= set(sampled)
+    assert sampled["t1"][0] == pytest.approx(sampled["pass1"]["1"][0]) and "1 without a gold answer" in printed and "verifier rules, 0 undecided" in printed
+    lines = [json.loads(line) for line in (folder / "out/r/eval-test.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 + 15 and {line["source"] for line in lines} == {f"test.jsonl:{i}" for i in range(1, 6)}
+    assert all(line["turn2"]["phrase"] and line["turn1"]["text"] is not None and line["gold"] for line in lines)
+
+
+@pytest.mark.extra
+def test_transformers_loads_what_we_leave(walked):
+    """Catches an export that only we can read: transformers' logits of the same prompt equal ours, and it ends where we ended."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-extra.txt")
+    from chat import open_model
+    folder = walked[0] / "out/r/model"
+    ours, encoding = open_model(folder, torch.float32, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = encoding.template("How many?")
+    assert tokenizer.decode(ids) == encoding.decode(ids) and theirs.config.eos_token_id == list(ours.config.end_tokens) == [256, 258]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(torch.tensor([ids])) @ ours.head.weight.T, theirs(torch.tensor([ids])).logits, atol=1e-4, rtol=0)
+    assert encoding.template_name == "paper"                     # though it ends with <|im_end|> now, as an instruct model does
+
+
+@pytest.mark.extra
+def test_a_run_from_a_run(walked):
+    """Catches a model of ours that we cannot start from again, and --layers 1 on a real model."""
+    folder = walked[0]
+    printed = script(folder, "train.py", "--init", "out/r/model", "--data", "train.jsonl", "--run", "again", "--layers", "1", "--prompts", "2", "--attempts", "2",
+                     "--tokens", "200", "--eval-questions", "2", "--recompute", "no", "--kl-coef", "0", *SMALL, *FLOAT)
+    assert "held out" in printed and (folder / "out/again/model/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--init", "m"], "--data is missing"), (["--init", "m", "--data", "d", "--task", "chain"], "--task is about bases"),
+    (["--data", "d"], "--data needs --init"), (["--prompt-tokens", "9"], "--prompt-tokens needs --init"), (["--verifier", "math-verify"], "--verifier needs --init"),
+    (["--init", "m", "--data", "d", "--preset", "smoke"], "--preset is about bases"), (["--init", "m", "--data", "d", "--prompt-tokens", "0"], "--prompt-tokens 0"),
+    (["--init", "m", "--data", "d"], "m/"), (["--offload-optimizer=yes"], "takes no value"),
+])
+def test_what_does_not_go_together(words, says, tmp_path, monkeypatch, capsys):
+    """Catches flags of one kind of run ignored by the other: one sentence, exit code 2, nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *(FLOAT if "--init" in words else ())])
+    with pytest.raises(SystemExit) as stop:
+        guarded(train.main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_nothing_is_learnt_without_safetensors(tmp_path):
+    """Catches minutes of work that end at a missing package: it is asked for first."""
+    make_folder(tmp_path / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
+    (tmp_path / "d.jsonl").write_text(problems(3))
+    hide = "import sys; sys.modules['safetensors'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [str(ROOT / "pretrain.py"), "--data", "d.jsonl", "--tokenizer", "tokenizer", "--save", "m", *FLOAT]
+    done = subprocess.run([sys.executable, "-c", hide, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "pip install safetensors" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_presets_of_a_real_run():
+    """Catches a tiny task's sizes given to a real model: without flags it trains as the paper did, as far as that is known."""
+    c = train.parse_flags(train.Config, "", train.presets, ["--init", "m", "--data", "d", "--attempts", "3"])
+    assert (c.prompts, c.attempts, c.lr, c.kl_coef, c.prompt_tokens) == (32, 3, 5e-7, 0.001, 512)
+    with pytest.raises(BadInput):
+        train.presets(dict(eval_data="x"))
