@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
+import memory
 from chat import open_model
 from data import DataSet, names
 from flags import BadInput, guarded, parse_flags, read_json
@@ -330,7 +331,12 @@ def main():
     subject = open_subject(c)
     sampler = make_sampler(subject.model, c.cache_tokens, 0 if c.checkpoint else c.prompt_tokens + 2 * subject.max_new_tokens + 64)
     print(f"{c.init or c.checkpoint}: {', '.join(subject.sets)}")
-    results = {name: measure(c, subject, name, task, sampler) for name, task in subject.sets.items()}
+    try:
+        results = {name: measure(c, subject, name, task, sampler) for name, task in subject.sets.items()}
+    except (RuntimeError, MemoryError) as error:
+        if memory.ran_out(error):
+            raise BadInput(f"out of memory ({str(error).split('.')[0]}): lower --cache-tokens, --max-new-tokens or --samples") from None
+        raise
     if c.json:
         results = next(iter(results.values())) if len(results) == 1 else results
         temporary = Path(f"{c.json}.{os.getpid()}.tmp")

@@ -25,6 +25,7 @@ import torch
 
 from flags import BadInput, guarded, parse_flags
 from model import CHUNK, GPT, ModelConfig
+from sample import SHARE
 
 GB = 1e9
 PHRASE = 24               # tokens of the longest guiding phrase, and a few
@@ -73,13 +74,13 @@ def kv_tokens(prompts, attempts, corrections, prompt, completion, layers=2):
 
 
 def plan(config, *, compute, rows, prompts, attempts, corrections, prompt, completion, layers=2, cache_tokens=0, reference=False,
-         recompute=False, offload=False, flash=True):
+         recompute=False, offload=False, flash=True, total=None):
     """-> {what: bytes} on the device (and "host"), for a training step with these flags (names as in train.py; prompt and completion:
-    their most tokens)."""
+    their most tokens). total: bytes that the device has; of what the rest leaves of them the cache takes half at most (sample.SHARE)."""
     count, c = parameters(config), config
     longest = prompt + completion + (PHRASE + completion if layers == 2 else 0)
     tokens = kv_tokens(prompts, attempts, corrections, prompt, completion, layers)
-    return {
+    planned = {
         "weights": count * compute.itemsize,
         "masters and gradients": 8 * count,
         "Adam": 0 if offload else 8 * count,
@@ -89,6 +90,10 @@ def plan(config, *, compute, rows, prompts, attempts, corrections, prompt, compl
         "logits": logits(c, compute),
         "host": 16 * count if offload else 0,
     }
+    if total and not cache_tokens:
+        left = max(0, total - on_device(planned) + planned["KV cache"])
+        planned["KV cache"] = min(planned["KV cache"], int(SHARE * left))
+    return planned
 
 
 def on_device(planned):
@@ -113,6 +118,11 @@ def peak(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ran_out(error):
+    """Whether an exception means that memory ran out: CUDA's has a class of its own, the CPU's only a message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def out_of_memory(planned, error):

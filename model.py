@@ -329,8 +329,12 @@ def compute_dtype(name, device):
 def save_checkpoint(path, model, **extra):
     """Writes weights, shape and `extra` (plain values) to `path` in one move: a run killed while writing leaves the old file."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
-    torch.save(dict(model_config=asdict(model.config), weights=model.state_dict(), extra=extra), temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(dict(model_config=asdict(model.config), weights=model.state_dict(), extra=extra), temporary)
+        os.replace(temporary, path)
+    except (RuntimeError, OSError) as error:   # torch says RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is intact") from None
 
 
 def load_checkpoint(path, compute=torch.float32, device="cpu"):

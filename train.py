@@ -147,8 +147,10 @@ def train(c):
     say(memory.plan_text(planned, memory.total_memory(c.device)))
     try:
         return rollouts_and_steps(policy, encoding, task, run_folder(c.run, settings(c), base_path), planned, c)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise memory.out_of_memory(planned, error) from None
+    except (RuntimeError, MemoryError) as error:
+        if memory.ran_out(error):
+            raise memory.out_of_memory(planned, error) from None
+        raise
 
 
 def rollouts_and_steps(policy, encoding, task, folder, planned, c):
@@ -243,7 +245,7 @@ def plan(config, c):
     return memory.plan(config, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
                        corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
                        cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
-                       offload=c.offload_optimizer, flash=c.device == "cuda")
+                       offload=c.offload_optimizer, flash=c.device == "cuda", total=memory.total_memory(c.device))
 
 
 def base_config(c):

@@ -208,7 +208,11 @@ def save_pretrained(model, folder, dtype=torch.bfloat16):
         parts = parts.split(sizes(name, model.config)) if sizes(name, model.config) else [parts]
         tensors |= {theirs: part.contiguous() for theirs, part in zip(pieces(name), parts)}
     folder.mkdir(parents=True, exist_ok=True)
-    library().torch.save_file(tensors, folder / "model.safetensors.tmp", metadata=dict(format="pt"))
+    try:
+        library().torch.save_file(tensors, folder / "model.safetensors.tmp", metadata=dict(format="pt"))
+    except Exception as error:                                # safetensors has a class of its own for a full disk
+        (folder / "model.safetensors.tmp").unlink(missing_ok=True)
+        raise OSError(f"{folder}/model.safetensors could not be written ({error}); what was there before is intact") from None
     config = their_config(model.config, dtype) | dict(prompt_template=getattr(model, "prompt_template", None))
     (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("model.safetensors", "config.json"):

@@ -11,19 +11,25 @@ import torch
 import bench
 import compare
 import eval as evaluation
+import memory
 import pretrain
 import tasks
 import train
 from flags import BadInput, comments, guarded, help_text, parse, parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = dict(train=train, eval=evaluation, pretrain=pretrain, compare=compare, bench=bench, tasks=tasks)
+SCRIPTS = dict(train=train, eval=evaluation, pretrain=pretrain, compare=compare, bench=bench, tasks=tasks, memory=memory)
+
+
+def config_of(name):
+    """The flags that a script takes on its own command line (pretrain.py's Config is what others inherit)."""
+    return getattr(SCRIPTS[name], "Script", SCRIPTS[name].Config)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_used_and_explained(name):
     """Catches dead flags: every field is read somewhere outside of its declaration, and has a line of help."""
-    config = SCRIPTS[name].Config
+    config = config_of(name)
     source = "".join((ROOT / f"{n}.py").read_text() for n in {name, "tasks"} | ({"pretrain"} if name == "train" else set()))
     for field in dataclasses.fields(config):
         used = re.search(rf"\b(c|config)\.{field.name}\b|\"{field.name}\"", source)

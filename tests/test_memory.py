@@ -166,6 +166,8 @@ def test_the_plan_by_hand():
     assert block_bytes(c, 5, 8, torch.bfloat16) == 5 * 8 * 2 * (6 * 4 + 4 * 4 + 3 * 2 + 4 * 3)
     away = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, offload=True, cache_tokens=100)
     assert away["Adam"] == 0 and away["host"] == 16 * count and away["KV cache"] == 100 * 8
+    tight = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, reference=True, total=sum(p.values()) + 100 - p["KV cache"])
+    assert tight["KV cache"] == 50 and {k: v for k, v in tight.items() if k != "KV cache"} == {k: v for k, v in p.items() if k != "KV cache"}
     assert on_device(p) == sum(p.values()) and "on the host" in plan_text(away) and "of 80" in plan_text(p, 80e9)
 
 
@@ -185,13 +187,17 @@ def test_the_readmes_table(monkeypatch, capsys):
 def test_out_of_memory_is_one_sentence_with_three_flags(tmp_path, monkeypatch):
     """Catches a traceback of an allocator: the plan, and the flags to lower, whichever way memory ends."""
     monkeypatch.chdir(tmp_path)
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"), MemoryError("no")):
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"), MemoryError("no"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
         monkeypatch.setattr(train, "rollouts_and_steps", lambda *_, error=error: (_ for _ in ()).throw(error))
         monkeypatch.setattr(train, "prepare", lambda c: (GPT(SHAPE), None, None, "base", c))
         with pytest.raises(BadInput) as said:
             train.train(train.Config(run="r", max_new_tokens=9, dtype="float32", device="cpu"))
         text = str(said.value)
         assert all(flag in text for flag in ("--rows", "--max-new-tokens", "--cache-tokens")) and "memory, GB" in text and "\n" not in text
+    monkeypatch.setattr(train, "rollouts_and_steps", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train.train(train.Config(run="r2", max_new_tokens=9, dtype="float32", device="cpu"))
 
 
 def test_what_is_reserved_is_not_the_caches(monkeypatch, gpt):

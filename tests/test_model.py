@@ -1,9 +1,12 @@
 """The GPT and the way from vectors to probabilities, against plain formulas."""
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, rope_tables, rotate, save_checkpoint, token_logprobs
 
@@ -132,3 +135,24 @@ def test_compute_dtype():
     """Catches auto falling back to an error, or a named type being overruled."""
     assert compute_dtype("float32", "cuda") == torch.float32 and compute_dtype("auto", "cuda") == torch.bfloat16
     assert compute_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "pretrained"])
+def test_a_full_disk_keeps_what_was_there(kind, tmp_path):
+    """Catches the last good checkpoint lost to one that did not fit, leftovers, and a traceback: files may grow to 20 kB only."""
+    if kind == "pretrained":
+        pytest.importorskip("safetensors", reason="needs safetensors: pip install -r requirements-extra.txt")
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import model, flags
+small, large = (model.GPT(model.ModelConfig(vocab_size=v, width=16, depth=1, heads=1, kv_heads=1, head_size=16, hidden=16)) for v in (20, 5000))
+save = model.save_checkpoint if {kind == "checkpoint"} else lambda path, gpt: gpt.save_pretrained(path)
+save("m", small)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+flags.guarded(lambda: save("m", large))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    kept = GPT.from_pretrained(tmp_path / "m") if kind == "pretrained" else load_checkpoint(tmp_path / "m")[0]
+    assert kept.config.vocab_size == 20 and not list(tmp_path.rglob("*.tmp"))

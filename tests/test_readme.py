@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_flags import SCRIPTS
+from test_flags import SCRIPTS, config_of
 
 from flags import parse
 
@@ -33,7 +33,7 @@ def test_every_command_names_real_flags(command):
     script, *words = shlex.split(command)
     assert (ROOT / script).exists()
     if words and script.removesuffix(".py") in SCRIPTS and "--help" not in words:
-        parse(SCRIPTS[script.removesuffix(".py")].Config, words)
+        parse(config_of(script.removesuffix(".py")), words)
 
 
 def test_links_lead_somewhere():
