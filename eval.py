@@ -29,13 +29,13 @@ import torch
 from tqdm import tqdm
 
 import memory
-from chat import open_model
 from data import DataSet, names
 from flags import BadInput, guarded, parse_flags, read_json
 from mathverify import MathVerify
 from mgrpo import Sampling, draw_phrases, expand, second_look
 from model import compute_dtype, load_checkpoint
 from pretrain import pick_device
+from prompts import open_model
 from reward import agree, extract_answer
 from sample import Sampler
 from tasks import draw, phrase_text, prompts_and_golds, task_of, token_limits
@@ -59,7 +59,7 @@ class Config:
     turns: Literal["1", "2"] = "2"                            # 1 skips the second look
     max_new_tokens: int = 0   # per answer; 0: as in training, else what fits twice into the context, at most 1,024
     prompt_tokens: int = 512  # questions whose prompt is longer are left out
-    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (chat.py); auto: the model's own
+    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (prompts.py); auto: the model's own
     verifier: Literal["rules", "math-verify"] = "rules"       # who says what is right: reward.py, or that library
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
     seed: int = 0             # of the questions of a task and of the sampling

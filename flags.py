@@ -10,6 +10,7 @@ From that line come the flag `--attempts`, its type, its default and its line of
 disagree. A bool is a flag without a value: there or not. A flag that does not exist is answered with the nearest one that does;
 whatever else is wrong with the input is said in one sentence on stderr, with exit code 2 and no traceback.
 """
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -117,6 +118,15 @@ def read_json(path, hint):
         raise BadInput(f"{path}: there is no such file; {hint}") from None
     except ValueError as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Around the reading of a file that may be damaged or of another kind: what is missing or misplaced in it becomes BadInput."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise BadInput(f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})") from None
 
 
 def guarded(main):

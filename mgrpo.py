@@ -20,7 +20,7 @@ sense supervises the process without a process reward model.
 Deviations from the paper, and what is not known of it (no full text or official code was at hand; the seven phrases and
 the settings come from public re-implementations):
  1. The layer-2 prompt is the model's own turn continued (phrases 5 and 6 stop in mid-sentence and fit nowhere else). The
-    paper's template is unknown. For our tiny model the layer-1 template is the question and a newline; a real model has its own (chat.py).
+    paper's template is unknown. For our tiny model the layer-1 template is the question and a newline; a real one has its own (prompts.py).
  2. The formula of J_2, the weight w and the order of updates are unknown: the same form, w = 1, one joint step;
     `--update alternating` steps on layer 1 first.
  3. "Failed corrections are discarded" read literally gives no gradient: what is left of a group has equal rewards, so

@@ -38,12 +38,12 @@ from tqdm import tqdm
 import algebra
 import answers
 import cache
-import chat
 import crew
 import kernels
 import latex
 import mgrpo
 import model
+import prompts
 import reward
 import sample
 import tasks
@@ -301,7 +301,7 @@ def solution_pair(encoding, problem, rng, review):
 
 def open_solutions(c):
     """-> encoding with its template, problems that have a solution, the length of the longest text."""
-    encoding = chat.open_bare_tokenizer(c.tokenizer)
+    encoding = prompts.open_bare_tokenizer(c.tokenizer)
     problems = [problem for path in names(c.data) for problem in read_problems(path)[0] if problem.data.solution]
     if not problems:
         raise BadInput(f"--data {c.data}: no problem there has a worked solution to learn from")

@@ -278,7 +278,7 @@ def task_of(config):
 
 
 def prompts_and_golds(encoding, problems):
-    """-> (token ids of each prompt, each gold answer). A real model's encoding has a template of its own (chat.py)."""
+    """-> (token ids of each prompt, each gold answer). A real model's encoding has a template of its own (prompts.py)."""
     template = getattr(encoding, "template", None)
     return [template(p.question) if template else encoding.encode_ordinary(prompt_text(p)) for p in problems], [p.gold for p in problems]
 

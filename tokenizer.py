@@ -20,9 +20,10 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import regex       # which tiktoken cuts with, too
 import tiktoken
 
-from flags import BadInput, read_json
+from flags import BadInput, read_json, reading
 
 # The seven guiding phrases of MGRPO's layer 2 (as both public re-implementations give them; see mgrpo.py, unknown 1).
 PHRASES = (
@@ -66,17 +67,28 @@ CLASSES = {"Qwen2Tokenizer": (QWEN2, True), "GPT2Tokenizer": (GPT2, False)}     
 
 
 class Converted(tiktoken.Encoding):
-    """A tiktoken.Encoding that applies NFC where the original does, and decodes ids that are not in the vocabulary to a replacement
-    character (models have more logits than tokens: rows of padding). `opening`: ids that the original puts before every text."""
+    """A tiktoken.Encoding that applies NFC where the original does, drops bytes that the vocabulary lacks (SmolLM2's lacks some) as the
+    original does, and decodes ids that are not in the vocabulary to a replacement character (models have more logits than tokens: rows of
+    padding). `opening`: ids that the original puts before every text."""
 
     def __init__(self, *args, nfc=False, opening=(), **keywords):
         super().__init__(*args, **keywords)
         self.nfc, self.opening = nfc, [self._special_tokens[token] for token in opening]
         self.bytes_of = {number: text for text, number in self._mergeable_ranks.items()}
         self.bytes_of |= {number: text.encode() for text, number in self._special_tokens.items()}
+        self.lacking = bytes(b for b in range(256) if bytes([b]) not in self._mergeable_ranks)
 
     def encode_ordinary(self, text):
-        return super().encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        try:
+            if not any(b in self.lacking for b in text.encode("utf-8", "replace")):
+                return super().encode_ordinary(text)
+            pieces = [piece.encode().translate(None, self.lacking) for piece in regex.findall(self._pat_str, text)]
+            return [token for piece in pieces if piece for token in self._encode_single_piece(piece)]
+        except BaseException as error:                # tiktoken's Rust code panics at a million spaces, say
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BadInput(f"tiktoken cannot encode a text of {len(text):,} characters that begins {text[:40]!r}") from None
 
     def decode(self, tokens, errors="replace"):
         return b"".join(self.bytes_of.get(token, "\ufffd".encode()) for token in tokens).decode("utf-8", errors)
@@ -98,7 +110,12 @@ def convert(folder):
     BadInput names what tiktoken cannot do in the same way: another model than byte-level BPE, another normaliser, several cuts in
     sequence, or merges that it would apply in another order (`check_merges`). What is not written in the bytes' alphabet is an added token.
     """
-    folder = Path(folder)
+    with reading(f"{folder}: its tokenizer"):
+        return converted(Path(folder))
+
+
+def converted(folder):
+    """What `convert` does, for files that are as they should be."""
     if (folder / "tokenizer.json").exists():
         whole = read_json(folder / "tokenizer.json", FILES)
         model, added = whole["model"], {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
@@ -164,21 +181,22 @@ def check_merges(ranks, pairs, folder, ignore_merges=False):
     """BadInput, naming the first bad merge, unless tiktoken merges in the same order as the original.
 
     tiktoken has ONE number as rank and id, and looks a whole piece up before it merges. Both agree if products of merges rise in id, and
-    if every token of several bytes, merged with lower ranks alone, ends as exactly the two parts of its merge. (With ignore_merges,
-    Llama-3's way, the original looks whole pieces up too, and tokens without a merge are fine.)
+    if every token of several bytes, merged with lower ranks alone, ends as exactly the two parts of its merge. With ignore_merges,
+    Llama-3's way, the original looks whole pieces up too; its merges were made from tiktoken's ranks and hold every way to cut a token in
+    two, so a product may come several times in a row, and a token without a merge is fine if tiktoken cannot make it from parts either.
     """
-    parts_of, last = {}, -1
+    cuts, last = {}, -1
     for a, b in pairs:
-        if ranks.get(a + b, -1) <= last:
+        if ranks.get(a + b, -1) < last + (not ignore_merges):
             raise BadInput(f"{folder}: the merge {a!r} + {b!r} has id {ranks.get(a + b)}, after one with id {last}: tiktoken would merge "
                            "in another order")
         last = ranks[a + b]
-        parts_of[a + b] = a, b
+        cuts.setdefault(a + b, []).append((a, b))
     for token, rank in ranks.items():
-        if len(token) > 1 and not (ignore_merges and token not in parts_of):
-            parts = merged(token, ranks, rank)
-            if tuple(parts) != parts_of.get(token):
-                raise BadInput(f"{folder}: the token {token!r} is made of {parts} by tiktoken, of {parts_of.get(token)} by its merges")
+        if len(token) > 1:
+            parts = tuple(merged(token, ranks, rank))
+            if parts not in cuts.get(token, ()) and not (ignore_merges and token not in cuts and len(parts) > 2):
+                raise BadInput(f"{folder}: the token {token!r} is made of {parts} by tiktoken, of {cuts.get(token)} by its merges")
 
 
 def merged(token, ranks, below):

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 import memory
 import pretrain
-from chat import open_model
 from data import DataSet, names
 from eval import evaluate, held_out_questions, make_sampler, make_verifier, max_new_tokens, table
 from flags import BadInput, guarded, parse_flags
@@ -37,6 +36,7 @@ from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
 from model import save_checkpoint
 from pretrain import base_model, pick_device, pick_preset, resolve
+from prompts import open_model
 from tasks import draw, task_of, token_limits
 from tokenizer import build_encoding
 
@@ -46,7 +46,7 @@ class Config(pretrain.Config):
     init: str = ""            # folder of a model in Hugging Face's format to start from; empty: a base of the built-in task
     data: str = ""            # files of problems for it (data.py), separated by commas
     eval_data: str = ""       # files to evaluate on; empty: every eighth problem of --data, which is then not trained on
-    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (chat.py); auto: the model's own
+    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (prompts.py); auto: the model's own
     prompt_tokens: int = 512  # questions whose prompt is longer are left out
     verifier: Literal["rules", "math-verify"] = "rules"           # who says what is right: reward.py, or that library
     run: str = ""             # folder under out/; empty: named after task, method and seed, with a number if that exists

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, script
-from test_chat import TOKENS, make_folder
+from test_prompts import TOKENS, make_folder
 
 import train
 from flags import BadInput, guarded
@@ -67,7 +67,7 @@ def test_the_table_of_each_set(walked):
 def test_transformers_loads_what_we_leave(walked):
     """Catches an export that only we can read: transformers' logits of the same prompt equal ours, and it ends where we ended."""
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-extra.txt")
-    from chat import open_model
+    from prompts import open_model
     folder = walked[0] / "out/r/model"
     ours, encoding = open_model(folder, torch.float32, "cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

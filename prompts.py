@@ -1,6 +1,6 @@
 """How a question is put to a real model: chat templates as plain functions, the tokens that end a turn, and a model opened for use.
 
-    python chat.py path/to/Qwen2.5-Math-1.5B "What is 6*7?"       # the prompt as the model will see it, token by token
+    python prompts.py path/to/Qwen2.5-Math-1.5B "What is 6*7?"       # the prompt as the model will see it, token by token
 
 The idea. A chat template is a text with special tokens in it. Here it is a list of parts: a `str` is text, which is encoded as text
 whatever it says, and a `Special` is one token. So a question that contains "<|im_end|>" holds ten odd characters and ends nobody's turn.
@@ -156,7 +156,7 @@ def open_model(folder, compute, device, template="auto"):
 
 def main():
     if len(sys.argv) != 3:
-        raise BadInput("usage: python chat.py FOLDER QUESTION")
+        raise BadInput("usage: python prompts.py FOLDER QUESTION")
     encoding, ends = open_tokenizer(sys.argv[1])
     ids = encoding.template(sys.argv[2])
     print(f"template {encoding.template_name}, {len(ids)} tokens; a completion ends with "
