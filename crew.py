@@ -57,8 +57,12 @@ class Crew:
 
     def start(self, sampler):
         """Forks. The children see the weights of `sampler`, whatever they become."""
-        for tensor in (*sampler.model.parameters(), *(norm for norm in sampler.norms if norm is not None)):
-            tensor.data.share_memory_()
+        try:
+            for tensor in (*sampler.model.parameters(), *(norm for norm in sampler.norms if norm is not None)):
+                tensor.data.share_memory_()
+        except RuntimeError as error:
+            raise OSError(f"no room in shared memory for the weights of the sampling processes ({str(error).splitlines()[0]}): enlarge "
+                          "/dev/shm (docker run --shm-size=8g), or give --cache-tokens, with which one process samples") from None
         context, team = multiprocessing.get_context("fork"), Team([], [], [])
         for _ in range(self.size):
             mine, theirs = context.Pipe()

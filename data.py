@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flags import BadInput, guarded
-from reward import last_box
+from reward import last_box, same
 from tasks import HELD_OUT, Problem
 
 
@@ -74,6 +74,13 @@ class Source(NamedTuple):
     solution: str = ""
 
 
+def with_unit(answer, unit):
+    """An answer with its set's unit, if the verifier then still takes the bare answer for right: a unit that it cannot read would only
+    turn right answers into wrong ones."""
+    whole = rf"{answer} {unit}" if "\\" in unit else rf"{answer} \text{{ {unit}}}"
+    return whole if answer and unit and same(answer, whole) else answer
+
+
 def read_problem(line):
     """One line of JSON -> (form's name, question, gold, solution). Raises ValueError saying what is wrong with it."""
     try:
@@ -96,6 +103,8 @@ def read_problem(line):
                 f"{question}{answer}".encode()
             except UnicodeEncodeError:
                 raise ValueError("it holds half of a character (a lone surrogate)") from None
+            if name == "OlympiadBench" and isinstance(row.get("unit"), str):
+                answer = with_unit(answer, row["unit"].strip().strip("$"))
             return name, question.strip(), answer, solution.strip() if isinstance(solution, str) else ""
     raise ValueError(f"its fields are {', '.join(row) or 'none'}; a problem has {KNOWN}")
 

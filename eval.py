@@ -12,12 +12,13 @@ right or wrong in each turn, over all questions (SCoRe, arXiv 2409.12917, sectio
 With n samples of a question, c of them right, also
 
     pass@k = 1 - C(n-c, k) / C(n, k)     a right one among k, without bias (arXiv 2107.03374, eq. 1)
-    maj@n  = the answer that most of the n give is right; answers count as one if the verifier holds them equal, and a tie is shared
+    maj@n  = the answer that most of the n give is right; answers count as one if reward.py holds them equal, and a tie is shared
 
 Questions are held out: training cannot draw them. Errors are standard errors over QUESTIONS: with several samples of each, the
 samples of one question are averaged first, since they are not independent. Every transcript goes to a JSONL file.
 """
 import functools
+import itertools
 import json
 import math
 import os
@@ -35,11 +36,12 @@ from mathverify import MathVerify
 from mgrpo import Sampling, draw_phrases, expand, second_look
 from model import compute_dtype, load_checkpoint
 from pretrain import pick_device
-from prompts import open_model
+from prompts import open_shape, open_weights
 from reward import agree, extract_answer
 from sample import Sampler
-from tasks import draw, phrase_text, prompts_and_golds, task_of, token_limits
-from tokenizer import PHRASES, build_encoding
+from tasks import draw, longest_phrase, prompts_and_golds, task_of, token_limits
+from tokenizer import build_encoding
+from weights import library
 
 COLUMNS = {"t1": "Acc@t1", "t2": "Acc@t2", "delta": "Δ(t1,t2)", "i2c": "Δ i→c", "c2i": "Δ c→i"}
 ROWS = 1024               # sampled at a time
@@ -58,7 +60,7 @@ class Config:
     min_p: float = 0.0        # ... from those at least p times as likely as the likeliest
     turns: Literal["1", "2"] = "2"                            # 1 skips the second look
     max_new_tokens: int = 0   # per answer; 0: as in training, else what fits twice into the context, at most 1,024
-    prompt_tokens: int = 512  # questions whose prompt is longer are left out
+    prompt_tokens: int = 0    # questions whose prompt is longer are left out; 0: as in training, else 512
     template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (prompts.py); auto: the model's own
     verifier: Literal["rules", "math-verify"] = "rules"       # who says what is right: reward.py, or that library
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
@@ -161,24 +163,24 @@ def majority(answers, right):
 
 
 def mean_and_error(x):
-    """Mean of a vector and its standard error, std / sqrt(n)."""
-    return x.mean().item(), (x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan)
+    """Mean of a vector and its standard error, std / sqrt(n); of one number it is not known, None."""
+    return x.mean().item(), (x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- showing
 
 def percent(pair, sign=""):
-    return f"{100 * pair[0]:{sign}.1f} ± {100 * pair[1]:.1f}"
+    return f"{100 * pair[0]:{sign}.1f} ± {'?' if pair[1] is None else f'{100 * pair[1]:.1f}'}"
 
 
-def table(rows):
+def table(rows, what="held-out questions"):
     """{name: result of evaluate} -> the paper's table as text, in percent."""
     shown = {k: v for k, v in COLUMNS.items() if all(k in result for result in rows.values())}
     lines = [f"{'':24}" + "".join(f"{title:>15}" for title in shown.values())]
     for name, result in rows.items():
         lines.append(f"{name:24}" + "".join(f"{percent(result[k], '+' if k == 'delta' else ''):>15}" for k in shown))
     one = next(iter(rows.values()))
-    return "\n".join([*lines, f"(percent ± standard error; {one['questions']} held-out questions)"])
+    return "\n".join([*lines, f"(percent ± standard error; {one['questions']} {what})"])
 
 
 def details(rows, verifier):
@@ -196,12 +198,14 @@ def details(rows, verifier):
 
 
 class Transcripts:
-    """A JSONL file of whole dialogues, a line for each sample of each question, written as batches come."""
+    """A JSONL file of whole dialogues, a line for each sample of each question, written as batches come. One that exists is never written
+    over: the next gets a number."""
 
-    def __init__(self, path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
+    def __init__(self, folder, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        files = (folder / f"{name}{'' if number == 1 else f'.{number}'}.jsonl" for number in itertools.count(1))
+        self.path = next(file for file in files if not file.exists())
+        self.path.touch()
 
     def record(self, problems, layers, how):
         phrases, lines = draw_phrases(how.seed, layers[0].completions.numbers.tolist()), []
@@ -226,6 +230,7 @@ class Subject(NamedTuple):
     encoding: Any
     sets: dict            # name: task of tasks.py or data.DataSet
     max_new_tokens: int
+    row_tokens: int       # of the longest row: prompt, two completions, a phrase
     folder: Path          # for transcripts
     prefix: str           # of their names
 
@@ -258,36 +263,53 @@ def open_subject(c):
         model, trained = load_policy(path, c.dtype, c.device)
         task = task_of(trained)
         prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
-        return Subject(model, build_encoding(), {str(task): task},
-                       c.max_new_tokens or trained.get("max_new_tokens") or token_limits(task)[1], path.parent, prefix)
+        new = c.max_new_tokens or trained.get("max_new_tokens") or token_limits(task)[1]
+        return Subject(model, build_encoding(), {str(task): task}, new, model.config.context, path.parent, prefix)
     if not c.data:
         raise BadInput("--data is missing: a real model is asked questions of files, say --data gsm8k/test.jsonl (data.py)")
-    run = (folder / "model").is_dir()
-    trained = read_json(folder / "config.json", "a run has one") if run else {}
+    return real_subject(c, folder)
+
+
+def real_subject(c, folder):
+    """A folder in Hugging Face's format, or that of a run, with data sets -> Subject. The weights come last: what is wrong with the rest
+    is said before."""
+    run = (folder / "metrics.jsonl").exists() or (folder / "model").is_dir()
+    if run and not (folder / "model").is_dir():
+        raise BadInput(f"--init {folder}: this run has not saved a model yet")
+    trained, path = read_json(folder / "config.json", "a run has one") if run else {}, folder / "model" if run else folder
+    library()
+    shape, encoding = open_shape(path, c.template)
+    prompt_tokens = c.prompt_tokens or trained.get("prompt_tokens", 512)
+    new = max_new_tokens(shape, encoding, prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
+    learnt = [] if trained.get("eval_data") else names(trained.get("data", ""))         # files of which only an eighth was held out
+    sets = {name: DataSet(*(([name], encoding, prompt_tokens) if name in learnt else ([], encoding, prompt_tokens, [name])))
+            for name in names(c.data)}
     device = pick_device(c.device)
-    model, encoding = open_model(folder / "model" if run else folder, compute_dtype(c.dtype, device), device, c.template)
-    new = max_new_tokens(model, encoding, c.prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
-    sets = {path: DataSet([], encoding, c.prompt_tokens, [path], print) for path in names(c.data)}
-    return Subject(model, encoding, sets, new, folder if run else Path("out"), "" if run else f"{folder.resolve().name}-")
+    model = open_weights(path, shape, encoding, compute_dtype(c.dtype, device), device)
+    row = prompt_tokens + 2 * new + longest_phrase(encoding)
+    return Subject(model, encoding, sets, new, row, folder if run else Path("out"), "" if run else f"{folder.resolve().name}-")
 
 
-def max_new_tokens(model, encoding, prompt_tokens, asked):
+def max_new_tokens(shape, encoding, prompt_tokens, asked):
     """Tokens of a completion such that a prompt, two of them and a phrase fit the model's context; `asked` if that fits, at most 1,024 if
     nothing is asked. BadInput otherwise."""
-    phrase = max(len(encoding.encode_ordinary(phrase_text(text))) for text in PHRASES)
-    room = (model.config.context - prompt_tokens - phrase) // 2
+    phrase = longest_phrase(encoding)
+    room = (shape.context - prompt_tokens - phrase) // 2
     if room < 1 or asked > room:
         raise BadInput(f"--prompt-tokens {prompt_tokens} and twice --max-new-tokens {asked or 1} do not fit the model's context of "
-                       f"{model.config.context} with a phrase of {phrase}; lower one of them (completions may have {max(room, 0)} here)")
+                       f"{shape.context} with a phrase of {phrase}; lower one of them (completions may have {max(room, 0)} here)")
     return asked or min(1024, room)
 
 
-def make_sampler(model, cache_tokens, least=0, reserved=0):
-    """A sampler whose cache holds at least one row of `least` tokens (0: of the model's context). reserved: bytes that the cache must leave
-    to others. BadInput for a limit below that."""
-    least = least or model.config.context
-    if 0 < cache_tokens < least:
-        raise BadInput(f"--cache-tokens {cache_tokens}: a row may need {least}; use that or more, or 0")
+def make_sampler(model, cache_tokens, row, wanted=0, reserved=0):
+    """A sampler whose cache holds at least one row of `row` tokens; BadInput for a limit below that. wanted: tokens that a call would have
+    cached; if a CPU has no room for them rows wait their turn, in one process. reserved: bytes of CUDA memory that the cache must leave to
+    others."""
+    if 0 < cache_tokens < row:
+        raise BadInput(f"--cache-tokens {cache_tokens}: a row may need {row}; use that or more, or 0")
+    if not cache_tokens and model.embed.weight.device.type == "cpu":
+        room = memory.cache_room(model.config, model.compute)
+        cache_tokens = max(room, row) if wanted > room else 0
     return Sampler(model, cache_tokens=cache_tokens, reserved=reserved)
 
 
@@ -301,26 +323,28 @@ def validate(c):
         raise BadInput("--questions must be at least 2 (or 0: all), --samples at least 1, --temperature and --cache-tokens at least 0")
     if c.top_k < 0 or not 0 < c.top_p <= 1 or not 0 <= c.min_p < 1:
         raise BadInput("--top-k must be at least 0, --top-p above 0 and at most 1, --min-p at least 0 and below 1")
-    if c.max_new_tokens < 0 or c.prompt_tokens < 1:
-        raise BadInput("--max-new-tokens must be at least 0 and --prompt-tokens at least 1")
+    if c.max_new_tokens < 0 or c.prompt_tokens < 0:
+        raise BadInput("--max-new-tokens and --prompt-tokens must be at least 0")
     if c.init and c.checkpoint:
         raise BadInput("--checkpoint and --init both name a model: use one")
     if c.samples > 1 and not c.temperature:
         raise BadInput(f"--samples {c.samples} at --temperature 0 would be the same answer every time; raise the temperature")
 
 
-def measure(c, subject, name, task, sampler):
+def measure(c, subject, name, task, sampler, verifier):
     """The rows of a table for one set of questions: greedy, and at the temperature asked for."""
     problems = held_out_questions(task, c.questions or (0 if isinstance(task, DataSet) else 1024), c.seed)
-    stem = Path(name).stem if isinstance(task, DataSet) else type(task).__name__.lower()
-    transcripts = Transcripts((Path(c.transcripts) if c.transcripts else subject.folder) / f"{subject.prefix}eval-{stem}.jsonl")
+    real, path = isinstance(task, DataSet), Path(name)
+    label = "-".join(filter(None, (path.parent.name, path.stem))) if real else type(task).__name__.lower()       # gsm8k-test
+    transcripts = Transcripts(Path(c.transcripts) if c.transcripts else subject.folder, f"{subject.prefix}eval-{label}")
     ask = functools.partial(evaluate, sampler, subject.encoding, problems, subject.max_new_tokens, turns=int(c.turns), seed=c.seed,
-                            verifier=make_verifier(c.verifier), record=transcripts.record)
+                            verifier=verifier, record=transcripts.record)
     rows = {"greedy": ask()}
     if c.temperature:
         filters = dict(top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
         rows[f"temperature {c.temperature:g}"] = ask(samples=c.samples, temperature=c.temperature, filters=filters)
-    print(f"\n{name}\n{table(rows)}\n{details(rows, c.verifier)}\n{transcripts.path}: every transcript")
+    what = "questions" if real and not task.splits["train"] else "held-out questions"
+    print(f"\n{name}\n{table(rows, what)}\n{details(rows, c.verifier)}\n{transcripts.path}: every transcript")
     return rows
 
 
@@ -328,11 +352,12 @@ def main():
     """Flags, the model, a table for each set of questions."""
     c = parse_flags(Config, __doc__)
     validate(c)
-    subject = open_subject(c)
-    sampler = make_sampler(subject.model, c.cache_tokens, 0 if c.checkpoint else c.prompt_tokens + 2 * subject.max_new_tokens + 64)
-    print(f"{c.init or c.checkpoint}: {', '.join(subject.sets)}")
+    verifier = make_verifier(c.verifier)
     try:
-        results = {name: measure(c, subject, name, task, sampler) for name, task in subject.sets.items()}
+        subject = open_subject(c)
+        print(f"{c.init or c.checkpoint}: {', '.join(subject.sets)}")
+        sampler = make_sampler(subject.model, c.cache_tokens, subject.row_tokens, ROWS * subject.row_tokens)
+        results = {name: measure(c, subject, name, task, sampler, verifier) for name, task in subject.sets.items()}
     except (RuntimeError, MemoryError) as error:
         if memory.ran_out(error):
             raise BadInput(f"out of memory ({str(error).split('.')[0]}): lower --cache-tokens, --max-new-tokens or --samples") from None

@@ -17,8 +17,12 @@ context, its graphs, and what an allocator cannot use for being in pieces.
 
 Letters: L layers, N query heads, K key/value heads, C head size, D width, V vocabulary.
 """
+import os
+import re
 import resource
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,7 +32,7 @@ from model import CHUNK, GPT, ModelConfig
 from sample import SHARE
 
 GB = 1e9
-PHRASE = 24               # tokens of the longest guiding phrase, and a few
+PHRASE = 24               # tokens of the longest guiding phrase with a large vocabulary, and a few
 
 
 # ---------------------------------------------------------------------------------------------------------------- the plan
@@ -67,25 +71,36 @@ def logits(c, compute):
     return CHUNK * c.vocab_size * (8 + narrow) + c.vocab_size * c.width * (8 + 2 * narrow)
 
 
-def kv_tokens(prompts, attempts, corrections, prompt, completion, layers=2):
+def kv_tokens(prompts, attempts, corrections, prompt, completion, layers=2, phrase=PHRASE):
     """Tokens whose keys and values a whole rollout has at its end: questions once, attempts, their copies with a phrase, corrections."""
     first = prompts * (prompt + attempts * completion)
-    return first if layers == 1 else first + prompts * attempts * (completion + PHRASE + corrections * completion)
+    return first if layers == 1 else first + prompts * attempts * (completion + phrase + corrections * completion)
+
+
+def kv_bytes(c, compute, device):
+    """Bytes of a token's keys and values in all layers; on a CPU twice, since rows that decode have what is above them copied together."""
+    return 2 * c.depth * c.kv_heads * c.head_size * compute.itemsize * (2 if device == "cpu" else 1)
+
+
+def cache_room(c, compute):
+    """How many tokens' keys and values may exist on a CPU: those of half of the memory that is free now. (A Linux that has run out ends the
+    process without a word, so it must not come to that.)"""
+    return int(SHARE * available("cpu")) // kv_bytes(c, compute, "cpu")
 
 
 def plan(config, *, compute, rows, prompts, attempts, corrections, prompt, completion, layers=2, cache_tokens=0, reference=False,
-         recompute=False, offload=False, flash=True, total=None):
+         recompute=False, offload=False, device="cuda", total=None, phrase=PHRASE):
     """-> {what: bytes} on the device (and "host"), for a training step with these flags (names as in train.py; prompt and completion:
-    their most tokens). total: bytes that the device has; of what the rest leaves of them the cache takes half at most (sample.SHARE)."""
-    count, c = parameters(config), config
-    longest = prompt + completion + (PHRASE + completion if layers == 2 else 0)
-    tokens = kv_tokens(prompts, attempts, corrections, prompt, completion, layers)
+    their most tokens). total: bytes that there are; of what the rest leaves of them the cache takes half at most (sample.SHARE)."""
+    count, c, flash = parameters(config), config, device == "cuda" and compute == torch.bfloat16      # fused attention with shared keys
+    longest = prompt + completion + (phrase + completion if layers == 2 else 0)
+    tokens = kv_tokens(prompts, attempts, corrections, prompt, completion, layers, phrase)
     planned = {
         "weights": count * compute.itemsize,
         "masters and gradients": 8 * count,
         "Adam": 0 if offload else 8 * count,
         "reference": count * compute.itemsize if reference else 0,
-        "KV cache": min(tokens, cache_tokens or tokens) * 2 * c.depth * c.kv_heads * c.head_size * compute.itemsize,
+        "KV cache": min(tokens, cache_tokens or tokens) * kv_bytes(c, compute, device),
         "activations": activations(c, rows, longest, compute, recompute, flash),
         "logits": logits(c, compute),
         "host": 16 * count if offload else 0,
@@ -100,35 +115,42 @@ def on_device(planned):
     return sum(size for what, size in planned.items() if what != "host")
 
 
-def plan_text(planned, total=None):
-    """The plan as a line: GB of each part, the sum, and what there is (total bytes, where known)."""
+def plan_text(planned, total):
+    """The plan as a line: GB of each part, the sum, and what there is (total bytes)."""
     parts = " + ".join(f"{what} {size / GB:.2f}" for what, size in planned.items() if size and what != "host")
-    there = f" of {total / GB:.0f}" if total else ""
+    there = f" of {total / GB:.0f}"
     host = f"; on the host {planned['host'] / GB:.2f}" if planned["host"] else ""
     return f"memory, GB: {parts} = {on_device(planned) / GB:.2f}{there}{host}"
 
 
-def total_memory(device):
-    """Bytes that the device has; None for a CPU, whose memory is shared with everybody."""
-    return torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
+def available(device):
+    """Bytes that a CUDA device has, or that are free to a process on this machine now."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024
+    except (OSError, TypeError):             # not Linux: all that there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak(device):
     """Most bytes that were in use at a time: tensors on CUDA; on a CPU the whole process, torch itself (some 0.4 GB) included."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
 def ran_out(error):
-    """Whether an exception means that memory ran out: CUDA's has a class of its own, the CPU's only a message."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether an exception means that memory ran out: CUDA's has a class of its own, that of a CPU or of pinned memory only a message."""
+    said = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said or "out of memory" in said
 
 
-def out_of_memory(planned, error):
+def out_of_memory(planned, error, total):
     """The sentence for a device (or host) that has too little: where it went, and the three flags to lower."""
     first = str(error).split(".")[0]
-    return BadInput(f"out of memory ({first}). Planned were: {plan_text(planned)}. Lower --rows (activations), --max-new-tokens "
+    return BadInput(f"out of memory ({first}). Planned were: {plan_text(planned, total)}. Lower --rows (activations), --max-new-tokens "
                     "(activations and KV cache) or --cache-tokens (KV cache; 0 means half of what is free); --recompute yes and "
                     "--offload-optimizer help too. What was saved is intact")
 
@@ -136,7 +158,8 @@ def out_of_memory(planned, error):
 # ----------------------------------------------------------------------------------------------------- optimiser on the host
 
 class HostAdamW:
-    """AdamW whose masters and moments live in host memory; the device has weights and gradients only. Same arithmetic, so the same result.
+    """AdamW whose moments live in host memory, with masters to update there; the device keeps fp32 weights and gradients. Same arithmetic,
+    so the same result.
 
     A step copies gradients to the host, updates there (torch's fused CPU kernel), and copies the weights back: 8 bytes a parameter over
     the bus, for 8 bytes a parameter less on the device.
@@ -209,7 +232,8 @@ def main():
     print(f"| {' | '.join(titles)} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
-        for completion in (1024, 4096):
+        fitting = [n for n in (1024, 4096) if c.prompt_tokens + 2 * n + PHRASE <= shape.context]
+        for completion in fitting or [(shape.context - c.prompt_tokens - PHRASE) // 2]:
             for attempts in (8, 16):
                 p = plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=attempts,
                          corrections=c.corrections, prompt=c.prompt_tokens, completion=completion, cache_tokens=c.cache_tokens,

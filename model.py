@@ -215,10 +215,10 @@ class GPT(nn.Module):
         return checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
 
     @staticmethod
-    def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
+    def from_pretrained(folder, compute=torch.float32, device="cpu"):
         """weights.from_pretrained: a GPT from a folder in Hugging Face's format."""
         import weights  # which imports this file
-        return weights.from_pretrained(folder, compute, device, context)
+        return weights.from_pretrained(folder, compute, device)
 
     def save_pretrained(self, folder, dtype=torch.bfloat16):
         """weights.save_pretrained: a folder in Hugging Face's format."""
@@ -262,8 +262,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, chunk):
         ctx.save_for_backward(hidden, weight, tokens)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        parts = [TokenLogprobs.look(h, weight, token, temperature) for h, token in zip(hidden.split(chunk), tokens.split(chunk))]
+        ctx.temperature, ctx.chunk, cast = temperature, chunk, weight.to(hidden.dtype)
+        parts = [TokenLogprobs.look(h, cast, token, temperature) for h, token in zip(hidden.split(chunk), tokens.split(chunk))]
         logp, entropy = (torch.cat(part) for part in zip(*parts))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -274,7 +274,7 @@ class TokenLogprobs(torch.autograd.Function):
         dweight, dhidden = torch.zeros_like(weight), torch.empty_like(hidden)
         cast = weight.to(hidden.dtype)
         for h, token, d, dh in zip(*(x.split(ctx.chunk) for x in (hidden, tokens, dlogp, dhidden))):
-            dz = TokenLogprobs.slope(h, weight, token, d, ctx.temperature)              # [chunk, V]
+            dz = TokenLogprobs.slope(h, cast, token, d, ctx.temperature)                # [chunk, V]
             torch.mm(dz, cast, out=dh)
             dweight += dz.mT @ h
             del dz                                             # or it would stand beside the next chunk's

@@ -64,6 +64,7 @@ CHECKS = 3                # measurements averaged before they count: together a 
 NEAR = 0.90               # decay begins when accuracy in both turns is this share of the texts' own
 LR = 1e-3                 # peak learning rate at depth 4 (width 128), smaller as 1 / sqrt(width)
 DECAY = 0.12              # length of the decay, as a share of the steps before it
+SOLUTION = 960            # tokens of a worked solution with its prompt, at most: a review holds it twice, and a context 2,048
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,15 @@ def measure(sampler, encoding, task, count, max_new_tokens):
 
 # -------------------------------------------------------------------------------------------------------------- training
 
-def new_model(config, encoding, task):
-    """An untrained GPT for this config; its context holds the longest question, two completions and a phrase."""
+def shape_for(config, encoding, task):
+    """The ModelConfig of a base; its context holds the longest question, two completions and a phrase."""
     heads, width, (question, completion) = config.depth, 32 * config.depth, token_limits(task)
-    shape = ModelConfig(encoding.n_vocab, width, config.depth, heads, kv_heads=1 if heads % 4 else heads // 4, head_size=32,
-                        hidden=3 * width, context=question + 2 * completion + 8, qk_norm=True, end_tokens=(encoding.eot_token,))
+    return ModelConfig(encoding.n_vocab, width, config.depth, heads, kv_heads=1 if heads % 4 else heads // 4, head_size=32,
+                       hidden=3 * width, context=question + 2 * completion + 8, qk_norm=True, end_tokens=(encoding.eot_token,))
+
+
+def new_model(config, shape):
+    """An untrained GPT of this shape, by the config's seed."""
     torch.manual_seed(config.base_seed)
     return GPT(shape, getattr(torch, config.dtype)).to(config.device)
 
@@ -180,7 +185,7 @@ def pretrain(config, say=print):
     """Trains a base model -> model, {"t1", "t2": measured accuracy, "tokens"}. `config` must be resolved."""
     encoding, task = build_encoding(), task_of(config)
     max_new = token_limits(task)[1]
-    gpt = new_model(config, encoding, task)
+    gpt = new_model(config, shape_for(config, encoding, task))
     peak = LR * (4 / config.depth) ** 0.5
     optimizers = make_optimizers(gpt, peak)
     sampler, ceiling = Sampler(gpt), texts_accuracy(task, 4 * CHECK_ON)
@@ -300,12 +305,13 @@ def solution_pair(encoding, problem, rng, review):
 
 
 def open_solutions(c):
-    """-> encoding with its template, problems that have a solution, the length of the longest text."""
+    """-> encoding with its template, problems that have a solution of a bearable length."""
     encoding = prompts.open_bare_tokenizer(c.tokenizer)
     problems = [problem for path in names(c.data) for problem in read_problems(path)[0] if problem.data.solution]
-    if not problems:
-        raise BadInput(f"--data {c.data}: no problem there has a worked solution to learn from")
-    return encoding, problems
+    fitting = [p for p in problems if sum(map(len, solution_pair(encoding, p, random.Random(0), False))) <= SOLUTION]
+    if not fitting:
+        raise BadInput(f"--data {c.data}: no problem there has a worked solution that, with its prompt, has at most {SOLUTION} tokens")
+    return encoding, fitting
 
 
 def pretrain_on_solutions(c, say=print):
@@ -313,15 +319,13 @@ def pretrain_on_solutions(c, say=print):
     encoding, problems = open_solutions(c)
     shape = ModelConfig(-(-encoding.n_vocab // 64) * 64, 32 * c.depth, c.depth, c.depth, 1 if c.depth % 4 else c.depth // 4, 32,
                         96 * c.depth, context=2048, qkv_bias=True, end_tokens=(encoding.eot_token,), rope_theta=1e6)
-    torch.manual_seed(c.base_seed)
-    gpt = GPT(shape, getattr(torch, c.dtype)).to(c.device)
-    peak = LR * (4 / c.depth) ** 0.5
+    gpt, peak = new_model(c, shape), LR * (4 / c.depth) ** 0.5
     optimizers, tokens, step = make_optimizers(gpt, peak), 0, 0
     bar = tqdm(total=c.base_tokens, unit="tok", unit_scale=True, desc="worked solutions", disable=None)
     while tokens < c.base_tokens:
         rng = random.Random(f"solutions/{c.base_seed}/{step}")
         pairs = [solution_pair(encoding, rng.choice(problems), rng, review=i % 2 == 1) for i in range(16)]
-        pairs = sorted((pair for pair in pairs if len(pair[0] + pair[1]) <= shape.context), key=lambda pair: len(pair[0] + pair[1]))
+        pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
         micro_batches = [pad_rows(*zip(*pairs[i:i + 4]), c.device) for i in range(0, len(pairs), 4)]       # like beside like: less padding
         left = 1 - tokens / c.base_tokens                                        # the learning rate falls to 0 over the last fifth
         seen = train_step(gpt, optimizers, micro_batches, learning_rate(peak, step, None) * min(1.0, 5 * left))
@@ -333,8 +337,15 @@ def pretrain_on_solutions(c, say=print):
     return gpt
 
 
+def presets(given):
+    """What stands under the given flags. BadInput for flags of a task beside --data, which has no task."""
+    for name in {"task", "candidates", "operations", "modulus", "numbers"} & given.keys() if "data" in given else ():
+        raise BadInput(f"--{name} is about the built-in tasks; --data brings problems of its own")
+    return pick_preset(given)
+
+
 def main():
-    c = parse_flags(Script, __doc__, pick_preset)
+    c = parse_flags(Script, __doc__, presets)
     if (bool(c.data), bool(c.tokenizer), bool(c.save)) not in ((False,) * 3, (True,) * 3):
         raise BadInput("--data, --tokenizer and --save belong together: files of solutions, a tokenizer's folder, and where the model goes")
     if not c.data:
@@ -342,6 +353,8 @@ def main():
         print(f"{path}: {measured}")
         return
     weights.library()                                                            # missing? say so before the work, not after
+    if Path(c.save).is_file() or list(Path(c.save).glob("*.safetensors")):
+        raise BadInput(f"--save {c.save}: there is something already; it is not written over: give another name")
     gpt = pretrain_on_solutions(resolve(c))
     gpt.source = Path(c.tokenizer)
     print(f"{gpt.save_pretrained(c.save, torch.float32)}: python eval.py --init {c.save} --data {c.data}")

@@ -16,10 +16,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from flags import BadInput, guarded, read_json
+from flags import BadInput, guarded, read_json, reading
 from model import GPT
 from tokenizer import convert
-from weights import FILES
+from weights import FILES, read_config
 
 # The paper's system text (its Table 1) as one public re-implementation has it; the other has the same sentences but for
 # "mathematical" and an ending that names no <answer>.
@@ -108,8 +108,9 @@ def end_tokens(folder):
     found = []
     for name in ("config.json", "generation_config.json"):
         if name == "config.json" or (Path(folder) / name).exists():
-            ends = read_json(Path(folder) / name, FILES).get("eos_token_id")
-            found += ends if isinstance(ends, list) else [] if ends is None else [ends]
+            with reading(Path(folder) / name):
+                ends = read_json(Path(folder) / name, FILES).get("eos_token_id")
+                found += ends if isinstance(ends, list) else [] if ends is None else [ends]
     return tuple(dict.fromkeys(found))
 
 
@@ -129,29 +130,34 @@ def with_template(encoding, name):
 
 
 def open_tokenizer(folder, template="auto"):
-    """-> (encoding whose `template` puts a question to the model, the tokens that end its completions)."""
+    """-> (encoding whose `template` puts a question to the model, the tokens that end its completions). BadInput for whatever
+    tokenizer.convert refuses, and for a template that the tokenizer has no tokens for."""
     encoding, ends = convert(folder), end_tokens(folder)
     known = read_json(Path(folder) / "config.json", FILES).get("prompt_template")              # which we trained it on, if we did
     name = template if template != "auto" else known if known in TEMPLATES else choose_template(encoding, ends)
     turn_end = TEMPLATES[name][1]
     if turn_end in encoding.special_tokens_set:
         ends = tuple(dict.fromkeys((*ends, encoding.encode_single_token(turn_end))))
-    if not ends:
-        raise BadInput(f"{folder}: config.json names no eos_token_id, so nothing would end a completion")
+    if not 1 <= len(ends) <= 4:
+        raise BadInput(f"{folder}: with config.json, generation_config.json and the template {name} {len(ends)} tokens end a completion; "
+                       "the sampler wants 1 to 4: correct eos_token_id")
     return with_template(encoding, name), ends
 
 
-def open_model(folder, compute, device, template="auto"):
-    """A folder in Hugging Face's format -> (GPT that knows what ends its completions, encoding with its `template`).
+def open_shape(folder, template="auto"):
+    """All of a model but its weights -> (ModelConfig that knows what ends completions, encoding with its `template`). BadInput also for a
+    tokenizer with more ids than the model has."""
+    config, (encoding, ends) = read_config(folder), open_tokenizer(folder, template)
+    if encoding.max_token_value >= config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has ids up to {encoding.max_token_value}, the model only {config.vocab_size} rows")
+    return replace(config, end_tokens=ends), encoding
 
-    BadInput for whatever weights.from_pretrained and tokenizer.convert refuse, and for a tokenizer with more ids than the model has.
-    """
-    encoding, ends = open_tokenizer(folder, template)
+
+def open_weights(folder, config, encoding, compute, device):
+    """The rest -> GPT with the config and the template of `open_shape`. BadInput for whatever weights.from_pretrained refuses."""
     model = GPT.from_pretrained(folder, compute, device)
-    if encoding.max_token_value >= model.config.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has ids up to {encoding.max_token_value}, the model only {model.config.vocab_size} rows")
-    model.config, model.prompt_template = replace(model.config, end_tokens=ends), encoding.template_name
-    return model, encoding
+    model.config, model.prompt_template = config, encoding.template_name
+    return model
 
 
 def main():

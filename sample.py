@@ -152,7 +152,7 @@ class Sampler:
             raise ValueError("graph needs fused: without the kernels a step depends on shapes that only the host knows")
         self.leave, self.share, self.reserved, self.tables, self.graphs = leave, share, reserved, None, {}
         self.pool = Pool(model.config, model.compute, self.device, shared=self.fused, limit=cache_tokens or None)
-        self.measured = bool(cache_tokens) or self.device.type != "cuda"
+        self.given, self.measured = bool(cache_tokens), bool(cache_tokens) or self.device.type != "cuda"
         self.cos, self.sin = (x.to(model.compute) for x in (self.model.cos, self.model.sin))
         c = model.config                                                # weights of q's and k's norms, head by head, or None
         self.norms = [self.cos.new_empty(c.heads + c.kv_heads, c.head_size) if c.qk_norm else None for _ in self.model.blocks]
@@ -264,7 +264,8 @@ class Sampler:
             return [(0, P, False)]
         at_once = int(min(P, max(1, self.pool.free() / 2 / T)))           # half for prompts, half for rows, which queue for it
         if at_once * T + most > self.pool.free():
-            raise ValueError(f"a prompt of {T} tokens and a completion of {most} do not fit a cache of {self.pool.limit} tokens")
+            kind = ValueError if self.given else MemoryError
+            raise kind(f"a prompt of {T} tokens and a completion of {most} do not fit a cache of {self.pool.limit} tokens")
         return [(a, min(a + at_once, P), False) for a in range(0, P, at_once)]
 
     def _measure(self, prompts):

@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple
 
 from flags import BadInput, guarded, parse_flags
 from reward import Makes
+from tokenizer import PHRASES
 
 DOUBTS_WRONG, DOUBTS_RIGHT = 0.92, 0.60   # how often a review in the base's texts says "no" to a wrong / a right attempt
 HELD_OUT = 8                              # one question in so many is held out
@@ -275,6 +276,11 @@ def task_of(config):
     """The task that a config with the fields task, candidates, operations, modulus and numbers (an object or a dict) describes."""
     given = config if isinstance(config, dict) else vars(config)
     return make_task(given["task"], *(given[name] for name in ("candidates", "operations", "modulus", "numbers")))
+
+
+def longest_phrase(encoding):
+    """Tokens of the longest guiding phrase, as it is appended."""
+    return max(len(encoding.encode_ordinary(phrase_text(phrase))) for phrase in PHRASES)
 
 
 def prompts_and_golds(encoding, problems):

@@ -20,7 +20,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import regex       # which tiktoken cuts with, too
+import regex  # which tiktoken cuts with, too
 import tiktoken
 
 from flags import BadInput, read_json, reading

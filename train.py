@@ -21,7 +21,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -29,16 +29,17 @@ from tqdm import tqdm
 import memory
 import pretrain
 from data import DataSet, names
-from eval import evaluate, held_out_questions, make_sampler, make_verifier, max_new_tokens, table
+from eval import ROWS, evaluate, held_out_questions, make_sampler, make_verifier, max_new_tokens, table
 from flags import BadInput, guarded, parse_flags
 from journal import log, rollout_metrics, run_folder, say, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
-from model import save_checkpoint
+from model import ModelConfig, save_checkpoint
 from pretrain import base_model, pick_device, pick_preset, resolve
-from prompts import open_model
-from tasks import draw, task_of, token_limits
+from prompts import open_shape, open_weights
+from tasks import draw, longest_phrase, task_of, token_limits
 from tokenizer import build_encoding
+from weights import library
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Config(pretrain.Config):
     minibatches: int = 2      # optimiser steps per pass, each on its share of the questions
     rows: int = 128           # rows per micro-batch: less memory, same gradient
     recompute: Literal["auto", "yes", "no"] = "auto"              # activation checkpointing: less memory, more time; auto: with --init
-    offload_optimizer: bool = False    # keep fp32 masters and Adam's moments in host memory
+    offload_optimizer: bool = False    # Adam's moments, and masters for it, in host memory: 8 bytes a parameter less on the device
     max_new_tokens: int = 0   # per completion; 0: half as much again as a right answer can need; of a real model what fits, at most 1,024
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
     temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
@@ -140,26 +141,39 @@ def validate(c):
 
 # ------------------------------------------------------------------------------------------------------------------ loop
 
+class Setup(NamedTuple):
+    """What a run needs to know before any weights are there."""
+    c: Config                 # with nothing left open
+    encoding: Any
+    task: Any                 # of tasks.py, or a data.DataSet
+    shape: ModelConfig
+    load: Any                 # () -> the policy and where it came from
+    verifier: Any
+
+
 def train(c):
     """The whole run for a config -> path of its folder. BadInput for bad input, and when memory runs out."""
-    policy, encoding, task, base_path, c = prepare(c)
-    planned = plan(policy.config, c)
-    say(memory.plan_text(planned, memory.total_memory(c.device)))
+    setup = prepare(c)
+    total = memory.available(setup.c.device)
+    planned = plan(setup, total)
+    say(memory.plan_text(planned, total))
     try:
-        return rollouts_and_steps(policy, encoding, task, run_folder(c.run, settings(c), base_path), planned, c)
+        return rollouts_and_steps(setup, planned)
     except (RuntimeError, MemoryError) as error:
         if memory.ran_out(error):
-            raise memory.out_of_memory(planned, error) from None
+            raise memory.out_of_memory(planned, error, total) from None
         raise
 
 
-def rollouts_and_steps(policy, encoding, task, folder, planned, c):
+def rollouts_and_steps(setup, planned):
     """Table, loop, table -> the run's folder."""
-    start, verifier = time.time(), make_verifier(c.verifier)
-    later = sum(planned[what] for what in ("Adam", "activations", "logits")) + planned["masters and gradients"] // 2
-    sampler = make_sampler(policy, c.cache_tokens, 0 if not c.init else c.prompt_tokens + 2 * c.max_new_tokens + memory.PHRASE, later)
+    c, encoding, task, verifier = setup.c, setup.encoding, setup.task, setup.verifier
+    policy, base_path = setup.load()
+    folder, start = run_folder(c.run, settings(c), base_path), time.time()
+    policy.recompute = c.recompute == "yes"
     optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
     reference = frozen(policy) if c.kl_coef else None
+    sampler = make_sampler(policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned))
     results = {"base": final_table(sampler, encoding, task, c, "base", verifier)}
     generated, step, bar = 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
     try:
@@ -200,35 +214,37 @@ def rollouts_and_steps(policy, encoding, task, folder, planned, c):
 
 
 def prepare(c):
-    """Checks the config, makes or loads the base -> policy, encoding, task, path of the base, the config with nothing left open."""
+    """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
     validate(c)
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
     name = Path(c.init).resolve().name if c.init else c.task
     c = dataclasses.replace(c, run=c.run or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
         c.recompute, c.recompute))
     say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
-    policy, encoding, task, base_path, c = (real_model if c.init else tiny_model)(c)
-    policy.recompute = c.recompute == "yes"
-    say(str(task))
-    return policy, encoding, task, base_path, c
+    setup = (real_model if c.init else tiny_model)(c)
+    say(str(setup.task))
+    return setup
 
 
 def tiny_model(c):
-    """The base of a built-in task, from out/ or made now."""
-    task, longest = task_of(c), token_limits(task_of(c))[1]
+    """A built-in task, and its base from out/ or yet to be made -> Setup."""
+    task, encoding, longest = task_of(c), build_encoding(), token_limits(task_of(c))[1]
     if c.max_new_tokens > longest:
         raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
                        f"model; use at most {longest}, or 0 for that")
-    policy, _, base_path = base_model(base_config(c), say)
-    return policy, build_encoding(), task, base_path, dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
+    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
+    return Setup(c, encoding, task, pretrain.shape_for(c, encoding, task), lambda: base_model(base_config(c), say)[::2], None)
 
 
 def real_model(c):
-    """The model of --init with the questions of --data."""
-    policy, encoding = open_model(c.init, getattr(torch, c.dtype), c.device, c.template)
-    new = max_new_tokens(policy, encoding, c.prompt_tokens, c.max_new_tokens)
+    """The model of --init with the questions of --data -> Setup."""
+    library()
+    shape, encoding = open_shape(c.init, c.template)
+    c = dataclasses.replace(c, max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
+                            template=encoding.template_name)
     task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
-    return policy, encoding, task, c.init, dataclasses.replace(c, max_new_tokens=new, template=encoding.template_name)
+    load = lambda: (open_weights(c.init, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
+    return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
 
 
 def frozen(policy):
@@ -239,13 +255,32 @@ def frozen(policy):
     return reference
 
 
-def plan(config, c):
-    """memory.plan for the flags of a run."""
-    prompt = c.prompt_tokens if c.init else config.context - 2 * c.max_new_tokens
-    return memory.plan(config, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
+def plan(setup, total):
+    """memory.plan for the flags of a run on a device with `total` bytes."""
+    c, shape, phrase = setup.c, setup.shape, longest_phrase(setup.encoding)
+    prompt = c.prompt_tokens if c.init else shape.context - 2 * c.max_new_tokens - phrase
+    return memory.plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
                        corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
                        cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
-                       offload=c.offload_optimizer, flash=c.device == "cuda", total=memory.total_memory(c.device))
+                       offload=c.offload_optimizer, device=c.device, total=total, phrase=phrase)
+
+
+def row_tokens(setup):
+    """Tokens of the longest row: prompt, two completions, a phrase."""
+    c = setup.c
+    return c.prompt_tokens + 2 * c.max_new_tokens + longest_phrase(setup.encoding) if c.init else setup.shape.context
+
+
+def wanted_tokens(setup):
+    """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
+    c = setup.c
+    rollout = memory.kv_tokens(c.prompts, c.attempts, c.corrections, c.prompt_tokens, c.max_new_tokens, c.layers)
+    return max(rollout, min(c.eval_questions, ROWS) * row_tokens(setup)) if c.init else 0
+
+
+def later(planned):
+    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam, activations, logits."""
+    return planned["masters and gradients"] // 2 + sum(planned[what] for what in ("Adam", "activations", "logits"))
 
 
 def base_config(c):
@@ -335,14 +370,15 @@ def settings(c):
 def save(folder, policy, c):
     """A built-in task's model as checkpoint.pt, a real one as it came: a folder that transformers and vLLM load."""
     if c.init:
-        policy.save_pretrained(folder / "model")
+        policy.save_pretrained(folder / "model", policy.compute)
     else:
         save_checkpoint(folder / "checkpoint.pt", policy, config=dataclasses.asdict(c))
 
 
 def how_to_evaluate(folder, c):
     if c.init:
-        return f"python eval.py --init {folder} --data {c.eval_data or c.data}"
+        verifier = "" if c.verifier == "rules" else f" --verifier {c.verifier}"
+        return f"python eval.py --init {folder} --data {c.eval_data or c.data}{verifier}"
     return f"python eval.py --checkpoint {folder}/checkpoint.pt"
 
 

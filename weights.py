@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from flags import BadInput, read_json
+from flags import BadInput, read_json, reading
 from model import GPT, ModelConfig, rope_tables
 
 NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the layer
@@ -57,8 +57,8 @@ def refuse(path, field, value, reason):
     raise BadInput(f"{path}: {field} = {value!r} cannot be represented exactly: {reason}")
 
 
-def our_config(theirs, path="config.json", context=None):
-    """config.json as a dict -> ModelConfig. context: a shorter one than the model's own. BadInput names what cannot be represented."""
+def our_config(theirs, path="config.json"):
+    """config.json as a dict -> ModelConfig. BadInput names what cannot be represented."""
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
         refuse(path, "model_type", kind, f"only {', '.join(FAMILIES)} (SmolLM2 is a llama) are this transformer")
@@ -80,7 +80,7 @@ def our_config(theirs, path="config.json", context=None):
         theta, scaling = rope_of(theirs, path)
         longest = theirs["max_position_embeddings"]
         return ModelConfig(theirs["vocab_size"], width, theirs["num_hidden_layers"], heads, theirs.get("num_key_value_heads") or heads,
-                           theirs.get("head_dim") or width // heads, theirs["intermediate_size"], min(context or longest, longest),
+                           theirs.get("head_dim") or width // heads, theirs["intermediate_size"], longest,
                            theta, theirs["rms_norm_eps"], qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
                            tied=bool(theirs.get("tie_word_embeddings", False)), rope_scaling=scaling,
                            end_tokens=ends)
@@ -143,7 +143,8 @@ class Shards:
     def __init__(self, folder):
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self.file_of = {name: folder / file for name, file in read_json(index, FILES)["weight_map"].items()}
+            with reading(index):
+                self.file_of = {name: folder / file for name, file in read_json(index, FILES)["weight_map"].items()}
         elif (folder / "model.safetensors").exists():
             self.file_of = dict.fromkeys(self.open(folder / "model.safetensors").keys(), folder / "model.safetensors")
         else:
@@ -165,14 +166,20 @@ class Shards:
         return self.open(self.file_of[name]).get_tensor(name)
 
 
-def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
+def read_config(folder):
+    """ModelConfig of a folder, without its weights."""
+    path = Path(folder) / "config.json"
+    with reading(path):
+        return our_config(read_json(path, FILES), path)
+
+
+def from_pretrained(folder, compute=torch.float32, device="cpu"):
     """-> GPT with the weights of a folder in Hugging Face's format, as fp32 masters; `source` remembers the folder.
 
-    context: a shorter context than the model's own (a long one costs memory for RoPE's tables). BadInput for whatever is missing, damaged,
-    of another shape, left over, or not representable.
+    BadInput for whatever is missing, damaged, of another shape, left over, or not representable.
     """
     folder, _ = Path(folder), library()
-    config = our_config(read_json(folder / "config.json", FILES), folder / "config.json", context)
+    config = read_config(folder)
     shards = Shards(folder)
     with torch.device("meta"):                                # no time for random weights
         model = GPT(config, compute)
@@ -188,8 +195,11 @@ def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
                 raise BadInput(f"{folder}: {' + '.join(pieces(name))} together have shape {tuple(found.shape)}, config.json asks for "
                                f"{tuple(parameter.shape)}")
             parameter.copy_(found)
-    unneeded = {"lm_head.weight"} if config.tied else set()
-    left = [name for name in shards.file_of if name not in used | unneeded and not name.endswith("inv_freq")]
+    left = [name for name in shards.file_of if name not in used and not name.endswith("inv_freq")]
+    if config.tied and "lm_head.weight" in left:
+        left.remove("lm_head.weight")                         # some files repeat the embeddings
+        if not torch.equal(shards.get("lm_head.weight").float(), shards.get("model.embed_tokens.weight").float()):
+            refuse(folder / "config.json", "tie_word_embeddings", True, "lm_head.weight is there and differs from the embeddings")
     if left:
         raise BadInput(f"{folder}: the tensor {left[0]} has no place in this transformer ({len(left)} such)")
     model.source = folder
@@ -199,10 +209,13 @@ def from_pretrained(folder, compute=torch.float32, device="cpu", context=None):
 def save_pretrained(model, folder, dtype=torch.bfloat16):
     """Writes config.json and model.safetensors to `folder`, tokenizer files of the model's source beside them -> Path.
 
-    dtype: of the weights on disk. The files are complete or not there: each is moved into place when it is written.
+    dtype: of the weights on disk. The files are complete or not there: each is moved into place when it is written. BadInput for a folder
+    that holds a model in several files, which would be read in place of what is written.
     """
     library()
     folder, tensors = Path(folder), {}
+    if (folder / "model.safetensors.index.json").exists():
+        raise BadInput(f"{folder} holds a model in several files (model.safetensors.index.json): save to another folder")
     for name, parameter in model.named_parameters():
         parts = parameter.detach().to("cpu", dtype)
         parts = parts.split(sizes(name, model.config)) if sizes(name, model.config) else [parts]

@@ -48,6 +48,13 @@ def test_a_bad_line_is_named(line, says, tmp_path):
     assert f"{path}:3: this line is not a problem: " in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_units_of_olympiadbench():
+    """Catches a unit dropped, so that 5 cm is 5 m; and one that the verifier cannot read, beside which no answer would be right."""
+    for unit, right, wrong in (("m", ["5", r"5 \text{ m}", "500 cm"], ["5 cm", "6"]), (r"$\mathrm{~km}$", ["5", "5 km"], ["5 cm"]), ("widgets per zork^{?", ["5"], ["6"])):
+        gold = read_problem(json.dumps(OLYMPIAD | dict(final_answer=["5"], unit=unit)))[2]
+        assert all(is_correct(rf"\boxed{{{answer}}}", gold) for answer in right) and not any(is_correct(rf"\boxed{{{answer}}}", gold) for answer in wrong), unit
+
+
 def test_files_that_are_no_sets(tmp_path):
     """Catches tracebacks for what is missing, not UTF-8, or without a single gold answer."""
     (tmp_path / "latin").write_bytes('{"question": "é"'.encode("latin-1"))

@@ -123,7 +123,7 @@ def test_transcripts_hold_the_dialogue(tmp_path, encoding):
     from mgrpo import draw_phrases
     layers, _ = scripted_rollout(encoding)
     layers[1] = layers[0]                                        # one second look at each answer
-    transcripts, how = Transcripts(tmp_path / "deep/t.jsonl"), Sampling(9, 0.7, 3)
+    transcripts, how = Transcripts(tmp_path / "deep", "t"), Sampling(9, 0.7, 3)
     for _ in range(2):
         transcripts.record([Problem(name, "1", None) for name in "ab"], layers, how)
     lines = [json.loads(line) for line in (tmp_path / "deep/t.jsonl").read_text().splitlines()]
@@ -132,21 +132,33 @@ def test_transcripts_hold_the_dialogue(tmp_path, encoding):
         assert line["question"] == "ab"[int(layers[0].questions[i])] and line["turn1"]["text"] == layers[0].texts[i] == line["turn2"]["text"]
         assert line["turn1"]["right"] == bool(layers[0].correct[i]) and "phrase" not in line["turn1"] and line["temperature"] == 0.7
         assert line["turn2"]["phrase"] == draw_phrases(3, [line["number"]])[0]
+    assert Transcripts(tmp_path / "deep", "t").path.name == "t.2.jsonl" and len((tmp_path / "deep/t.jsonl").read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.parametrize("context, prompt, asked, found", [(4096, 512, 0, 1024), (1000, 300, 0, None), (4096, 512, 700, 700)])
 def test_what_fits_the_context(gpt, encoding, context, prompt, asked, found):
     """Catches a second turn that has no room: prompt, two completions and the longest phrase must fit, and one token more is refused."""
     from dataclasses import replace
-    gpt.config = replace(gpt.config, context=context)
+    shape = replace(gpt.config, context=context)
     phrase = 2                                                   # "\n" and a phrase, which is one token here
     room = (context - prompt - phrase) // 2
-    assert max_new_tokens(gpt, encoding, prompt, asked) == (found or room)
-    assert max_new_tokens(gpt, encoding, prompt, room) == room
+    assert max_new_tokens(shape, encoding, prompt, asked) == (found or room)
+    assert max_new_tokens(shape, encoding, prompt, room) == room
     with pytest.raises(BadInput, match="do not fit"):
-        max_new_tokens(gpt, encoding, prompt, room + 1)
+        max_new_tokens(shape, encoding, prompt, room + 1)
     with pytest.raises(BadInput, match="do not fit"):
-        max_new_tokens(gpt, encoding, context, 0)
+        max_new_tokens(shape, encoding, context, 0)
+
+
+def test_a_cpu_that_has_no_room_makes_rows_wait(gpt, monkeypatch):
+    """Catches a process that Linux ends without a word: where a batch wants more than half of the free memory, the cache gets a limit, never
+    below one row; and none where there is room."""
+    monkeypatch.setattr(evaluation.memory, "available", lambda device: 1_000_000)
+    tokens = 500_000 // (2 * 2 * 3 * 2 * 16 * 4)
+    for row, wanted, limit in ((100, 10**6, tokens), (10**5, 10**6, 10**5), (100, tokens, None)):
+        assert evaluation.make_sampler(gpt, 0, row, wanted).pool.limit == limit
+    with pytest.raises(BadInput, match="a row may need 100"):
+        evaluation.make_sampler(gpt, 99, 100)
 
 
 @pytest.mark.parametrize("flags, says", [

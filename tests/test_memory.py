@@ -14,6 +14,7 @@ from flags import BadInput, guarded
 from memory import HostAdamW, activations, block_bytes, kv_tokens, logits, on_device, parameters, plan, plan_text
 from mgrpo import completion_logprobs, pad_rows
 from model import CHUNK, GPT, ModelConfig, token_logprobs
+from tokenizer import build_encoding
 
 SHAPE = ModelConfig(3000, 128, 6, 4, 2, 32, 512, 600)
 
@@ -168,7 +169,10 @@ def test_the_plan_by_hand():
     assert away["Adam"] == 0 and away["host"] == 16 * count and away["KV cache"] == 100 * 8
     tight = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, reference=True, total=sum(p.values()) + 100 - p["KV cache"])
     assert tight["KV cache"] == 50 and {k: v for k, v in tight.items() if k != "KV cache"} == {k: v for k, v in p.items() if k != "KV cache"}
-    assert on_device(p) == sum(p.values()) and "on the host" in plan_text(away) and "of 80" in plan_text(p, 80e9)
+    assert on_device(p) == sum(p.values()) and "on the host" in plan_text(away, 1e9) and "of 80" in plan_text(p, 80e9)
+    cpu = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, device="cpu")
+    assert cpu["KV cache"] == 2 * p["KV cache"] and cpu["activations"] > p["activations"]
+    assert plan(c, compute=torch.float32, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20)["activations"] > 2 * p["activations"]
 
 
 def test_the_readmes_table(monkeypatch, capsys):
@@ -178,7 +182,7 @@ def test_the_readmes_table(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py"])
     memory.main()
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + 4 * len(memory.SHAPES) and len({row.count("|") for row in rows}) == 1
+    assert len(rows) == 2 + 4 * 3 + 2 * 2 and len({row.count("|") for row in rows}) == 1                # two of them cannot hold 4,096 twice
     monkeypatch.setattr(sys, "argv", ["memory.py", "--rows", "0"])
     with pytest.raises(SystemExit):
         guarded(memory.main)
@@ -190,11 +194,11 @@ def test_out_of_memory_is_one_sentence_with_three_flags(tmp_path, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"), MemoryError("no"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
         monkeypatch.setattr(train, "rollouts_and_steps", lambda *_, error=error: (_ for _ in ()).throw(error))
-        monkeypatch.setattr(train, "prepare", lambda c: (GPT(SHAPE), None, None, "base", c))
+        monkeypatch.setattr(train, "prepare", lambda c: train.Setup(c, build_encoding(), None, SHAPE, None, None))
         with pytest.raises(BadInput) as said:
             train.train(train.Config(run="r", max_new_tokens=9, dtype="float32", device="cpu"))
         text = str(said.value)
-        assert all(flag in text for flag in ("--rows", "--max-new-tokens", "--cache-tokens")) and "memory, GB" in text and "\n" not in text
+        assert all(flag in text for flag in ("--rows", "--max-new-tokens", "--cache-tokens")) and "memory, GB" in text and "\n" not in text and " of " in text
     monkeypatch.setattr(train, "rollouts_and_steps", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         train.train(train.Config(run="r2", max_new_tokens=9, dtype="float32", device="cpu"))
@@ -211,3 +215,7 @@ def test_what_is_reserved_is_not_the_caches(monkeypatch, gpt):
     sampler._measure([[1, 2, 3]])
     bytes_a_token = 2 * 3 * 2 * 16 * 4
     assert sampler.pool.limit == int(0.5 * 20_000_000) // bytes_a_token
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (9_000_000, 99_000_000))
+    sampler.measured = False
+    with pytest.raises(MemoryError, match="do not fit a cache of 0 tokens"):          # which train.py and eval.py turn into the plan
+        sampler.generate([[1, 2, 3]], 2, 5)

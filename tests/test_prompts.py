@@ -95,7 +95,8 @@ def test_what_a_model_was_trained_on_is_remembered(tmp_path):
 
 
 @pytest.mark.parametrize("config, template, says", [
-    (dict(eos_token_id=256), "llama3", "has no token <|begin_of_text|>"), (dict(), "plain", "names no eos_token_id"),
+    (dict(eos_token_id=256), "llama3", "has no token <|begin_of_text|>"), (dict(), "plain", "0 tokens end a completion"),
+    (dict(eos_token_id=[1, 2, 3, 256]), "paper", "5 tokens end a completion"), (["not", "an object"], "plain", "config.json is damaged"),
 ])
 def test_what_cannot_be_asked(config, template, says, tmp_path):
     """Catches a template that the tokenizer cannot write, and completions that nothing ends."""

@@ -8,6 +8,8 @@ import torch
 from conftest import ROOT, script
 from test_prompts import TOKENS, make_folder
 
+import eval as evaluation
+import pretrain
 import train
 from flags import BadInput, guarded
 
@@ -67,9 +69,10 @@ def test_the_table_of_each_set(walked):
 def test_transformers_loads_what_we_leave(walked):
     """Catches an export that only we can read: transformers' logits of the same prompt equal ours, and it ends where we ended."""
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-extra.txt")
-    from prompts import open_model
+    from prompts import open_shape, open_weights
     folder = walked[0] / "out/r/model"
-    ours, encoding = open_model(folder, torch.float32, "cpu")
+    shape, encoding = open_shape(folder)
+    ours = open_weights(folder, shape, encoding, torch.float32, "cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = encoding.template("How many?")
@@ -80,12 +83,74 @@ def test_transformers_loads_what_we_leave(walked):
 
 
 @pytest.mark.extra
+def test_what_is_saved_is_what_was_evaluated(walked):
+    """Catches an export rounded to bf16 after fp32 training: steps of RL are smaller than a bf16 weight's last bit."""
+    from safetensors.torch import load_file
+    saved = load_file(walked[0] / "out/r/model/model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
+
+
+@pytest.mark.extra
+def test_transcripts_are_kept(walked):
+    """Catches one set's transcripts written over another's of the same file name, and over those of an earlier evaluation."""
+    folder = walked[0]
+    for name in ("x", "y"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "test.jsonl").write_text(problems(2))
+    before = (folder / "out/r/eval-test.jsonl").read_bytes()
+    printed = script(folder, "eval.py", "--init", "out/r", "--data", "test.jsonl,x/test.jsonl,y/test.jsonl", "--questions", "2", "--temperature", "0", *SMALL, *FLOAT)
+    there = {path.name for path in (folder / "out/r").glob("eval-*")}
+    assert {"eval-test.jsonl", "eval-test.2.jsonl", "eval-x-test.jsonl", "eval-y-test.jsonl"} <= there and before == (folder / "out/r/eval-test.jsonl").read_bytes()
+    assert "2 questions)" in printed and "held-out" not in printed
+
+
+@pytest.mark.extra
 def test_a_run_from_a_run(walked):
-    """Catches a model of ours that we cannot start from again, and --layers 1 on a real model."""
+    """Catches a model of ours that we cannot start from again, --layers 1 on a real model, and a run without --eval-data that is evaluated on what
+    it has learnt: the command that it prints asks the eighth that was held out, with the run's own limits."""
     folder = walked[0]
     printed = script(folder, "train.py", "--init", "out/r/model", "--data", "train.jsonl", "--run", "again", "--layers", "1", "--prompts", "2", "--attempts", "2",
                      "--tokens", "200", "--eval-questions", "2", "--recompute", "no", "--kl-coef", "0", *SMALL, *FLOAT)
     assert "held out" in printed and (folder / "out/again/model/model.safetensors").exists()
+    command = printed.split("python ")[-1].split()
+    held = int(printed.split(" held out")[0].split()[-1])
+    assert command == ["eval.py", "--init", "out/again", "--data", "train.jsonl"] and 0 < held < 40
+    assert f"({'percent ± standard error'}; {held} held-out questions)" in script(folder, *command, "--temperature", "0", *FLOAT)
+
+
+@pytest.mark.extra
+def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, capsys):
+    """Catches minutes of loading before a missing data file, and a model written over by pretrain.py."""
+    import weights
+    monkeypatch.chdir(walked[0])
+    monkeypatch.setattr(weights, "Shards", lambda folder: pytest.fail("weights were read"))
+    cases = [(train, ["train.py", "--init", "out/base", "--data", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+             (evaluation, ["eval.py", "--init", "out/base", "--data", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+             (pretrain, ["pretrain.py", "--data", "train.jsonl", "--tokenizer", "tokenizer", "--save", "out/base"], "there is something already"),
+             (pretrain, ["pretrain.py", "--data", "train.jsonl", "--tokenizer", "tokenizer", "--save", "new", "--task", "chain"], "--task is about"),
+             (pretrain, ["pretrain.py", "--data", "train.jsonl"], "belong together")]
+    for module, words, says in cases:
+        monkeypatch.setattr(sys, "argv", [*words, *FLOAT])
+        with pytest.raises(SystemExit) as stop:
+            guarded(module.main)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
+
+
+def test_a_run_that_has_saved_nothing(tmp_path):
+    """Catches a sentence about a missing tokenizer for a run that was stopped before its first save."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(BadInput, match="has not saved a model yet"):
+        evaluation.open_subject(evaluation.Config(init=str(tmp_path), data="d.jsonl", device="cpu", dtype="float32"))
+
+
+def test_solutions_that_are_too_long(tmp_path):
+    """Catches a loop that never ends because no text fits."""
+    make_folder(tmp_path / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(question="q", answer="x" * 3000 + "#### 1")) + "\n")
+    with pytest.raises(BadInput, match="at most 960 tokens"):
+        pretrain.open_solutions(pretrain.Script(data=str(tmp_path / "d.jsonl"), tokenizer=str(tmp_path / "tokenizer")))
 
 
 @pytest.mark.parametrize("words, says", [

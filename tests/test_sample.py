@@ -515,3 +515,12 @@ def test_bad_requests_are_named(gpt):
     for n, temperature in ((0, 1.0), (1, -1.0), (1, math.nan)):
         with pytest.raises(ValueError, match="cannot sample"):
             sampler.generate([[1]], n, 3, temperature)
+
+
+def test_shared_memory_that_is_too_small(gpt, monkeypatch):
+    """Catches torch's traceback in a container whose /dev/shm holds 64 MB, with a model that does not fit."""
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: Success (0)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(OSError, match="enlarge /dev/shm"):
+        Sampler(gpt, workers=2).generate([[1, 2]] * 40, 2, 3)

@@ -88,7 +88,8 @@ def test_sharded_files_and_our_own_checkpoints(theirs, tmp_path):
     tokens = torch.arange(90)[None]
     for other in (sharded, load_checkpoint(tmp_path / "ours.pt")[0]):
         assert torch.equal(logits_of(other, tokens), logits_of(whole, tokens))
-    assert GPT.from_pretrained(folder, context=40).config.context == 40
+    with pytest.raises(BadInput, match="several files"):
+        whole.save_pretrained(tmp_path / "shards")
 
 
 def edited(theirs, tmp_path, **fields):
@@ -140,3 +141,30 @@ def test_models_that_no_family_has_are_not_written(tmp_path):
         with pytest.raises(BadInput, match=says):
             GPT(ModelConfig(97, 64, 2, 4, 2, **dict(head_size=16, hidden=96) | switches)).save_pretrained(tmp_path / "x")
     assert weights.their_config(ModelConfig(97), torch.float32)["model_type"] == "llama"
+
+
+def test_a_head_that_is_not_the_embeddings(theirs, tmp_path):
+    """Catches a checkpoint that says "tied" and has another head: transformers would use it, so we must not drop it. A head that repeats the
+    embeddings is fine."""
+    from safetensors.torch import load_file, save_file
+    folder = edited(theirs, tmp_path, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    for factor in (1, 1.1):
+        tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
+        if factor == 1:
+            assert GPT.from_pretrained(folder).config.tied
+    with pytest.raises(BadInput, match="tie_word_embeddings = True"):
+        GPT.from_pretrained(folder)
+
+
+def test_damaged_files_are_one_sentence(theirs, tmp_path):
+    """Catches a traceback for JSON of another shape."""
+    folder = edited(theirs, tmp_path)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"index\.json is damaged"):
+        GPT.from_pretrained(folder)
+    for text in ("[]", '{"model_type": "qwen2", "eos_token_id": 1, "hidden_size": "wide"}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(BadInput, match=r"config\.json"):
+            GPT.from_pretrained(folder)
