@@ -19,7 +19,7 @@ OLYMPIAD = dict(id=1, subfield="x", context=None, question="Find all.", solution
 
 
 @pytest.mark.parametrize("row, form, question, gold", [
-    (GSM8K, "GSM8K", "How many?", "1,024"), (dict(question="q", answer=r"7"), "question and answer", "q", "7"),
+    (GSM8K, "GSM8K", "How many?", "1,024"), (dict(question="q", answer="#### 3 are red, so\n#### 4"), "GSM8K", "q", "4"), (dict(question="q", answer=r"7"), "question and answer", "q", "7"),
     (MATH, "problem and solution", "Simplify.", r"\frac{1}{2}"), (MATH | dict(answer="0.5"), "problem and answer", "Simplify.", "0.5"),
     (MATH | dict(answer=""), "problem and answer", "Simplify.", r"\frac{1}{2}"), (dict(problem="p", answer=72), "problem and answer", "p", "72"),
     (dict(problem="p", solution="none here"), "problem and solution", "p", ""), (dict(problem="p", solution=None), "problem and solution", "p", ""),

@@ -8,6 +8,7 @@ import torch
 from conftest import END, SHARED
 
 from mgrpo import (
+    Sampling,
     choose_sources,
     collect,
     completion_logprobs,
@@ -19,6 +20,8 @@ from mgrpo import (
     pad_rows,
     policy_loss,
 )
+from model import GPT, ModelConfig
+from tasks import Problem
 
 GOLDEN = SHARED / "golden" / "trl_loss.json"
 
@@ -263,8 +266,6 @@ class Scripted:
 
 def scripted_rollout(encoding, **switches):
     """Two questions, G = 2, H = 2; answers are right or wrong as written -> layers, the sampler."""
-    from mgrpo import Sampling
-    from tasks import Problem
     answer = "<think></think><answer>{}</answer>".format
     sampler = Scripted(encoding, [answer(a) for a in (1, 0, 0, 2)],                       # question 0: right, wrong; 1: wrong, right
                        [answer(a) for a in (1, 0, 1, 0, 2, 2, 2, 0)])
@@ -320,3 +321,26 @@ def test_pack_keeps_the_samplers_numbers(encoding):
     assert old[:, 0].tolist() == [6, 0, 2] and advantages.tolist() == second.advantages[[6, 0, 2]].tolist()
     given = rows.tokens[0, :rows.prompt_lengths[0]].tolist()
     assert given == second.completions.prompts[3]
+
+
+def test_a_verifier_that_fails_is_counted(encoding):
+    """Catches failures of a verifier that look like wrong answers: they are marked, in both layers, and score 0."""
+    class Breaks:
+        def same(self, answer, gold):
+            if answer == "1":
+                raise RuntimeError("out of cheese")
+            return True
+    sampler = Scripted(encoding, ["<answer>1</answer>", "<answer>2</answer>"], ["<answer>2</answer>", "<answer>1</answer>"])
+    first, second = collect(sampler, encoding, [Problem("a", "7", None)], 2, 1, Sampling(9, 1.0, 0, verifier=Breaks()), failed="raw")
+    assert first.undecided.tolist() == [True, False] == first.rewards.eq(0).tolist() and second.undecided.tolist() == [False, True]
+
+
+def test_padding_may_reach_beyond_the_context():
+    """Catches a row that just fits the context refused, since S is rounded up: 125 tokens in a context of 124 + 1 are padded to 128."""
+    torch.manual_seed(0)
+    tight, wide = (GPT(ModelConfig(50, 32, 1, 2, 1, 16, 32, context)) for context in (124, 400))
+    tight.load_state_dict(wide.state_dict())
+    rows = pad_rows([[1] * 100], [[2] * 25], "cpu")
+    assert rows.tokens.shape[1] == 128
+    for ours, theirs in zip(completion_logprobs(tight, rows), completion_logprobs(wide, rows)):
+        torch.testing.assert_close(ours, theirs)
