@@ -277,8 +277,8 @@ def real_subject(c, folder):
     if run and not (folder / "model").is_dir():
         raise BadInput(f"--init {folder}: this run has not saved a model yet")
     trained, path = read_json(folder / "config.json", "a run has one") if run else {}, folder / "model" if run else folder
-    library()
     shape, encoding = open_shape(path, c.template)
+    library()                                                # missing? say so before the weights are needed
     prompt_tokens = c.prompt_tokens or trained.get("prompt_tokens", 512)
     new = max_new_tokens(shape, encoding, prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
     learnt = [] if trained.get("eval_data") else names(trained.get("data", ""))         # files of which only an eighth was held out

@@ -238,8 +238,8 @@ def tiny_model(c):
 
 def real_model(c):
     """The model of --init with the questions of --data -> Setup."""
-    library()
     shape, encoding = open_shape(c.init, c.template)
+    library()                                                # missing? say so before the weights are needed
     c = dataclasses.replace(c, max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
                             template=encoding.template_name)
     task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
