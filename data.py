@@ -12,7 +12,8 @@ recognised by its fields, so nothing needs to be declared, and files of several 
     question, answer                       plain              gold: the answer
 
 A line that is not a problem stops the run with its file, number and fault, because a set that is silently smaller gives another score. Rows
-that are problems but have no gold answer, and prompts that are too long, are left out and COUNTED.
+that are problems but have no gold answer, and prompts that are too long, are left out and COUNTED. OlympiadBench's units are part of its
+golds where the verifier can read them; its tolerances (`error`) are not applied, and its questions with images are asked without them.
 """
 import functools
 import hashlib
@@ -42,7 +43,8 @@ FORMS = (
     ("problem and solution", ("problem", "solution"), lambda row: True, lambda row: boxed(row["solution"])),
     ("question and answer", ("question", "answer"), lambda row: True, lambda row: plain_gold(row)),
 )
-KNOWN = "; ".join(" + ".join(fields) for _, fields, _, _ in FORMS)
+KNOWN = "; ".join(dict.fromkeys(" + ".join(fields) for _, fields, _, _ in FORMS))
+ABOUT = ("level", "subject", "type", "subfield")     # fields that tell kinds of problems apart; they go into transcripts
 
 
 def boxed(solution):
@@ -72,6 +74,7 @@ class Source(NamedTuple):
     """Where a problem is from, and its worked solution, if there is one."""
     place: str        # "file:line"
     solution: str = ""
+    about: dict = {}  # the fields of ABOUT that its line has
 
 
 def with_unit(answer, unit):
@@ -82,13 +85,14 @@ def with_unit(answer, unit):
 
 
 def read_problem(line):
-    """One line of JSON -> (form's name, question, gold, solution). Raises ValueError saying what is wrong with it."""
+    """One line of JSON -> (form's name, question, gold, solution, what it is about). Raises ValueError saying what is wrong with it."""
     try:
         row = json.loads(line)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"it is not JSON ({error})") from None
+        whole = "; a file that is one JSON array must be written with an object a line" if line.lstrip().startswith("[") else ""
+        raise ValueError(f"it is not JSON ({getattr(error, 'msg', error)}){whole}") from None
     if not isinstance(row, dict):
         raise ValueError(f"it is {type(row).__name__}, not an object with fields")
     for name, fields, test, gold in FORMS:
@@ -105,7 +109,8 @@ def read_problem(line):
                 raise ValueError("it holds half of a character (a lone surrogate)") from None
             if name == "OlympiadBench" and isinstance(row.get("unit"), str):
                 answer = with_unit(answer, row["unit"].strip().strip("$"))
-            return name, question.strip(), answer, solution.strip() if isinstance(solution, str) else ""
+            solution = solution.strip() if isinstance(solution, str) else ""
+            return name, question.strip(), answer, solution, {field: row[field] for field in ABOUT if field in row}
     raise ValueError(f"its fields are {', '.join(row) or 'none'}; a problem has {KNOWN}")
 
 
@@ -119,11 +124,14 @@ def read_problems(path):
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    name, question, gold, solution = read_problem(line)
+                    name, question, gold, solution, about = read_problem(line)
                     counts[name if gold else "without a gold answer"] += 1
-                    problems += [Problem(question, gold, Source(f"{path}:{number}", solution))] if gold else []
+                    problems += [Problem(question, gold, Source(f"{path}:{number}", solution, about))] if gold else []
     except FileNotFoundError:
         raise BadInput(f"{path}: there is no such file; data is JSONL, a problem a line, with the fields {KNOWN}") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder; data is files of JSONL, a problem a line (for MATH's folders: one line for each of their "
+                       "files)") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: {error}") from None
     except ValueError as error:
@@ -146,9 +154,15 @@ class DataSet:
     files to train on there is only what is held out.
     """
 
-    def __init__(self, paths, encoding, prompt_tokens, held_out=(), say=print):
+    def __init__(self, paths, encoding, prompt_tokens, held_out=(), say=print, known=frozenset()):
+        """known: questions (canonical) that a model has been trained on; they are left out of `held_out`, and counted."""
         self.paths = [*paths] or [*held_out]
         train, held = load(paths, encoding, prompt_tokens, say), load(held_out, encoding, prompt_tokens, say)
+        if known and held:
+            new = [problem for problem in held if self.canonical(problem) not in known]
+            if len(new) < len(held):
+                say(f"data: {len(held) - len(new):,} of these {len(held):,} problems were trained on by this run, and are left out")
+            held = new
         if held_out:
             asked = {self.canonical(problem) for problem in held}
             kept = [problem for problem in train if self.canonical(problem) not in asked]

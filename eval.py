@@ -14,14 +14,15 @@ With n samples of a question, c of them right, also
     pass@k = 1 - C(n-c, k) / C(n, k)     a right one among k, without bias (arXiv 2107.03374, eq. 1)
     maj@n  = the answer that most of the n give is right; answers count as one if reward.py holds them equal, and a tie is shared
 
-Questions are held out: training cannot draw them. Errors are standard errors over QUESTIONS: with several samples of each, the
-samples of one question are averaged first, since they are not independent. Every transcript goes to a JSONL file.
+Questions are held out: a task's cannot be drawn in training, and of a data set those that the run was trained on are left out, and
+counted. Errors are standard errors over QUESTIONS: with several samples of each, the samples of one question are averaged first, since
+they are not independent. Every transcript goes to a JSONL file.
 """
+import dataclasses
 import functools
 import itertools
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,12 +32,13 @@ from tqdm import tqdm
 
 import memory
 from data import DataSet, names
-from flags import BadInput, guarded, parse_flags, read_json
+from flags import BadInput, guarded, make_folder, parse_flags, read_json
+from journal import versions, write_json
 from mathverify import MathVerify
 from mgrpo import Sampling, draw_phrases, expand, second_look
 from model import compute_dtype, load_checkpoint
 from pretrain import pick_device
-from prompts import open_shape, open_weights
+from prompts import model_folder, open_shape, open_weights
 from reward import agree, extract_answer
 from sample import Sampler
 from tasks import draw, longest_phrase, prompts_and_golds, task_of, token_limits
@@ -199,20 +201,20 @@ def details(rows, verifier):
 
 class Transcripts:
     """A JSONL file of whole dialogues, a line for each sample of each question, written as batches come. One that exists is never written
-    over: the next gets a number."""
+    over: the next gets a number. about: what every line says besides (a dict)."""
 
-    def __init__(self, folder, name):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder, name, about):
+        make_folder(folder)
         files = (folder / f"{name}{'' if number == 1 else f'.{number}'}.jsonl" for number in itertools.count(1))
-        self.path = next(file for file in files if not file.exists())
-        self.path.touch()
+        self.path, self.about = next(file for file in files if not file.exists()), about
 
     def record(self, problems, layers, how):
         phrases, lines = draw_phrases(how.seed, layers[0].completions.numbers.tolist()), []
         for row in range(len(layers[0].texts)):
             problem = problems[int(layers[0].questions[row])]
-            line = dict(question=problem.question, gold=problem.gold, source=str(getattr(problem.data, "place", "")),
-                        temperature=how.temperature, number=int(layers[0].completions.numbers[row]))
+            line = self.about | dict(question=problem.question, gold=problem.gold, source=str(getattr(problem.data, "place", "")),
+                                     **getattr(problem.data, "about", {}), temperature=how.temperature,
+                                     sample=row % layers[0].completions.n, number=int(layers[0].completions.numbers[row]))
             for turn, layer in enumerate(layers, 1):
                 line[f"turn{turn}"] = dict(text=layer.texts[row], answer=extract_answer(layer.texts[row]), right=bool(layer.correct[row]),
                                            undecided=bool(layer.undecided[row]), tokens=int(layer.lengths[row]),
@@ -253,8 +255,6 @@ def load_policy(path, dtype, device):
 def open_subject(c):
     """The model of --checkpoint or --init with the questions it is asked -> Subject. BadInput for what is neither."""
     folder = Path(c.init)
-    if c.init and not folder.is_dir():
-        raise BadInput(f"--init {c.init}: there is no such folder; it is a run's, or a model's in Hugging Face's format")
     if not c.init or (folder / "checkpoint.pt").exists():
         for name in ("data", "template", "verifier", "prompt_tokens"):
             if getattr(c, name) != getattr(Config, name):
@@ -273,21 +273,31 @@ def open_subject(c):
 def real_subject(c, folder):
     """A folder in Hugging Face's format, or that of a run, with data sets -> Subject. The weights come last: what is wrong with the rest
     is said before."""
-    run = (folder / "metrics.jsonl").exists() or (folder / "model").is_dir()
-    if run and not (folder / "model").is_dir():
-        raise BadInput(f"--init {folder}: this run has not saved a model yet")
-    trained, path = read_json(folder / "config.json", "a run has one") if run else {}, folder / "model" if run else folder
+    path = model_folder(folder)
+    run = next((parent for parent in (path.parent, folder) if (parent / "metrics.jsonl").exists()), None)       # out/run and out/run/model
+    trained = read_json(run / "config.json", "a run has one") if run else {}
     shape, encoding = open_shape(path, c.template)
     library()                                                # missing? say so before the weights are needed
     prompt_tokens = c.prompt_tokens or trained.get("prompt_tokens", 512)
     new = max_new_tokens(shape, encoding, prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
-    learnt = [] if trained.get("eval_data") else names(trained.get("data", ""))         # files of which only an eighth was held out
-    sets = {name: DataSet(*(([name], encoding, prompt_tokens) if name in learnt else ([], encoding, prompt_tokens, [name])))
-            for name in names(c.data)}
+    known = learnt_questions(trained, encoding)
+    sets = {name: DataSet([], encoding, prompt_tokens, [name], print, known) for name in names(c.data)}
     device = pick_device(c.device)
     model = open_weights(path, shape, encoding, compute_dtype(c.dtype, device), device)
     row = prompt_tokens + 2 * new + longest_phrase(encoding)
-    return Subject(model, encoding, sets, new, row, folder if run else Path("out"), "" if run else f"{folder.resolve().name}-")
+    return Subject(model, encoding, sets, new, row, run or Path("out"), "" if run else f"{folder.resolve().name}-")
+
+
+def learnt_questions(trained, encoding):
+    """The questions that a run with this config drew from, so that it is not asked what it has learnt; none for what is no run's."""
+    if not trained:
+        return frozenset()
+    files = [name for field in ("data", "eval_data") for name in names(trained[field])]
+    if not all(Path(name).exists() for name in files):
+        print(f"data: the run was trained on {trained['data']}, which is not there now: whether it knows these questions cannot be said")
+        return frozenset()
+    learnt = DataSet(names(trained["data"]), encoding, trained["prompt_tokens"], names(trained["eval_data"]), say=lambda text: None)
+    return frozenset(learnt.canonical(problem) for problem in learnt.splits["train"])
 
 
 def max_new_tokens(shape, encoding, prompt_tokens, asked):
@@ -336,15 +346,19 @@ def measure(c, subject, name, task, sampler, verifier):
     problems = held_out_questions(task, c.questions or (0 if isinstance(task, DataSet) else 1024), c.seed)
     real, path = isinstance(task, DataSet), Path(name)
     label = "-".join(filter(None, (path.parent.name, path.stem))) if real else type(task).__name__.lower()       # gsm8k-test
-    transcripts = Transcripts(Path(c.transcripts) if c.transcripts else subject.folder, f"{subject.prefix}eval-{label}")
+    about = dict(model=c.init or c.checkpoint, seed=c.seed)
+    transcripts = Transcripts(Path(c.transcripts) if c.transcripts else subject.folder, f"{subject.prefix}eval-{label}", about)
     ask = functools.partial(evaluate, sampler, subject.encoding, problems, subject.max_new_tokens, turns=int(c.turns), seed=c.seed,
                             verifier=verifier, record=transcripts.record)
-    rows = {"greedy": ask()}
-    if c.temperature:
-        filters = dict(top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
-        rows[f"temperature {c.temperature:g}"] = ask(samples=c.samples, temperature=c.temperature, filters=filters)
-    what = "questions" if real and not task.splits["train"] else "held-out questions"
-    print(f"\n{name}\n{table(rows, what)}\n{details(rows, c.verifier)}\n{transcripts.path}: every transcript")
+    rows, what = {}, "questions" if real else "held-out questions"
+    try:
+        rows["greedy"] = ask()
+        if c.temperature:
+            filters = dict(top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
+            rows[f"temperature {c.temperature:g}"] = ask(samples=c.samples, temperature=c.temperature, filters=filters)
+    finally:                                                 # what was measured before Ctrl-C is shown all the same
+        shown = f"{table(rows, what)}\n{details(rows, c.verifier)}\n" if rows else "no table: interrupted\n"
+        print(f"\n{name}\n{shown}{transcripts.path}: every transcript{'' if rows else ' so far'}")
     return rows
 
 
@@ -352,21 +366,24 @@ def main():
     """Flags, the model, a table for each set of questions."""
     c = parse_flags(Config, __doc__)
     validate(c)
-    verifier = make_verifier(c.verifier)
+    if c.json:
+        make_folder(Path(c.json).parent)                     # now, not after hours
+    verifier, results = make_verifier(c.verifier), {}
     try:
         subject = open_subject(c)
         print(f"{c.init or c.checkpoint}: {', '.join(subject.sets)}")
         sampler = make_sampler(subject.model, c.cache_tokens, subject.row_tokens, ROWS * subject.row_tokens)
-        results = {name: measure(c, subject, name, task, sampler, verifier) for name, task in subject.sets.items()}
+        template = getattr(subject.encoding, "template_name", "")
+        settled = dataclasses.asdict(c) | dict(max_new_tokens=subject.max_new_tokens, template=template)
+        for name, task in subject.sets.items():
+            results[name] = measure(c, subject, name, task, sampler, verifier)
+            if c.json:                                       # after each, so that no set's figures are lost with the next
+                flat = results[name] if len(subject.sets) == 1 else {}
+                write_json(c.json, dict(settings=settled, made_by=versions(), sets=results) | flat)
     except (RuntimeError, MemoryError) as error:
         if memory.ran_out(error):
             raise BadInput(f"out of memory ({str(error).split('.')[0]}): lower --cache-tokens, --max-new-tokens or --samples") from None
         raise
-    if c.json:
-        results = next(iter(results.values())) if len(results) == 1 else results
-        temporary = Path(f"{c.json}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(dict(model=c.init or c.checkpoint, sets=list(subject.sets), **results), indent=1) + "\n")
-        os.replace(temporary, c.json)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,15 @@ def read_json(path, hint):
         raise BadInput(f"{path} is not JSON: {error}") from None
 
 
+def make_folder(path):
+    """Makes a folder and those above it, unless they exist -> its Path. BadInput when that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        return Path(path)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be made ({error.strerror}): there must be a folder that can be written to") from None
+
+
 @contextlib.contextmanager
 def reading(path):
     """Around the reading of a file that may be damaged or of another kind: what is missing or misplaced in it becomes BadInput."""

@@ -9,6 +9,7 @@ The idea. A run that cannot be read afterwards did not happen. So out/<run>/ hol
 Nothing here draws random numbers or touches the model.
 """
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from flags import make_folder
 from tasks import phrase_text
 
 
@@ -57,7 +59,7 @@ def log(folder, bar, metrics):
     """One line on the screen, one line of JSON in metrics.jsonl."""
     metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({k: round(v, 6) for k, v in metrics.items()}) + "\n")
+        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
     if metrics["step"] % 20 == 1:
         bar.write(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
     bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
@@ -96,12 +98,24 @@ def run_folder(run, settings, base_path):
     while folder.exists():
         number += 1
         folder = Path("out") / f"{run}.{number}"
-    folder.mkdir(parents=True)
-    made_by = dict(base=str(base_path), torch=torch.__version__, python=platform.python_version(), machine=platform.platform(),
-                   threads=torch.get_num_threads(), commit=commit())
-    (folder / "config.json").write_text(json.dumps(settings | dict(made_by=made_by), indent=1) + "\n", encoding="utf-8")
-    say(f"run: {folder}")
+    make_folder(folder)
+    made_by = dict(base=str(base_path)) | versions()
+    write_json(folder / "config.json", settings | dict(made_by=made_by))
+    say(f"run: {folder}" + (f" (there is an out/{run}, which is not written over)" if number > 1 else ""))
     return folder
+
+
+def versions():
+    """What ran where: torch, Python, machine, threads, git commit."""
+    return dict(torch=torch.__version__, python=platform.python_version(), machine=platform.platform(), threads=torch.get_num_threads(),
+                commit=commit())
+
+
+def write_json(path, what):
+    """Writes JSON in one move: who reads it, and who is interrupted, has the old file or the new one."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def commit():

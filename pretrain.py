@@ -51,7 +51,7 @@ import tokenizer
 import units
 import weights
 from data import names, read_problems
-from flags import BadInput, guarded, parse_flags
+from flags import BadInput, guarded, make_folder, parse_flags
 from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
 from sample import Sampler
@@ -355,6 +355,7 @@ def main():
     weights.library()                                                            # missing? say so before the work, not after
     if Path(c.save).is_file() or list(Path(c.save).glob("*.safetensors")):
         raise BadInput(f"--save {c.save}: there is something already; it is not written over: give another name")
+    make_folder(c.save)
     gpt = pretrain_on_solutions(resolve(c))
     gpt.source = Path(c.tokenizer)
     print(f"{gpt.save_pretrained(c.save, torch.float32)}: python eval.py --init {c.save} --data {c.data}")

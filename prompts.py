@@ -144,12 +144,24 @@ def open_tokenizer(folder, template="auto"):
     return with_template(encoding, name), ends
 
 
+def model_folder(folder):
+    """Where the model of a folder is: in it, or in its model/ if it is a run's. BadInput for what is no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"--init {folder}: there is no such folder; nothing is downloaded here: get a model first, say with `hf download "
+                       "Qwen/Qwen2.5-0.5B --local-dir FOLDER`")
+    if (folder / "metrics.jsonl").exists() and not (folder / "model").is_dir():
+        raise BadInput(f"--init {folder}: this run has not saved a model yet")
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder
+
+
 def open_shape(folder, template="auto"):
     """All of a model but its weights -> (ModelConfig that knows what ends completions, encoding with its `template`). BadInput also for a
     tokenizer with more ids than the model has."""
     config, (encoding, ends) = read_config(folder), open_tokenizer(folder, template)
-    if encoding.max_token_value >= config.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has ids up to {encoding.max_token_value}, the model only {config.vocab_size} rows")
+    if max(encoding.max_token_value, *ends) >= config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer or eos_token_id has ids up to {max(encoding.max_token_value, *ends)}, the model only "
+                       f"{config.vocab_size} rows")
     return replace(config, end_tokens=ends), encoding
 
 
@@ -163,7 +175,7 @@ def open_weights(folder, config, encoding, compute, device):
 def main():
     if len(sys.argv) != 3:
         raise BadInput("usage: python prompts.py FOLDER QUESTION")
-    encoding, ends = open_tokenizer(sys.argv[1])
+    encoding, ends = open_tokenizer(model_folder(sys.argv[1]))
     ids = encoding.template(sys.argv[2])
     print(f"template {encoding.template_name}, {len(ids)} tokens; a completion ends with "
           f"{' or '.join(encoding.decode([end]) for end in ends)}")

@@ -16,7 +16,6 @@ explains every column of the log.
 import copy
 import dataclasses
 import functools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -30,13 +29,13 @@ import memory
 import pretrain
 from data import DataSet, names
 from eval import ROWS, evaluate, held_out_questions, make_sampler, make_verifier, max_new_tokens, table
-from flags import BadInput, guarded, parse_flags
-from journal import log, rollout_metrics, run_folder, say, write_samples
+from flags import BadInput, guarded, make_folder, parse_flags
+from journal import log, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
 from model import ModelConfig, save_checkpoint
 from pretrain import base_model, pick_device, pick_preset, resolve
-from prompts import open_shape, open_weights
+from prompts import model_folder, open_shape, open_weights
 from tasks import draw, longest_phrase, task_of, token_limits
 from tokenizer import build_encoding
 from weights import library
@@ -175,7 +174,8 @@ def rollouts_and_steps(setup, planned):
     reference = frozen(policy) if c.kl_coef else None
     sampler = make_sampler(policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned))
     results = {"base": final_table(sampler, encoding, task, c, "base", verifier)}
-    generated, step, bar = 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
+    write_json(folder / "result.json", results)
+    generated, step, updates, bar = 0, 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
     try:
         while generated < c.tokens:
             problems = [draw(task, "train", f"rl/{c.seed}", step * c.prompts + i) for i in range(c.prompts)]
@@ -184,16 +184,18 @@ def rollouts_and_steps(setup, planned):
             layers = collect(sampler, encoding, problems, c.attempts, c.corrections, how,                 # MGRPO: two of them
                              layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
             sampled = time.perf_counter()
+            lr = c.lr * (1 - generated / c.tokens)
             for parameters in optimizer.param_groups:
-                parameters["lr"] = c.lr * (1 - generated / c.tokens)
+                parameters["lr"] = lr
             learned = learn(policy, reference, optimizer, layers, c)
             sampler.refresh()
             seconds = sampled - clock, time.perf_counter() - sampled
             new = sum(int(layer.lengths.sum()) for layer in layers)
             generated, step = generated + new, step + 1
             log(folder, bar, dict(step=step, generated=generated) | rollout_metrics(layers) | learned
-                | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1],
-                       peak_gb=memory.peak(c.device) / memory.GB))
+                | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1], lr=lr,
+                       seconds=time.time() - start, peak_gb=memory.peak(c.device) / memory.GB))
+            updates += learned["updates"]
             if step == 1:
                 say(f"memory, GB: {memory.peak(c.device) / memory.GB:.2f} at most up to here"
                     f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}")
@@ -201,14 +203,16 @@ def rollouts_and_steps(setup, planned):
                 write_samples(folder / "samples.md", step, layers, problems, encoding)
                 save(folder, policy, c)
             bar.update(new)
+        save(folder, policy, c)
+        if not updates:
+            say("nothing was learnt: no group had both right and wrong answers. An easier task, more --attempts or longer answers may help")
+        results[method(c)] = final_table(sampler, encoding, task, c, method(c), verifier)
     except KeyboardInterrupt:
         save(folder, policy, c)
         say(f"stopped after step {step}: {how_to_evaluate(folder, c)} shows how far it got")
         raise
     finally:
         bar.close()
-    save(folder, policy, c)
-    results[method(c)] = final_table(sampler, encoding, task, c, method(c), verifier)
     finish(folder, results, c, time.time() - start)
     return folder
 
@@ -223,6 +227,7 @@ def prepare(c):
     say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
     setup = (real_model if c.init else tiny_model)(c)
     say(str(setup.task))
+    make_folder("out")
     return setup
 
 
@@ -238,12 +243,13 @@ def tiny_model(c):
 
 def real_model(c):
     """The model of --init with the questions of --data -> Setup."""
-    shape, encoding = open_shape(c.init, c.template)
+    folder = model_folder(c.init)
+    shape, encoding = open_shape(folder, c.template)
     library()                                                # missing? say so before the weights are needed
     c = dataclasses.replace(c, max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
                             template=encoding.template_name)
     task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
-    load = lambda: (open_weights(c.init, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
+    load = lambda: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
     return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
 
 
@@ -391,7 +397,7 @@ def final_table(sampler, encoding, task, c, name, verifier):
 
 def finish(folder, results, c, seconds):
     """Prints the paper's table and writes result.json."""
-    (folder / "result.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(folder / "result.json", results)
     for label in ("greedy", "temperature 1"):
         say(f"\n{label}\n{table({name: result[label] for name, result in results.items()})}")
     say(f"\n{folder}: {seconds / 60:.1f} minutes after the base; {how_to_evaluate(folder, c)}")

@@ -149,7 +149,7 @@ class Shards:
             self.file_of = dict.fromkeys(self.open(folder / "model.safetensors").keys(), folder / "model.safetensors")
         else:
             raise BadInput(f"{folder} holds neither model.safetensors nor model.safetensors.index.json: only safetensors are read (other "
-                           "formats can run code)")
+                           "formats can run code); load it in transformers and save_pretrained it, which writes them")
         self.folder = folder
 
     def open(self, path):

@@ -30,10 +30,11 @@ OLYMPIAD = dict(id=1, subfield="x", context=None, question="Find all.", solution
 def test_forms(row, form, question, gold):
     """Catches a set read as another, the first box instead of the last, a context dropped."""
     assert read_problem(json.dumps(row))[:3] == (form, question, gold)
+    assert read_problem(json.dumps(row))[4] == {name: row[name] for name in ("level", "subject", "type", "subfield") if name in row}
 
 
 @pytest.mark.parametrize("line, says", [
-    ("{", "it is not JSON"), ("[1]", "it is list, not an object"), ('{"prompt": "p"}', "its fields are prompt; a problem has"), ("{}", "its fields are none"),
+    ("{", "it is not JSON"), ("[", "an object a line"), ("[1]", "it is list, not an object"), ('{"prompt": "p"}', "its fields are prompt; a problem has"), ("{}", "its fields are none"),
     ('{"question": "", "answer": "1"}', "its question is empty"), ('{"question": 3, "answer": "1"}', "its question is empty or not text"),
     ('{"problem": "p", "answer": [1]}', "its answer is list"), ('{"problem": "p", "answer": true}', "its answer is bool"),
     ('{"question": "p", "final_answer": 3}', "not a list of texts"), ('{"question": "\\ud800", "answer": "1"}', "half of a character"),
@@ -59,7 +60,8 @@ def test_files_that_are_no_sets(tmp_path):
     """Catches tracebacks for what is missing, not UTF-8, or without a single gold answer."""
     (tmp_path / "latin").write_bytes('{"question": "é"'.encode("latin-1"))
     (tmp_path / "goldless").write_text('{"problem": "p", "solution": "?"}\n')
-    for name, says in (("nowhere", "there is no such file"), ("latin", "is not UTF-8"), ("goldless", "no problem with a gold answer")):
+    (tmp_path / "folder").mkdir()
+    for name, says in (("folder", "is a folder; data is files"), ("nowhere", "there is no such file"), ("latin", "is not UTF-8"), ("goldless", "no problem with a gold answer")):
         with pytest.raises(BadInput, match=says):
             read_problems(tmp_path / name)
 

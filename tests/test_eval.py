@@ -123,7 +123,7 @@ def test_transcripts_hold_the_dialogue(tmp_path, encoding):
     from mgrpo import draw_phrases
     layers, _ = scripted_rollout(encoding)
     layers[1] = layers[0]                                        # one second look at each answer
-    transcripts, how = Transcripts(tmp_path / "deep", "t"), Sampling(9, 0.7, 3)
+    transcripts, how = Transcripts(tmp_path / "deep", "t", dict(model="m")), Sampling(9, 0.7, 3)
     for _ in range(2):
         transcripts.record([Problem(name, "1", None) for name in "ab"], layers, how)
     lines = [json.loads(line) for line in (tmp_path / "deep/t.jsonl").read_text().splitlines()]
@@ -132,7 +132,7 @@ def test_transcripts_hold_the_dialogue(tmp_path, encoding):
         assert line["question"] == "ab"[int(layers[0].questions[i])] and line["turn1"]["text"] == layers[0].texts[i] == line["turn2"]["text"]
         assert line["turn1"]["right"] == bool(layers[0].correct[i]) and "phrase" not in line["turn1"] and line["temperature"] == 0.7
         assert line["turn2"]["phrase"] == draw_phrases(3, [line["number"]])[0]
-    assert Transcripts(tmp_path / "deep", "t").path.name == "t.2.jsonl" and len((tmp_path / "deep/t.jsonl").read_text().splitlines()) == len(lines)
+    assert line["model"] == "m" and Transcripts(tmp_path / "deep", "t", {}).path.name == "t.2.jsonl" and len((tmp_path / "deep/t.jsonl").read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.parametrize("context, prompt, asked, found", [(4096, 512, 0, 1024), (1000, 300, 0, None), (4096, 512, 700, 700)])
@@ -162,7 +162,7 @@ def test_a_cpu_that_has_no_room_makes_rows_wait(gpt, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (dict(init="nowhere"), "there is no such folder"), (dict(init="."), "--data is missing"), (dict(init=".", data="x.jsonl"), "config.json"),
+    (dict(init="nowhere", data="x.jsonl"), "there is no such folder"), (dict(init="."), "--data is missing"), (dict(init=".", data="x.jsonl"), "config.json"),
     (dict(checkpoint="x.pt", data="x.jsonl"), "--data: this model"), (dict(checkpoint="x.pt", verifier="math-verify"), "--verifier: this model"),
 ])
 def test_what_cannot_be_opened(flags, says, tmp_path, monkeypatch):

@@ -56,13 +56,16 @@ def test_the_table_of_each_set(walked):
     """Catches sets mixed into one table, figures that are asked for and missing, and transcripts that are not there."""
     folder, (_, _, printed) = walked
     table = json.loads((folder / "table.json").read_text())
-    assert table["sets"] == ["test.jsonl", "math.jsonl"] and table["test.jsonl"]["greedy"]["questions"] == 5 and table["math.jsonl"]["greedy"]["questions"] == 1
-    sampled = table["test.jsonl"]["temperature 1"]
+    sets = table["sets"]
+    assert list(sets) == ["test.jsonl", "math.jsonl"] and sets["test.jsonl"]["greedy"]["questions"] == 5 and sets["math.jsonl"]["greedy"]["questions"] == 1
+    assert table["settings"]["template"] == "paper" and table["settings"]["max_new_tokens"] == 24 and table["made_by"]["torch"]
+    sampled = sets["test.jsonl"]["temperature 1"]
     assert set(sampled["pass1"]) == {"1", "2", "3"} and {"t1", "t2", "delta", "i2c", "c2i", "maj1", "maj2", "length1", "cut", "undecided"} <= set(sampled)
     assert sampled["t1"][0] == pytest.approx(sampled["pass1"]["1"][0]) and "1 without a gold answer" in printed and "verifier rules, 0 undecided" in printed
     lines = [json.loads(line) for line in (folder / "out/r/eval-test.jsonl").read_text().splitlines()]
     assert len(lines) == 5 + 15 and {line["source"] for line in lines} == {f"test.jsonl:{i}" for i in range(1, 6)}
-    assert all(line["turn2"]["phrase"] and line["turn1"]["text"] is not None and line["gold"] for line in lines)
+    assert all(line["turn2"]["phrase"] and line["turn1"]["text"] is not None and line["gold"] and line["model"] == "out/r" for line in lines)
+    assert sorted(line["sample"] for line in lines) == [0] * 10 + [1] * 5 + [2] * 5
 
 
 @pytest.mark.extra
@@ -97,7 +100,7 @@ def test_transcripts_are_kept(walked):
     folder = walked[0]
     for name in ("x", "y"):
         (folder / name).mkdir(exist_ok=True)
-        (folder / name / "test.jsonl").write_text(problems(2))
+        (folder / name / "test.jsonl").write_text(problems(2, 200))
     before = (folder / "out/r/eval-test.jsonl").read_bytes()
     printed = script(folder, "eval.py", "--init", "out/r", "--data", "test.jsonl,x/test.jsonl,y/test.jsonl", "--questions", "2", "--temperature", "0", *SMALL, *FLOAT)
     there = {path.name for path in (folder / "out/r").glob("eval-*")}
@@ -116,7 +119,12 @@ def test_a_run_from_a_run(walked):
     command = printed.split("python ")[-1].split()
     held = int(printed.split(" held out")[0].split()[-1])
     assert command == ["eval.py", "--init", "out/again", "--data", "train.jsonl"] and 0 < held < 40
-    assert f"({'percent ± standard error'}; {held} held-out questions)" in script(folder, *command, "--temperature", "0", *FLOAT)
+    (folder / "copy.jsonl").write_text((folder / "train.jsonl").read_text() + problems(1, 500))
+    for init, data, count in (("out/again", "train.jsonl", held), ("out/again/model", "copy.jsonl", held + 1)):
+        found = script(folder, "eval.py", "--init", init, "--data", data, "--temperature", "0", *FLOAT)
+        assert f"{40 - held} of these" in found and "were trained on by this run, and are left out" in found
+        assert f"(percent ± standard error; {count} questions)" in found
+    assert (folder / "out/again/eval-copy.jsonl").exists()
 
 
 @pytest.mark.extra
@@ -138,6 +146,35 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, 
         assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
 
 
+@pytest.mark.extra
+def test_ctrl_c_shows_what_there_is(walked, monkeypatch, capsys):
+    """Catches an interrupted evaluation that throws away the greedy table, and a training run that is stopped in its last table and does not
+    say that its model is there."""
+    monkeypatch.chdir(walked[0])
+    count, real = [], evaluation.evaluate
+
+    def stops(*args, **keywords):
+        count.append(1)
+        if len(count) % 3 == 0:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+    for module in (evaluation, train):
+        monkeypatch.setattr(module, "evaluate", stops)
+    count.append(1)                                              # eval: greedy, then Ctrl-C
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--init", "out/r", "--data", "test.jsonl", *SMALL, *FLOAT])
+    with pytest.raises(SystemExit) as stop:
+        guarded(evaluation.main)
+    out = capsys.readouterr().out
+    assert stop.value.code == 130 and "Acc@t1" in out and "temperature" not in out and "every transcript" in out
+    monkeypatch.setattr(sys, "argv", ["train.py", "--init", "out/base", "--data", "train.jsonl", "--run", "stopped", "--prompts", "2", "--attempts", "2", "--corrections", "2",
+                                      "--tokens", "100", "--eval-questions", "2", *SMALL, *FLOAT])
+    with pytest.raises(SystemExit) as stop:                      # train: both tables of the base, then Ctrl-C
+        guarded(train.main)
+    out = capsys.readouterr().out
+    assert stop.value.code == 130 and "eval.py --init out/stopped" in out and (walked[0] / "out/stopped/model").is_dir()
+    assert json.loads((walked[0] / "out/stopped/result.json").read_text()).keys() == {"base"}
+
+
 def test_a_run_that_has_saved_nothing(tmp_path):
     """Catches a sentence about a missing tokenizer for a run that was stopped before its first save."""
     (tmp_path / "metrics.jsonl").write_text("")
@@ -157,7 +194,7 @@ def test_solutions_that_are_too_long(tmp_path):
     (["--init", "m"], "--data is missing"), (["--init", "m", "--data", "d", "--task", "chain"], "--task is about bases"),
     (["--data", "d"], "--data needs --init"), (["--prompt-tokens", "9"], "--prompt-tokens needs --init"), (["--verifier", "math-verify"], "--verifier needs --init"),
     (["--init", "m", "--data", "d", "--preset", "smoke"], "--preset is about bases"), (["--init", "m", "--data", "d", "--prompt-tokens", "0"], "--prompt-tokens 0"),
-    (["--init", "m", "--data", "d"], "m/"), (["--offload-optimizer=yes"], "takes no value"),
+    (["--init", "m", "--data", "d"], "nothing is downloaded here"), (["--offload-optimizer=yes"], "takes no value"),
 ])
 def test_what_does_not_go_together(words, says, tmp_path, monkeypatch, capsys):
     """Catches flags of one kind of run ignored by the other: one sentence, exit code 2, nothing left behind."""
