@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import pretrain
+import starting
 import train
 from eval import COLUMNS, held_out_questions, load_policy, mean_and_error
 from flags import BadInput, guarded, parse_flags
@@ -80,7 +81,7 @@ def settled(c):
 
 def version(config):
     """8 hex digits of the base and of the code that trains and evaluates."""
-    parts = [pretrain.fingerprint(train.base_config(config)), *map(pretrain.code_of, (train, evaluation))]
+    parts = [pretrain.fingerprint(starting.base_config(config)), *map(pretrain.code_of, (train, starting, evaluation))]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
 
 

@@ -7,8 +7,8 @@ The idea. A script's settings are one dataclass, read top to bottom:
     attempts: int = 4       # G, answers sampled per question
 
 From that line come the flag `--attempts`, its type, its default and its line of help; nothing is said twice, so nothing can
-disagree. A bool is a flag without a value: there or not. A flag that does not exist is answered with the nearest one that does;
-whatever else is wrong with the input is said in one sentence on stderr, with exit code 2 and no traceback.
+disagree. A bool is a flag without a value, there or not; a Maybe has one or not. A flag that does not exist is answered with the
+nearest one that does; whatever else is wrong with the input is said in one sentence on stderr, with exit code 2 and no traceback.
 """
 import contextlib
 import dataclasses
@@ -20,6 +20,10 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+
+
+class Maybe(str):
+    """The type of a flag that may stand without a value: it is "newest" then."""
 
 
 class BadInput(Exception):
@@ -48,7 +52,7 @@ def help_text(config, doc):
 def help_lines(config, field):
     """A line or two for a flag: name, values, meaning, default."""
     kind, note = get_type_hints(config)[field.name], comments(config).get(field.name, "")
-    kind = "|".join(get_args(kind)) if get_origin(kind) is Literal else "" if kind is bool else kind.__name__
+    kind = "|".join(get_args(kind)) if get_origin(kind) is Literal else {bool: "", Maybe: "[str]"}.get(kind, kind.__name__)
     note = f"{note} [{field.default!r}]" if field.default not in ("", False) else note
     head = f"  --{field.name.replace('_', '-')} {kind}"
     body = textwrap.wrap(note, 84, initial_indent=" " * 36, subsequent_indent=" " * 36)
@@ -88,6 +92,9 @@ def parse(config, argv, refused=()):
             if equals:
                 raise BadInput(f"{flag} takes no value: it is given or not")
             given[name] = True
+            continue
+        if hints[name] is Maybe and not equals and (not words or words[0].startswith("--")):
+            given[name] = Maybe("newest")
             continue
         if not equals and not words:
             raise BadInput(f"{flag} needs a value")

@@ -65,6 +65,26 @@ def log(folder, bar, metrics):
     bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
 
 
+def cut_log(folder, step):
+    """Drops the lines of metrics.jsonl after `step`, for a run that goes on from there and writes them again; a half-written line too."""
+    path, kept = folder / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def post_mortem(folder, step, layers):
+    """Keeps a rollout that gave a gradient that is not finite: tokens, log-probabilities, rewards and advantages of every row."""
+    kept = [dict(prompts=layer.completions.prompts, tokens=layer.completions.tokens.cpu(), logprobs=layer.completions.logprobs.cpu(),
+                 lengths=layer.lengths, rewards=layer.rewards, advantages=layer.advantages, parents=layer.parents) for layer in layers]
+    path = folder / f"not-finite-{step}.pt"
+    torch.save(kept, path)
+    say(f"step {step}: a gradient is not finite; its optimiser step is skipped, and the rollout kept in {path}")
+
+
 def write_samples(path, step, layers, problems, encoding):
     """Appends the trees of the best and the worst question of this rollout, by the sum of rewards of all their nodes."""
     total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)

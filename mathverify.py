@@ -99,6 +99,7 @@ def work(seconds):
     os.dup2(2, 1)                            # whatever a library prints is no reply
     import math_verify
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C is the parent's business, which may want to finish a step
     print("{}", file=replies)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)        # its default action ends the process, in C code too

@@ -192,6 +192,17 @@ class HostAdamW:
         for p in self.params:
             p.grad = None
 
+    def state_dict(self):
+        """Adam's moments; the masters are the parameters, bit by bit."""
+        return self.adam.state_dict()
+
+    def load_state_dict(self, state):
+        """Moments from a state, masters from the parameters as they are now."""
+        self.adam.load_state_dict(state)
+        with torch.no_grad():
+            for master, p in zip(self.masters, self.params):
+                master.copy_(p)
+
 
 def make_optimizer(policy, lr, offload):
     """AdamW without weight decay, on the device or on the host."""

@@ -4,6 +4,7 @@
     python train.py --layers 1 --attempts 16 # plain GRPO with as many rollouts per question
     python train.py --preset smoke           # the same in under a minute, on a toy size
     python train.py --init path/to/Qwen2.5-Math-1.5B --data gsm8k/train.jsonl --eval-data gsm8k/test.jsonl
+    python train.py --resume                 # goes on with the newest run, exactly where it was (checkpoints.py)
 
 The idea. One step draws P questions and grows a tree on each: G attempts, and H corrections of every attempt. Both layers are
 scored by a rule and trained by one loss (mgrpo.py); nothing else makes it "multi-layer". A run ends after `--tokens` generated
@@ -13,32 +14,28 @@ A run leaves in out/<run>/: config.json, metrics.jsonl (a line per step, every f
 the worst), result.json (the table), and checkpoint.pt or, from --init, model/ in Hugging Face's format (eval.py reads both). README
 explains every column of the log.
 """
-import copy
 import dataclasses
 import functools
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 import memory
 import pretrain
-from data import DataSet, names
-from eval import ROWS, evaluate, held_out_questions, make_sampler, make_verifier, max_new_tokens, table
-from flags import BadInput, guarded, make_folder, parse_flags
-from journal import log, rollout_metrics, run_folder, say, write_json, write_samples
+from checkpoints import Stop, resumed_run, resumed_settings, resumed_state, save_state
+from eval import evaluate, held_out_questions, make_sampler, table
+from flags import BadInput, Maybe, guarded, parse_flags
+from journal import cut_log, log, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
-from model import ModelConfig, save_checkpoint
-from pretrain import base_model, pick_device, pick_preset, resolve
-from prompts import model_folder, open_shape, open_weights
-from tasks import draw, longest_phrase, task_of, token_limits
-from tokenizer import build_encoding
-from weights import library
+from model import save_checkpoint
+from pretrain import pick_preset
+from starting import frozen, later, method, plan, prepare, row_tokens, wanted_tokens
+from tasks import draw
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,9 @@ class Config(pretrain.Config):
     template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (prompts.py); auto: the model's own
     prompt_tokens: int = 512  # questions whose prompt is longer are left out
     verifier: Literal["rules", "math-verify"] = "rules"           # who says what is right: reward.py, or that library
+    resume: Maybe = ""        # go on with the newest run (of --run), or with the run's folder or state's file that is named
+    save_every: int = 0       # steps between two saved states; 0: ten a run
+    keep: int = 2             # states that are kept, besides the best
     run: str = ""             # folder under out/; empty: named after task, method and seed, with a number if that exists
     seed: int = 0             # of RL: questions, sampling, phrases; the base has its own, so that seeds share a base
     tokens: int = 1_260_000   # generated tokens, both layers together, after which the run ends
@@ -91,6 +91,7 @@ PRESETS = {
 REAL = dict(prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000, rows=8)
 
 
+SKIPS = 5                 # optimiser steps in a row whose gradient is not finite, after which a run ends
 REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), "rollouts must be drawn from the distribution whose log-probabilities are trained, or "
                         "the gradient is biased; evaluation may filter: python eval.py --help")
 
@@ -98,6 +99,8 @@ REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), "rollouts must be drawn fro
 def presets(given):
     """What stands under the given flags. BadInput for flags of the one kind of run given to the other."""
     own = {field.name for field in dataclasses.fields(pretrain.Config)} - {"device", "dtype"}
+    if given.get("resume"):
+        return resumed_settings(given, [field.name for field in dataclasses.fields(Config)], say)
     if given.get("init"):
         for name in own & given.keys():
             raise BadInput(f"--{name.replace('_', '-')} is about bases that are made here; a model from --init is what it is")
@@ -110,45 +113,7 @@ def presets(given):
     return pick_preset(given, PRESETS)
 
 
-def validate(c):
-    """BadInput for values that cannot work together, with the consequence and the way out."""
-    for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "rows"):
-        if getattr(c, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name, least in (("eval_questions", 2), ("prompt_tokens", 1), ("cache_tokens", 0), ("max_new_tokens", 0), ("lr", 0), ("kl_coef", 0),
-                        ("layer2_weight", 0)):
-        if not least <= getattr(c, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
-    if c.layers not in (1, 2):
-        raise BadInput(f"--layers {c.layers}: 1 is GRPO, 2 is MGRPO")
-    if c.layers == 2 and c.corrections == 1 and c.group == "attempt" and c.failed != "raw":
-        raise BadInput("--corrections 1: an attempt's only correction has no siblings to be better than, so layer 2 would learn "
-                       "nothing; use --corrections 2 or more, --group question, or --failed raw")
-    if c.layers == 1 and c.attempts == 1:
-        raise BadInput("--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or more")
-    if c.prompts % c.minibatches:
-        raise BadInput(f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}: choose a multiple")
-    if c.failed == "raw" and c.group == "question":
-        raise BadInput("--failed raw takes the reward itself as advantage, so --group question would change nothing; drop one of them")
-    if not 0 < c.temperature < math.inf:
-        raise BadInput(f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike and teach nothing")
-    if not 0 <= c.format_weight <= 0.5:
-        raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
-    if not 0 < c.clip_low < 1 or c.clip_high <= 0:
-        raise BadInput(f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0")
-
-
 # ------------------------------------------------------------------------------------------------------------------ loop
-
-class Setup(NamedTuple):
-    """What a run needs to know before any weights are there."""
-    c: Config                 # with nothing left open
-    encoding: Any
-    task: Any                 # of tasks.py, or a data.DataSet
-    shape: ModelConfig
-    load: Any                 # () -> the policy and where it came from
-    verifier: Any
-
 
 def train(c):
     """The whole run for a config -> path of its folder. BadInput for bad input, and when memory runs out."""
@@ -164,139 +129,118 @@ def train(c):
         raise
 
 
+@dataclass
+class Progress:
+    """How far a run is: plain values, which its saved states keep."""
+    step: int = 0
+    generated: int = 0        # tokens
+    seconds: float = 0.0
+    updates: int = 0          # optimiser steps made
+    skipped: int = 0          # in a row, for gradients that were not finite
+    best: int = -1            # the step whose state is the best: by accuracy of the last layer since the state before
+    accuracy: float = -1.0    # of the best
+    recent: list = dataclasses.field(default_factory=list)     # accuracies since the last state
+    results: dict = dataclasses.field(default_factory=dict)    # tables
+
+
 def rollouts_and_steps(setup, planned):
     """Table, loop, table -> the run's folder."""
-    c, encoding, task, verifier = setup.c, setup.encoding, setup.task, setup.verifier
+    c = setup.c
     policy, base_path = setup.load()
-    folder, start = run_folder(c.run, settings(c), base_path), time.time()
     policy.recompute = c.recompute == "yes"
-    optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
     reference = frozen(policy) if c.kl_coef else None
+    folder = resumed_run(c.resume, c.run) if c.resume else run_folder(c.run, settings(c), base_path)
+    optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
+    progress = load(resumed_state(c.resume, folder, say), folder, policy, optimizer) if c.resume else Progress()
     sampler = make_sampler(policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned))
-    results = {"base": final_table(sampler, encoding, task, c, "base", verifier)}
-    write_json(folder / "result.json", results)
-    generated, step, updates, bar = 0, 0, 0, tqdm(total=c.tokens, unit="tok", unit_scale=True, desc=c.run, disable=None)
+    table_of = lambda name: final_table(sampler, setup.encoding, setup.task, c, name, setup.verifier)
+    start = time.time() - progress.seconds
+    bar = tqdm(total=c.tokens, initial=progress.generated, unit="tok", unit_scale=True, desc=c.run, disable=None)
     try:
-        while generated < c.tokens:
-            problems = [draw(task, "train", f"rl/{c.seed}", step * c.prompts + i) for i in range(c.prompts)]
-            clock = time.perf_counter()
-            how = Sampling(c.max_new_tokens, c.temperature, fold(c.seed, step), c.format_weight, verifier=verifier)
-            layers = collect(sampler, encoding, problems, c.attempts, c.corrections, how,                 # MGRPO: two of them
-                             layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
-            sampled = time.perf_counter()
-            lr = c.lr * (1 - generated / c.tokens)
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = lr
-            learned = learn(policy, reference, optimizer, layers, c)
-            sampler.refresh()
-            seconds = sampled - clock, time.perf_counter() - sampled
-            new = sum(int(layer.lengths.sum()) for layer in layers)
-            generated, step = generated + new, step + 1
-            log(folder, bar, dict(step=step, generated=generated) | rollout_metrics(layers) | learned
-                | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1], lr=lr,
-                       seconds=time.time() - start, peak_gb=memory.peak(c.device) / memory.GB))
-            updates += learned["updates"]
-            if step == 1:
-                say(f"memory, GB: {memory.peak(c.device) / memory.GB:.2f} at most up to here"
-                    f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}")
-            if step == 1 or 10 * generated // c.tokens > 10 * (generated - new) // c.tokens:               # ten times a run
-                write_samples(folder / "samples.md", step, layers, problems, encoding)
-                save(folder, policy, c)
-            bar.update(new)
-        save(folder, policy, c)
-        if not updates:
-            say("nothing was learnt: no group had both right and wrong answers. An easier task, more --attempts or longer answers may help")
-        results[method(c)] = final_table(sampler, encoding, task, c, method(c), verifier)
+        with Stop(say) as stop:
+            if not progress.results:
+                progress.results["base"] = table_of("base")
+                write_json(folder / "result.json", progress.results)
+            while progress.generated < c.tokens and not stop.asked:
+                before = progress.generated
+                metrics, layers, problems = one_step(policy, reference, optimizer, sampler, setup, progress)
+                progress.seconds = time.time() - start
+                log(folder, bar, metrics | dict(seconds=progress.seconds, peak_gb=memory.peak(c.device) / memory.GB))
+                watch(folder, progress, metrics, layers, c)
+                bar.update(progress.generated - before)
+                tenth = 10 * progress.generated // c.tokens > 10 * before // c.tokens
+                if progress.step == 1 or stop.asked or (progress.step % c.save_every == 0 if c.save_every else tenth):
+                    write_samples(folder / "samples.md", progress.step, layers, problems, setup.encoding)
+                    save(folder, policy, optimizer, progress, c)
+            if progress.generated < c.tokens:
+                say(f"stopped after step {progress.step}: {how_to_evaluate(folder, c)} shows how far it got, "
+                    f"python train.py --resume {folder} goes on")
+                return folder
+            save(folder, policy, optimizer, progress, c)
+            progress.results[method(c)] = table_of(method(c))
     except KeyboardInterrupt:
-        save(folder, policy, c)
-        say(f"stopped after step {step}: {how_to_evaluate(folder, c)} shows how far it got")
+        say(f"stopped at once after step {progress.step}: {how_to_evaluate(folder, c)} shows the last state that was saved, "
+            f"python train.py --resume {folder} goes on from it")
         raise
     finally:
         bar.close()
-    finish(folder, results, c, time.time() - start)
+    finish(folder, progress.results, c, progress.seconds)
     return folder
 
 
-def prepare(c):
-    """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
-    validate(c)
-    measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
-    name = Path(c.init).resolve().name if c.init else c.task
-    c = dataclasses.replace(c, run=c.run or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
-        c.recompute, c.recompute))
-    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
-    setup = (real_model if c.init else tiny_model)(c)
-    say(str(setup.task))
-    make_folder("out")
-    return setup
+def one_step(policy, reference, optimizer, sampler, setup, progress):
+    """One step of MGRPO: questions, a rollout of both layers, the optimiser's steps -> metrics, layers, problems."""
+    c, clock = setup.c, time.perf_counter()
+    problems = [draw(setup.task, "train", f"rl/{c.seed}", progress.step * c.prompts + i) for i in range(c.prompts)]
+    how = Sampling(c.max_new_tokens, c.temperature, fold(c.seed, progress.step), c.format_weight, verifier=setup.verifier)
+    layers = collect(sampler, setup.encoding, problems, c.attempts, c.corrections, how,                       # MGRPO: two of them
+                     layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
+    sampled = time.perf_counter()
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = c.lr * (1 - progress.generated / c.tokens)
+    learned = learn(policy, reference, optimizer, layers, c)
+    sampler.refresh()
+    seconds = sampled - clock, time.perf_counter() - sampled
+    new = sum(int(layer.lengths.sum()) for layer in layers)
+    progress.step, progress.generated = progress.step + 1, progress.generated + new
+    return (dict(step=progress.step, generated=progress.generated) | rollout_metrics(layers) | learned
+            | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1],
+                   lr=optimizer.param_groups[0]["lr"])), layers, problems
 
 
-def tiny_model(c):
-    """A built-in task, and its base from out/ or yet to be made -> Setup."""
-    task, encoding, longest = task_of(c), build_encoding(), token_limits(task_of(c))[1]
-    if c.max_new_tokens > longest:
-        raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
-                       f"model; use at most {longest}, or 0 for that")
-    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
-    return Setup(c, encoding, task, pretrain.shape_for(c, encoding, task), lambda: base_model(base_config(c), say)[::2], None)
+def watch(folder, progress, metrics, layers, c):
+    """What must not go unseen: memory after the first step, answers cut short, gradients that are not finite (five in a row end the run),
+    and that nothing was learnt."""
+    progress.updates += metrics["updates"]
+    progress.skipped = progress.skipped + metrics["skipped"] if not metrics["updates"] else 0
+    progress.recent.append(metrics.get("accuracy2", metrics["accuracy1"]))
+    if progress.step == 1:
+        say(f"memory, GB: {memory.peak(c.device) / memory.GB:.2f} at most up to here"
+            f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}")
+        if metrics["cut1"] > 0.2:
+            say(f"{metrics['cut1']:.0%} of attempts are cut at {c.max_new_tokens} tokens and score 0, whatever they were about to say: "
+                "raise --max-new-tokens")
+    if metrics["skipped"]:
+        post_mortem(folder, progress.step, layers)
+    if progress.skipped >= SKIPS:
+        raise BadInput(f"{progress.skipped} gradients in a row were not finite; the last saved state is intact: python train.py --resume "
+                       f"{folder}. Lower --lr in a new run, or use --dtype float32")
+    if progress.generated >= c.tokens and not progress.updates:
+        say("nothing was learnt: no group had both right and wrong answers. An easier task, more --attempts or longer answers may help")
 
 
-def real_model(c):
-    """The model of --init with the questions of --data -> Setup."""
-    folder = model_folder(c.init)
-    shape, encoding = open_shape(folder, c.template)
-    library()                                                # missing? say so before the weights are needed
-    c = dataclasses.replace(c, max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
-                            template=encoding.template_name)
-    task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
-    load = lambda: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
-    return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
-
-
-def frozen(policy):
-    """The reference: the policy as it is now, in the compute type (in which it is cast at every use anyway: the same log-probabilities)."""
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in reference.parameters():
-        parameter.data = parameter.data.to(policy.compute)
-    return reference
-
-
-def plan(setup, total):
-    """memory.plan for the flags of a run on a device with `total` bytes."""
-    c, shape, phrase = setup.c, setup.shape, longest_phrase(setup.encoding)
-    prompt = c.prompt_tokens if c.init else shape.context - 2 * c.max_new_tokens - phrase
-    return memory.plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
-                       corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
-                       cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
-                       offload=c.offload_optimizer, device=c.device, total=total, phrase=phrase)
-
-
-def row_tokens(setup):
-    """Tokens of the longest row: prompt, two completions, a phrase."""
-    c = setup.c
-    return c.prompt_tokens + 2 * c.max_new_tokens + longest_phrase(setup.encoding) if c.init else setup.shape.context
-
-
-def wanted_tokens(setup):
-    """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
-    c = setup.c
-    rollout = memory.kv_tokens(c.prompts, c.attempts, c.corrections, c.prompt_tokens, c.max_new_tokens, c.layers)
-    return max(rollout, min(c.eval_questions, ROWS) * row_tokens(setup)) if c.init else 0
-
-
-def later(planned):
-    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam, activations, logits."""
-    return planned["masters and gradients"] // 2 + sum(planned[what] for what in ("Adam", "activations", "logits"))
-
-
-def base_config(c):
-    """The part of a config that makes the base."""
-    return pretrain.Config(**{field.name: getattr(c, field.name) for field in dataclasses.fields(pretrain.Config)})
+def load(state, folder, policy, optimizer):
+    """Puts a saved state where it belongs -> Progress. The log is cut to it."""
+    policy.load_state_dict(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["generator"])
+    cut_log(folder, state["progress"]["step"])
+    return Progress(**state["progress"])
 
 
 def learn(policy, reference, optimizer, layers, c):
     """Epochs x minibatches of optimiser steps on one rollout -> diagnostics, means over its steps or over the tokens trained on."""
-    sums, norms = {}, []
+    sums, norms, skipped = {}, [], 0
     for epoch in range(c.epochs):
         for parts in optimiser_steps(layers, c):
             for layer, rows in parts:
@@ -304,12 +248,16 @@ def learn(policy, reference, optimizer, layers, c):
                 for name, value in accumulate(policy, reference, layer, rows, c, first).items():
                     sums[name] = max(sums.get(name, 0.0), value) if name.startswith("gauge_max") else sums.get(name, 0.0) + value
             if any(p.grad is not None for p in policy.parameters()):  # all advantages 0: Adam's momentum alone is no reason to move
-                norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
-                check_finite(norms[-1])
-                optimizer.step()
+                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+                if math.isfinite(norm):
+                    norms.append(norm)
+                    optimizer.step()
+                else:
+                    skipped += 1
                 optimizer.zero_grad(set_to_none=True)
     tokens = max(sums.get("tokens", 0), 1)
     return dict(loss=sums.get("loss", 0.0) / max(len(norms), 1), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms),
+                skipped=skipped,
                 **{name: sums.get(name, 0.0) / tokens for name in ("clipped", "entropy", "kl", "ratio")},
                 gauge_max=sums.get("gauge_max", 0.0), gauge_mean=sums.get("gauge", 0.0) / max(sums.get("gauge_tokens", 0), 1))
 
@@ -356,29 +304,27 @@ def accumulate(policy, reference, layer, rows, c, first):
     return sums
 
 
-def check_finite(norm):
-    if not torch.isfinite(torch.tensor(norm)):
-        raise BadInput("the gradient is not finite; the last checkpoint is intact. Lower --lr, or use --dtype float32")
-
-
 # --------------------------------------------------------------------------------------------------------------- results
-
-def method(c):
-    return "MGRPO" if c.layers == 2 else "GRPO"
-
 
 def settings(c):
     """The config as a dict; for a model from --init without what made a base here."""
     base = {field.name for field in dataclasses.fields(pretrain.Config)} - {"device", "dtype"} if c.init else set()
-    return {name: value for name, value in dataclasses.asdict(c).items() if name not in base}
+    return {name: value for name, value in dataclasses.asdict(c).items() if name not in base} | dict(resume="")
 
 
-def save(folder, policy, c):
-    """A built-in task's model as checkpoint.pt, a real one as it came: a folder that transformers and vLLM load."""
+def save(folder, policy, optimizer, progress, c):
+    """The run's state, to go on from; and its model: a built-in task's as checkpoint.pt, a real one as it came, a folder that transformers
+    and vLLM load."""
+    accuracy = sum(progress.recent) / max(len(progress.recent), 1)
+    if progress.recent and accuracy >= progress.accuracy:
+        progress.best, progress.accuracy = progress.step, accuracy
+    progress.recent = []
+    save_state(folder / "state", progress.step, dict(weights=policy.state_dict(), optimizer=optimizer.state_dict(), best=progress.best,
+                                                     generator=torch.get_rng_state(), progress=dataclasses.asdict(progress)), c.keep)
     if c.init:
         policy.save_pretrained(folder / "model", policy.compute)
     else:
-        save_checkpoint(folder / "checkpoint.pt", policy, config=dataclasses.asdict(c))
+        save_checkpoint(folder / "checkpoint.pt", policy, config=settings(c))
 
 
 def how_to_evaluate(folder, c):
@@ -404,7 +350,8 @@ def finish(folder, results, c, seconds):
 
 
 def main():
-    train(parse_flags(Config, __doc__, presets, refused=REFUSED))
+    c = parse_flags(Config, __doc__, presets, refused=REFUSED)
+    train(dataclasses.replace(c, run=resumed_run(c.resume, c.run).name) if c.resume else c)
 
 
 if __name__ == "__main__":

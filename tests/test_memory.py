@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import memory
+import starting
 import train
 from flags import BadInput, guarded
 from memory import HostAdamW, activations, block_bytes, kv_tokens, logits, on_device, parameters, plan, plan_text
@@ -194,7 +195,7 @@ def test_out_of_memory_is_one_sentence_with_three_flags(tmp_path, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"), MemoryError("no"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
         monkeypatch.setattr(train, "rollouts_and_steps", lambda *_, error=error: (_ for _ in ()).throw(error))
-        monkeypatch.setattr(train, "prepare", lambda c: train.Setup(c, build_encoding(), None, SHAPE, None, None))
+        monkeypatch.setattr(train, "prepare", lambda c: starting.Setup(c, build_encoding(), None, SHAPE, None, None))
         with pytest.raises(BadInput) as said:
             train.train(train.Config(run="r", max_new_tokens=9, dtype="float32", device="cpu"))
         text = str(said.value)

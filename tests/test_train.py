@@ -9,6 +9,7 @@ from conftest import script
 from test_mgrpo import scripted_rollout
 
 import journal
+import train
 from flags import BadInput
 from journal import rollout_metrics, tree_text
 from mgrpo import Sampling, collect
@@ -107,12 +108,29 @@ def test_no_signal_no_step(rollout):
     assert found["updates"] == 0 and all(torch.equal(before[k], v) for k, v in gpt.state_dict().items())
 
 
-def test_a_nonfinite_gradient_stops_the_run(rollout):
-    """Catches NaN written into the weights, and into the next checkpoint."""
+def test_a_nonfinite_gradient_is_skipped(rollout):
+    """Catches NaN written into the weights, and into the next checkpoint: the optimiser step is skipped and counted, the other one made."""
     gpt, layers, c = rollout
+    before = [p.detach().clone() for p in gpt.parameters()]
     layers[0].advantages[0], layers[0].trained[0] = float("nan"), True
-    with pytest.raises(BadInput, match="not finite"):
-        learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, c)
+    found = learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, c)
+    assert found["skipped"] == 1 and found["updates"] == 1 and all(torch.isfinite(p).all() for p in gpt.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, gpt.parameters()))
+
+
+def test_five_gradients_that_are_not_finite_end_the_run(rollout, tmp_path, capsys):
+    """Catches a run that goes on for days on NaN, and one that throws the evidence away: each is kept, five in a row end the run."""
+    _, layers, c = rollout
+    progress, metrics = train.Progress(step=7, generated=1), dict(updates=0, skipped=2, accuracy1=0.5, cut1=0.0)
+    for _ in range(2):
+        train.watch(tmp_path, progress, metrics, layers, c)
+    train.watch(tmp_path, progress, metrics | dict(updates=1), layers, c)
+    assert progress.skipped == 0
+    with pytest.raises(BadInput, match="6 gradients in a row"):
+        for _ in range(3):
+            train.watch(tmp_path, progress, metrics, layers, c)
+    kept = torch.load(tmp_path / "not-finite-7.pt", weights_only=True)
+    assert torch.equal(kept[1]["advantages"], layers[1].advantages) and kept[0]["prompts"] == layers[0].completions.prompts
 
 
 def test_metrics_of_a_hand_written_tree(encoding):

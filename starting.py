@@ -1,0 +1,145 @@
+"""From flags to a run: what is checked, read and planned before any weights are loaded, so that what is wrong is said at once.
+
+The idea. train.py has the loop; this is what stands before it. `prepare` gives a Setup: the settings with nothing left open, the tokenizer,
+the questions, the model's shape, a verifier, and a function that loads the weights. There are two ways to one: a built-in task with its
+base (`tiny_model`), and a model from --init with files of problems (`real_model`).
+"""
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import memory
+import pretrain
+from data import DataSet, names
+from eval import ROWS, make_verifier, max_new_tokens
+from flags import BadInput, make_folder
+from journal import say
+from model import ModelConfig
+from pretrain import base_model, pick_device, resolve
+from prompts import model_folder, open_shape, open_weights
+from tasks import longest_phrase, task_of, token_limits
+from tokenizer import build_encoding
+from weights import library
+
+
+class Setup(NamedTuple):
+    """What a run needs to know before any weights are there."""
+    c: Any                    # train.Config with nothing left open
+    encoding: Any
+    task: Any                 # of tasks.py, or a data.DataSet
+    shape: ModelConfig
+    load: Any                 # () -> the policy and where it came from
+    verifier: Any
+
+
+def validate(c):
+    """BadInput for values that cannot work together, with the consequence and the way out."""
+    for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "rows", "keep"):
+        if getattr(c, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    for name, least in (("eval_questions", 2), ("prompt_tokens", 1), ("cache_tokens", 0), ("max_new_tokens", 0), ("lr", 0), ("kl_coef", 0),
+                        ("layer2_weight", 0), ("save_every", 0)):
+        if not least <= getattr(c, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
+    if c.layers not in (1, 2):
+        raise BadInput(f"--layers {c.layers}: 1 is GRPO, 2 is MGRPO")
+    if c.layers == 2 and c.corrections == 1 and c.group == "attempt" and c.failed != "raw":
+        raise BadInput("--corrections 1: an attempt's only correction has no siblings to be better than, so layer 2 would learn "
+                       "nothing; use --corrections 2 or more, --group question, or --failed raw")
+    if c.layers == 1 and c.attempts == 1:
+        raise BadInput("--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or more")
+    if c.prompts % c.minibatches:
+        raise BadInput(f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}: choose a multiple")
+    if c.failed == "raw" and c.group == "question":
+        raise BadInput("--failed raw takes the reward itself as advantage, so --group question would change nothing; drop one of them")
+    if not 0 < c.temperature < math.inf:
+        raise BadInput(f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike and teach nothing")
+    if not 0 <= c.format_weight <= 0.5:
+        raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
+    if not 0 < c.clip_low < 1 or c.clip_high <= 0:
+        raise BadInput(f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0")
+
+
+def method(c):
+    return "MGRPO" if c.layers == 2 else "GRPO"
+
+
+def prepare(c):
+    """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
+    validate(c)
+    measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
+    name = Path(c.init).resolve().name if c.init else c.task
+    c = dataclasses.replace(c, run=c.run or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
+        c.recompute, c.recompute))
+    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
+    setup = (real_model if c.init else tiny_model)(c)
+    say(str(setup.task))
+    make_folder("out")
+    return setup
+
+
+def tiny_model(c):
+    """A built-in task, and its base from out/ or yet to be made -> Setup."""
+    task, encoding, longest = task_of(c), build_encoding(), token_limits(task_of(c))[1]
+    if c.max_new_tokens > longest:
+        raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
+                       f"model; use at most {longest}, or 0 for that")
+    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
+    return Setup(c, encoding, task, pretrain.shape_for(c, encoding, task), lambda: base_model(base_config(c), say)[::2], None)
+
+
+def real_model(c):
+    """The model of --init with the questions of --data -> Setup."""
+    folder = model_folder(c.init)
+    shape, encoding = open_shape(folder, c.template)
+    library()                                                # missing? say so before the weights are needed
+    c = dataclasses.replace(c, max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
+                            template=encoding.template_name)
+    task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
+    load = lambda: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
+    return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
+
+
+def frozen(policy):
+    """The reference: the policy as it is now, in the compute type (in which it is cast at every use anyway: the same log-probabilities)."""
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(policy.compute)
+    return reference
+
+
+def plan(setup, total):
+    """memory.plan for the flags of a run on a device with `total` bytes."""
+    c, shape, phrase = setup.c, setup.shape, longest_phrase(setup.encoding)
+    prompt = c.prompt_tokens if c.init else shape.context - 2 * c.max_new_tokens - phrase
+    return memory.plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
+                       corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
+                       cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
+                       offload=c.offload_optimizer, device=c.device, total=total, phrase=phrase)
+
+
+def row_tokens(setup):
+    """Tokens of the longest row: prompt, two completions, a phrase."""
+    c = setup.c
+    return c.prompt_tokens + 2 * c.max_new_tokens + longest_phrase(setup.encoding) if c.init else setup.shape.context
+
+
+def wanted_tokens(setup):
+    """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
+    c = setup.c
+    rollout = memory.kv_tokens(c.prompts, c.attempts, c.corrections, c.prompt_tokens, c.max_new_tokens, c.layers)
+    return max(rollout, min(c.eval_questions, ROWS) * row_tokens(setup)) if c.init else 0
+
+
+def later(planned):
+    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam, activations, logits."""
+    return planned["masters and gradients"] // 2 + sum(planned[what] for what in ("Adam", "activations", "logits"))
+
+
+def base_config(c):
+    """The part of a config that makes the base."""
+    return pretrain.Config(**{field.name: getattr(c, field.name) for field in dataclasses.fields(pretrain.Config)})
