@@ -102,7 +102,7 @@ def run_once(c, arm, seed):
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise BadInput(f"arm {arm}, seed {seed}: train.py failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
-    folder = Path(next(line for line in done.stdout.splitlines() if line.startswith("run: "))[5:])
+    folder = Path(next(line for line in done.stdout.splitlines() if line.startswith("run: "))[5:].split(" (")[0])
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = result["GRPO" if config["layers"] == 1 else "MGRPO"]
@@ -145,7 +145,7 @@ def run_and_keep(c, path, arm, seed):
 
 def make_base(c):
     """The base all runs share, made once, with all cores, before they start."""
-    pretrain.base_model(train.base_config(settled(c)))
+    pretrain.base_model(starting.base_config(settled(c)))
 
 
 def missing_runs(c, lines):
