@@ -9,6 +9,7 @@ The idea. A run that cannot be read afterwards did not happen. So out/<run>/ hol
 Nothing here draws random numbers or touches the model.
 """
 import json
+import math
 import os
 import platform
 import subprocess
@@ -59,7 +60,7 @@ def log(folder, bar, metrics):
     """One line on the screen, one line of JSON in metrics.jsonl."""
     metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        file.write(json.dumps({k: plain(v) for k, v in metrics.items()}) + "\n")
     if metrics["step"] % 20 == 1:
         bar.write(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
     bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
@@ -83,6 +84,13 @@ def post_mortem(folder, step, layers):
     path = folder / f"not-finite-{step}.pt"
     torch.save(kept, path)
     say(f"step {step}: a gradient is not finite; its optimiser step is skipped, and the rollout kept in {path}")
+
+
+def plain(value):
+    """A number as JSON has it: six digits; null for what is not finite."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def write_samples(path, step, layers, problems, encoding):

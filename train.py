@@ -11,14 +11,15 @@ scored by a rule and trained by one loss (mgrpo.py); nothing else makes it "mult
 tokens, not after steps, so that runs of different shape compare at equal cost.
 
 A run leaves in out/<run>/: config.json, metrics.jsonl (a line per step, every field by name), samples.md (whole trees, the best and
-the worst), result.json (the table), and checkpoint.pt or, from --init, model/ in Hugging Face's format (eval.py reads both). README
-explains every column of the log.
+the worst), result.json (the table), state/ (to go on from, 12 bytes a parameter each), and checkpoint.pt or, from --init, model/ in Hugging
+Face's format (eval.py reads both). README explains every column of the log.
 """
 import dataclasses
 import functools
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -173,6 +174,8 @@ def rollouts_and_steps(setup, planned):
                     write_samples(folder / "samples.md", progress.step, layers, problems, setup.encoding)
                     save(folder, policy, optimizer, progress, c)
             if progress.generated < c.tokens:
+                if not progress.step:                        # stopped in the base's table: even that need not be made again
+                    save(folder, policy, optimizer, progress, c)
                 say(f"stopped after step {progress.step}: {how_to_evaluate(folder, c)} shows how far it got, "
                     f"python train.py --resume {folder} goes on")
                 return folder
@@ -217,9 +220,10 @@ def watch(folder, progress, metrics, layers, c):
     if progress.step == 1:
         say(f"memory, GB: {memory.peak(c.device) / memory.GB:.2f} at most up to here"
             f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}")
-        if metrics["cut1"] > 0.2:
-            say(f"{metrics['cut1']:.0%} of attempts are cut at {c.max_new_tokens} tokens and score 0, whatever they were about to say: "
-                "raise --max-new-tokens")
+    cut = max(metrics["cut1"], metrics.get("cut2", 0.0))
+    if cut > 0.2 and progress.step % 100 == 1:
+        say(f"{cut:.0%} of answers are cut at {c.max_new_tokens} tokens, and score 0 whatever they were about to say: raise "
+            "--max-new-tokens")
     if metrics["skipped"]:
         post_mortem(folder, progress.step, layers)
     if progress.skipped >= SKIPS:
@@ -231,11 +235,17 @@ def watch(folder, progress, metrics, layers, c):
 
 def load(state, folder, policy, optimizer):
     """Puts a saved state where it belongs -> Progress. The log is cut to it."""
-    policy.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["generator"])
-    cut_log(folder, state["progress"]["step"])
-    return Progress(**state["progress"])
+    try:
+        policy.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generator"])
+        progress = Progress(**state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if memory.ran_out(error):
+            raise
+        raise BadInput(f"{folder}: its state does not fit this model ({str(error).splitlines()[0]}); is --init another one now?") from None
+    cut_log(folder, progress.step)
+    return progress
 
 
 def learn(policy, reference, optimizer, layers, c):
@@ -351,7 +361,10 @@ def finish(folder, results, c, seconds):
 
 def main():
     c = parse_flags(Config, __doc__, presets, refused=REFUSED)
-    train(dataclasses.replace(c, run=resumed_run(c.resume, c.run).name) if c.resume else c)
+    if c.resume:
+        folder = resumed_run(c.resume, c.run)
+        c = dataclasses.replace(c, run=folder.name, resume=c.resume if Path(c.resume).is_file() else str(folder))
+    train(c)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,23 @@ def test_a_stop_finishes_the_step_and_says_how_to_go_on(undisturbed):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and lines(undisturbed, "stopped") == lines(undisturbed, "whole")
 
 
+def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):
+    """Catches a stop in the base's table that promises to go on and has saved nothing; and a state of another model loaded with a traceback."""
+    monkeypatch.chdir(undisturbed)
+    real = train.final_table
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(train, "final_table", interrupted)
+    monkeypatch.setattr(sys, "argv", [*RUN, "--run", "early"])
+    train.main()
+    assert "stopped after step 0" in capsys.readouterr().out and [step for step, _ in saved("out/early/state")] == [0]
+    state = load_state(saved("out/early/state")[0][1])
+    with pytest.raises(BadInput, match="does not fit this model"):
+        train.load(state, undisturbed / "out/early", GPT(ModelConfig(50, 32, 1, 2, 1, 16, 32, 64)), None)
+
+
 def test_what_may_change_and_what_may_not(undisturbed, monkeypatch):
     """Catches a run continued with another group size or seed, a change that nobody is told of, and settings that are forgotten."""
     monkeypatch.chdir(undisturbed)

@@ -287,3 +287,12 @@ def test_a_run_is_never_written_over(smoke):
     printed = script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "2000", "--eval-questions", "8", "--run", "a", "--layers", "1")
     assert "run: out/a.2" in printed and (folder / "out/a/checkpoint.pt").read_bytes() == before
     assert json.loads((folder / "out/a.2/result.json").read_text()).keys() == {"base", "GRPO"}
+
+
+def test_the_log_is_json_whatever_happens(tmp_path):
+    """Catches NaN in metrics.jsonl, which no strict reader takes, and learning rates rounded to 0."""
+    class Bar:
+        write = staticmethod(lambda text: None)
+    journal.log(tmp_path, Bar, dict(step=2, cut1=0.0, loss=float("nan"), lr=5.4321987e-7, skipped=1))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert line == dict(step=2, cut1=0.0, loss=None, lr=5.4322e-7, skipped=1, cut=0.0)
