@@ -277,11 +277,11 @@ def real_subject(c, folder):
     run = next((parent for parent in (path.parent, folder) if (parent / "metrics.jsonl").exists()), None)       # out/run and out/run/model
     trained = read_json(run / "config.json", "a run has one") if run else {}
     shape, encoding = open_shape(path, c.template)
-    library()                                                # missing? say so before the weights are needed
     prompt_tokens = c.prompt_tokens or trained.get("prompt_tokens", 512)
     new = max_new_tokens(shape, encoding, prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
     known = learnt_questions(trained, encoding)
     sets = {name: DataSet([], encoding, prompt_tokens, [name], print, known) for name in names(c.data)}
+    library()                                                # missing? say so before the weights are needed
     device = pick_device(c.device)
     model = open_weights(path, shape, encoding, compute_dtype(c.dtype, device), device)
     row = prompt_tokens + 2 * new + longest_phrase(encoding)

@@ -314,9 +314,8 @@ def open_solutions(c):
     return encoding, fitting
 
 
-def pretrain_on_solutions(c, say=print):
+def pretrain_on_solutions(c, encoding, problems, say=print):
     """A model of Qwen2's shape that has read worked solutions, half of them as reviews, for --base-tokens -> GPT."""
-    encoding, problems = open_solutions(c)
     shape = ModelConfig(-(-encoding.n_vocab // 64) * 64, 32 * c.depth, c.depth, c.depth, 1 if c.depth % 4 else c.depth // 4, 32,
                         96 * c.depth, context=2048, qkv_bias=True, end_tokens=(encoding.eot_token,), rope_theta=1e6)
     gpt, peak = new_model(c, shape), LR * (4 / c.depth) ** 0.5
@@ -352,11 +351,12 @@ def main():
         _, measured, path = base_model(resolve(c))
         print(f"{path}: {measured}")
         return
-    weights.library()                                                            # missing? say so before the work, not after
     if Path(c.save).is_file() or list(Path(c.save).glob("*.safetensors")):
         raise BadInput(f"--save {c.save}: there is something already; it is not written over: give another name")
+    encoding, problems = open_solutions(c)
+    weights.library()                                                            # missing? say so before the work, not after
     make_folder(c.save)
-    gpt = pretrain_on_solutions(resolve(c))
+    gpt = pretrain_on_solutions(resolve(c), encoding, problems)
     gpt.source = Path(c.tokenizer)
     print(f"{gpt.save_pretrained(c.save, torch.float32)}: python eval.py --init {c.save} --data {c.data}")
 

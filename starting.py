@@ -96,10 +96,10 @@ def real_model(c):
     """The model of --init with the questions of --data -> Setup."""
     folder = model_folder(c.init)
     shape, encoding = open_shape(folder, c.template)
-    library()                                                # missing? say so before the weights are needed
     c = dataclasses.replace(c, max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
                             template=encoding.template_name)
     task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
+    library()                                                # missing? say so before the weights are needed
     load = lambda: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
     return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
 
