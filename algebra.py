@@ -18,6 +18,7 @@ bounded, so that no operation is slow, and a deadline in CPU time is looked at i
 Policies: the variables must agree, so 0x is not 0 and x^0 not 1. 1/0 is nothing, not even infinity.
 """
 import cmath
+import gc
 import hashlib
 import math
 import sys
@@ -45,14 +46,18 @@ class OutOfTime(Exception):
 
 
 class Deadline(threading.local):
-    """When the comparison of this thread must end: `with deadline:` gives it SECONDS."""
-    end = math.inf
+    """When the comparison of this thread must end: `with deadline:` gives it SECONDS. Python's garbage collector waits meanwhile: with a
+    large heap it takes longer than that, and the answer would be blamed for it."""
+    end, collects = math.inf, False
 
     def __enter__(self):
-        self.end = clock() + SECONDS
+        self.end, self.collects = clock() + SECONDS, gc.isenabled()
+        gc.disable()
 
     def __exit__(self, *_):
         self.end = math.inf
+        if self.collects:
+            gc.enable()
 
     def check(self):
         if clock() > self.end:
