@@ -209,6 +209,7 @@ class Transcripts:
         self.path, self.about = next(file for file in files if not file.exists()), about
 
     def record(self, problems, layers, how):
+        """Appends the dialogues of a batch, as `evaluate` hands them over."""
         phrases, lines = draw_phrases(how.seed, layers[0].completions.numbers.tolist()), []
         for row in range(len(layers[0].texts)):
             problem = problems[int(layers[0].questions[row])]

@@ -49,7 +49,6 @@ import sample
 import tasks
 import tokenizer
 import units
-import weights
 from data import names, read_problems
 from flags import BadInput, guarded, make_folder, parse_flags
 from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
@@ -57,6 +56,7 @@ from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpo
 from sample import Sampler
 from tasks import TASKS, attempt_to_review, draw, phrase_text, prompt_text, prompts_and_golds, task_of, token_limits
 from tokenizer import PHRASES, build_encoding
+from weights import library
 
 CHECK_EVERY = 50          # steps between measurements
 CHECK_ON = 512            # problems per measurement
@@ -354,7 +354,7 @@ def main():
     if Path(c.save).is_file() or list(Path(c.save).glob("*.safetensors")):
         raise BadInput(f"--save {c.save}: there is something already; it is not written over: give another name")
     encoding, problems = open_solutions(c)
-    weights.library()                                                            # missing? say so before the work, not after
+    library()                                                                    # missing? say so before the work, not after
     make_folder(c.save)
     gpt = pretrain_on_solutions(resolve(c), encoding, problems)
     gpt.source = Path(c.tokenizer)
