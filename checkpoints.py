@@ -1,6 +1,6 @@
 """What a run needs to go on exactly where it was, in files that are whole or not there.
 
-    python train.py --resume --run solve-mgrpo-0        # goes on after a kill, a crash, Ctrl-C or a full disk
+    python train.py --resume --name solve-mgrpo-0        # goes on after a kill, a crash, Ctrl-C or a full disk
 
 The idea. A run can die at any moment, also while it writes. So a state is written to a temporary file, forced to the disk, and only then
 given its name in one move; and the name holds the checksum of the content:
@@ -13,19 +13,41 @@ and the best. Everything in a file is tensors and plain values; reading one runs
 Bit-exact resuming needs little besides, since nothing here depends on what was drawn before: data order and random numbers are functions
 of (seed, step, row, position).
 """
+import contextlib
+import dataclasses
+import fcntl
 import hashlib
 import os
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import memory
+import parallel
 from flags import BadInput, read_json
+from journal import cut_log
+from parallel import rank0
 
 # Settings that may differ when a run goes on: how it is computed, and how long. Any other would make it another run.
 FREE = ("rows", "cache_tokens", "recompute", "offload_optimizer", "eval_questions", "keep", "save_every", "device", "tokens")
 NAME = re.compile(r"step-(\d{7})-([0-9a-f]{16})\.pt")
+
+
+@dataclass
+class Progress:
+    """How far a run is: plain values, which its saved states keep."""
+    step: int = 0
+    generated: int = 0        # tokens
+    seconds: float = 0.0
+    updates: int = 0          # optimiser steps made
+    skipped: int = 0          # in a row, for gradients that were not finite
+    best: int = -1            # the step whose state is the best: by accuracy of the last layer since the state before
+    accuracy: float = -1.0    # of the best
+    recent: list = dataclasses.field(default_factory=list)     # accuracies since the last state
+    results: dict = dataclasses.field(default_factory=dict)    # tables
 
 
 def checksum(path):
@@ -85,7 +107,7 @@ def load_state(path):
     try:
         if match is None or checksum(path) != match[2]:
             raise BadInput(f"{path} is damaged: its content does not have the checksum that its name says")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)           # a rank reads what it needs of it
     except BadInput:
         raise
     except Exception as error:                                # torch.load raises many types for many kinds of files
@@ -105,7 +127,7 @@ def newest_state(folder, say):
 # -------------------------------------------------------------------------------------------------------- going on, stopping
 
 def resumed_run(resume, run=""):
-    """--resume as it was given ("newest", a run's folder, or a state's file) and --run -> the run's folder."""
+    """--resume as it was given ("newest", a run's folder, or a state's file) and --name -> the run's folder."""
     if resume == "newest":
         states = sorted((path.stat().st_mtime, path.parents[1]) for path in Path("out").glob("*/state/step-*.pt"))
         found = [folder for _, folder in states if not run or re.fullmatch(re.escape(run) + r"(\.\d+)?", folder.name)]
@@ -121,10 +143,10 @@ def resumed_run(resume, run=""):
 def resumed_settings(given, names, say):
     """What stands under the given flags when a run goes on: its own config, of the fields `names`. A flag that differs from it is shown;
     BadInput for one that would make it another run."""
-    folder = resumed_run(given["resume"], given.get("run", ""))
+    folder = resumed_run(given["resume"], given.get("name", ""))
     stored = read_json(folder / "config.json", "a run has one")
     old = {name: stored[name] for name in names if name in stored}
-    for name in sorted(given.keys() - {"resume", "run"}):
+    for name in sorted(given.keys() - {"resume", "name"}):
         flag = f"--{name.replace('_', '-')}"
         was = old.get(name)
         if given[name] != was and name not in FREE:
@@ -136,12 +158,47 @@ def resumed_settings(given, names, say):
 
 
 def resumed_state(resume, folder, say):
-    """The state to go on from -> what save_state was given."""
+    """The state to go on from, the same on all ranks -> what save_state was given."""
     if Path(resume).is_file():
         return load_state(resume)
-    state, path = newest_state(folder / "state", say)
+    path = parallel.from_rank0(lambda: newest_state(folder / "state", say)[1])
     say(f"resume: from {path}")
-    return state
+    return load_state(path)
+
+
+@contextlib.contextmanager
+def fitting(folder):
+    """Around the loading of a state: one that is not of this model is named."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if memory.ran_out(error):
+            raise
+        raise BadInput(f"{folder}: its state does not fit this model ({str(error).splitlines()[0]}); is --init another one now?") from None
+
+
+def go_on(state, folder, policy, optimizer):
+    """Puts the rest of a saved state where it belongs -> Progress. The log is cut to it."""
+    with fitting(folder):
+        optimizer.load_state_dict(parallel.scattered_optimizer(state["optimizer"], policy.parameters()))
+        torch.set_rng_state(state["generator"])
+        progress = Progress(**state["progress"])
+    cut_log(folder, progress.step)
+    return progress
+
+
+@rank0
+def alone_in(folder):
+    """Takes the run's folder for as long as the file that is returned is open. BadInput if another process has it: they would write over
+    each other's states."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 - the lock is let go when the file is closed
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"{folder}: another process is training here; wait for it to end, or stop it") from None
+    except OSError:                                           # some network file systems have no locks
+        pass
+    return file
 
 
 class Stop:

@@ -88,7 +88,7 @@ def version(config):
 def words_for(c, arm, seed):
     """The flags of one run, all of them."""
     config = settled(c)
-    words = shlex.split(f"{c.flags} {ARMS[arm]}") + ["--seed", str(seed), "--run", f"compare-{c.name}-{arm}-{seed}"]
+    words = shlex.split(f"{c.flags} {ARMS[arm]}") + ["--seed", str(seed), "--name", f"compare-{c.name}-{arm}-{seed}"]
     if arm == "grpo":
         words += ["--attempts", str(config.attempts * (1 + config.corrections))]
     return [*words, "--device", config.device, "--dtype", config.dtype]

@@ -31,8 +31,9 @@ import torch
 from tqdm import tqdm
 
 import memory
+import parallel
 from data import DataSet, names
-from flags import BadInput, guarded, make_folder, parse_flags, read_json
+from flags import BadInput, make_folder, parse_flags, read_json
 from journal import versions, write_json
 from mathverify import MathVerify
 from mgrpo import Sampling, draw_phrases, expand, second_look
@@ -98,10 +99,11 @@ def two_turns(sampler, encoding, problems, how, samples=1, turns=2):
 def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, samples=1, turns=2, seed=0, filters=None, verifier=None,
              record=None, say="evaluating"):
     """-> {"t1": (mean, standard error), ..., "pass": {k: ...}, "maj": ..., "cut": share, "tokens": mean of both turns together, "length1",
-    "length2", "undecided": verifier's failures, "questions", "samples", "temperature"}. record(problems, layers, how) sees every batch."""
-    parts, votes, undecided, at_once = [], [], 0, max(1, ROWS // samples)
-    for start in tqdm(range(0, len(problems), at_once), desc=say, unit="batch", disable=None, leave=False):
-        batch = problems[start:start + at_once]
+    "length2", "undecided": verifier's failures, "questions", "samples", "temperature"}, of all ranks' shares of the questions together.
+    record(problems, layers, how) sees every batch of this rank's."""
+    parts, votes, undecided, at_once, mine = [], [], 0, max(1, ROWS // samples), parallel.share(len(problems))
+    for start in tqdm(range(mine.start, mine.stop, at_once), desc=say, unit="batch", disable=parallel.rank() > 0 or None, leave=False):
+        batch = problems[start:min(start + at_once, mine.stop)]
         how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples, filters=filters or {}, verifier=verifier)
         layers = two_turns(sampler, encoding, batch, how, samples, turns)
         shape = len(batch), samples
@@ -111,6 +113,7 @@ def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, sa
         votes += majorities(layers, samples) if samples > 1 else []
         if record:
             record(batch, layers, how)
+    parts, votes, undecided = (sum(found, type(found[0])()) for found in zip(*parallel.everyone((parts, votes, undecided))))
     right, cut, tokens = (torch.cat(column) for column in zip(*parts))                                    # [Q, samples, turns] each
     lengths = {f"length{turn + 1}": tokens[..., turn].mean().item() for turn in range(turns)}
     return summarise(right) | several(right, votes) | lengths | dict(
@@ -205,6 +208,7 @@ class Transcripts:
 
     def __init__(self, folder, name, about):
         make_folder(folder)
+        name += f"-rank{parallel.rank()}" if parallel.size() > 1 else ""
         files = (folder / f"{name}{'' if number == 1 else f'.{number}'}.jsonl" for number in itertools.count(1))
         self.path, self.about = next(file for file in files if not file.exists()), about
 
@@ -388,4 +392,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main)
+    parallel.run(main)

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
@@ -145,13 +146,19 @@ def reading(path):
         raise BadInput(f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})") from None
 
 
-def guarded(main):
-    """Runs a script's main: bad input, or a disk that is full or cannot be written, is one sentence and exit code 2; Ctrl-C is 130."""
+def guarded(main, first=None):
+    """Runs a script's main: bad input, or a disk that is full or cannot be written, is one sentence and exit code 2; Ctrl-C is 130.
+
+    first(): of several processes (parallel.run), whether this one is to say it.
+    """
+    speak = lambda text: print(text, file=sys.stderr) if first is None or first() else None
     try:
+        if first is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise BadInput("this script runs in one process, without torchrun, which is for train.py and eval.py")
         main()
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        speak(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        speak("interrupted")
         sys.exit(130)

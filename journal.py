@@ -6,8 +6,9 @@ The idea. A run that cannot be read afterwards did not happen. So out/<run>/ hol
     metrics.jsonl    a line per step, every field by name; the screen shows the columns of `LINE` (README explains each)
     samples.md       the trees of the best and the worst question of a step, with rewards and advantages at every node
 
-Nothing here draws random numbers or touches the model.
+Nothing here draws random numbers or touches the model. Of several processes (parallel.py) rank 0 writes.
 """
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flags import make_folder
+import parallel
+from flags import BadInput, make_folder
+from parallel import rank0
 from tasks import phrase_text
 
 
@@ -29,23 +32,29 @@ def say(text):
 
 # ---------------------------------------------------------------------------------------------------------------- a step
 
-def rollout_metrics(layers):
-    """What a rollout shows before any training: rewards, accuracies, transitions, lengths, signal."""
-    found = {}
-    for i, layer in enumerate(layers, 1):
-        found |= {f"reward{i}": layer.rewards.mean().item(), f"accuracy{i}": layer.correct.float().mean().item(),
-                  f"length{i}": layer.lengths.float().mean().item(), f"signal{i}": signal_share(layer),
-                  f"cut{i}": 1 - layer.completions.ended.float().mean().item()}
-    found["undecided"] = sum(int(layer.undecided.sum()) for layer in layers)
-    if len(layers) == 2:
-        before, after = layers[0].correct[layers[1].parents], layers[1].correct
-        found |= dict(fix=(~before & after).float().mean().item(), broke=(before & ~after).float().mean().item())
+def rollout_metrics(layers, depth=2):
+    """What a rollout of `depth` layers at most shows before any training, means over the rows of all ranks: rewards, accuracies,
+    transitions, lengths, answers cut, and the share of groups with a signal: some row is trained with an advantage that is not 0."""
+    found = dict(undecided=0)
+    for i in range(1, depth + 1):
+        sums = parallel.total(layer_sums(layers, i))
+        if sums["rows"]:
+            found |= {f"{name}{i}": sums[name] / sums["rows"] for name in ("reward", "accuracy", "length", "cut")}
+            found |= {f"signal{i}": sums["signal"] / sums["groups"], "undecided": found["undecided"] + int(sums["undecided"])}
+            found |= {name: sums[name] / sums["rows"] for name in ("fix", "broke") if i == 2}
     return found
 
 
-def signal_share(layer):
-    """Share of sibling groups in which some row is trained with an advantage that is not 0."""
-    return layer.siblings[layer.active(0)].unique().numel() / layer.siblings.unique().numel()
+def layer_sums(layers, i):
+    """{name: sum over the rows of layer i}, zeros for one that is not there."""
+    names = ("rows", "groups", "signal", "undecided", "reward", "accuracy", "length", "cut", "fix", "broke")
+    if i > len(layers):
+        return dict.fromkeys(names, 0)
+    layer = layers[i - 1]
+    before, right = layers[0].correct[layer.parents] if i == 2 else layer.correct, layer.correct
+    groups = [len(layer.siblings[rows].unique()) for rows in (slice(None), layer.active(0))]
+    columns = (layer.undecided, layer.rewards, right, layer.lengths, ~layer.completions.ended.cpu(), ~before & right, before & ~right)
+    return dict(zip(names, [len(right), *groups, *(column.double().sum().item() for column in columns)]))
 
 
 LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2", "  R2", "{:4.2f}"), ("accuracy1", "acc1", "{:4.2f}"),
@@ -56,6 +65,7 @@ LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2",
         ("tokens_per_s", " tok/s", "{:6.0f}"), ("seconds_sampling", "s smp", "{:5.2f}"), ("seconds_training", "s trn", "{:5.2f}"))
 
 
+@rank0
 def log(folder, bar, metrics):
     """One line on the screen, one line of JSON in metrics.jsonl."""
     metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
@@ -66,6 +76,7 @@ def log(folder, bar, metrics):
     bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
 
 
+@rank0
 def cut_log(folder, step):
     """Drops the lines of metrics.jsonl after `step`, for a run that goes on from there and writes them again; a half-written line too."""
     path, kept = folder / "metrics.jsonl", []
@@ -78,10 +89,12 @@ def cut_log(folder, step):
 
 
 def post_mortem(folder, step, layers):
-    """Keeps a rollout that gave a gradient that is not finite: tokens, log-probabilities, rewards and advantages of every row."""
+    """Keeps a rollout that gave a gradient that is not finite: tokens, log-probabilities, rewards and advantages of every row. Each rank
+    keeps its own, since nobody knows whose it was."""
     kept = [dict(prompts=layer.completions.prompts, tokens=layer.completions.tokens.cpu(), logprobs=layer.completions.logprobs.cpu(),
                  lengths=layer.lengths, rewards=layer.rewards, advantages=layer.advantages, parents=layer.parents) for layer in layers]
-    path = folder / f"not-finite-{step}.pt"
+    number = f"-rank{parallel.rank()}" if parallel.size() > 1 else ""
+    path = make_folder(folder) / f"not-finite-{step}{number}.pt"
     torch.save(kept, path)
     say(f"step {step}: a gradient is not finite; its optimiser step is skipped, and the rollout kept in {path}")
 
@@ -93,6 +106,7 @@ def plain(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
+@rank0
 def write_samples(path, step, layers, problems, encoding):
     """Appends the trees of the best and the worst question of this rollout, by the sum of rewards of all their nodes."""
     total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)
@@ -121,24 +135,36 @@ def tree_text(layers, problem, question, encoding):
 # -------------------------------------------------------------------------------------------------------------- the folder
 
 def run_folder(run, settings, base_path):
-    """Makes out/<run> with config.json: the settings (a dict) and what made it -> its path. A run that exists is never written over."""
-    folder, number = Path("out") / run, 1
-    while folder.exists():
-        number += 1
-        folder = Path("out") / f"{run}.{number}"
-    make_folder(folder)
+    """Makes out/<run> with config.json: the settings (a dict) and what made it -> its path. A run that exists is never written over, nor
+    one that another process makes at this moment."""
+    folder = parallel.from_rank0(lambda: new_folder(Path("out") / run))
     made_by = dict(base=str(base_path)) | versions()
     write_json(folder / "config.json", settings | dict(made_by=made_by))
-    say(f"run: {folder}" + (f" (there is an out/{run}, which is not written over)" if number > 1 else ""))
+    say(f"run: {folder}" + (f" (there is an out/{run}, which is not written over)" if folder.name != run else ""))
     return folder
 
 
+def new_folder(path):
+    """Makes `path`, or the first of path.2, path.3, ... that is not there -> the Path."""
+    make_folder(path.parent)
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}.{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise BadInput(f"{folder} cannot be made ({error.strerror}): there must be a folder that can be written to") from None
+
+
 def versions():
-    """What ran where: torch, Python, machine, threads, git commit."""
+    """What ran where: torch, Python, machine, threads, processes, git commit."""
     return dict(torch=torch.__version__, python=platform.python_version(), machine=platform.platform(), threads=torch.get_num_threads(),
-                commit=commit())
+                processes=parallel.size(), commit=commit())
 
 
+@rank0
 def write_json(path, what):
     """Writes JSON in one move: who reads it, and who is interrupted, has the old file or the new one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")

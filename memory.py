@@ -12,6 +12,9 @@ The idea. Six things take memory, and each has its flag:
     activations  what backward needs of a micro-batch (--rows, --max-new-tokens): with --recompute a vector a token and layer
     logits       those of 1,024 tokens at a time, never [rows, time, vocabulary] (model.TokenLogprobs)
 
+On several GPUs (--ranks, parallel.py) each has a slice of the masters, of Adam's moments and of the reference, its share of the rollout,
+and whole what it is computing with: two blocks, the embeddings.
+
 Computed from shapes; tests/test_memory.py holds activations and logits against what torch allocates. Not in the plan: CUDA's own
 context, its graphs, and what an allocator cannot use for being in pieces.
 
@@ -27,6 +30,7 @@ from typing import Literal
 
 import torch
 
+import parallel
 from flags import BadInput, guarded, parse_flags
 from model import CHUNK, GPT, ModelConfig
 from sample import SHARE
@@ -65,6 +69,13 @@ def block_parameters(c):
     return (parameters(c) - c.vocab_size * c.width * (1 if c.tied else 2)) // c.depth
 
 
+def gathered(c, compute):
+    """Bytes of what several ranks hold whole for a moment: two blocks (the next comes while one is computed), a block's gradient in fp32,
+    and embeddings and head with their gradients."""
+    block = block_parameters(c)
+    return 2 * compute.itemsize * block + 4 * block + 8 * (parameters(c) - c.depth * block)
+
+
 def logits(c, compute):
     """Bytes of a chunk of logits (as they come, in fp32, and their softmax), of the head's gradient and of its cast weights."""
     narrow = compute.itemsize if compute.itemsize < 4 else 0
@@ -89,21 +100,23 @@ def cache_room(c, compute):
 
 
 def plan(config, *, compute, rows, prompts, attempts, corrections, prompt, completion, layers=2, cache_tokens=0, reference=False,
-         recompute=False, offload=False, device="cuda", total=None, phrase=PHRASE):
+         recompute=False, offload=False, device="cuda", total=None, phrase=PHRASE, ranks=1):
     """-> {what: bytes} on the device (and "host"), for a training step with these flags (names as in train.py; prompt and completion:
-    their most tokens). total: bytes that there are; of what the rest leaves of them the cache takes half at most (sample.SHARE)."""
+    their most tokens). total: bytes that there are; of what the rest leaves of them the cache takes half at most (sample.SHARE).
+    ranks: on each of so many (parallel.py), with its slice of masters and moments, and what is gathered at a time."""
     count, c, flash = parameters(config), config, device == "cuda" and compute == torch.bfloat16      # fused attention with shared keys
     longest = prompt + completion + (phrase + completion if layers == 2 else 0)
-    tokens = kv_tokens(prompts, attempts, corrections, prompt, completion, layers, phrase)
+    tokens = kv_tokens(-(-prompts // ranks), attempts, corrections, prompt, completion, layers, phrase)
     planned = {
         "weights": count * compute.itemsize,
-        "masters and gradients": 8 * count,
-        "Adam": 0 if offload else 8 * count,
-        "reference": count * compute.itemsize if reference else 0,
+        "masters and gradients": 8 * count // ranks,
+        "Adam": 0 if offload else 8 * count // ranks,
+        "reference": count * compute.itemsize // ranks if reference else 0,
+        "gathered": gathered(c, compute) if ranks > 1 else 0,
         "KV cache": min(tokens, cache_tokens or tokens) * kv_bytes(c, compute, device),
         "activations": activations(c, rows, longest, compute, recompute, flash),
         "logits": logits(c, compute),
-        "host": 16 * count if offload else 0,
+        "host": 16 * count // ranks if offload else 0,
     }
     if total and not cache_tokens:
         left = max(0, total - on_device(planned) + planned["KV cache"])
@@ -124,12 +137,12 @@ def plan_text(planned, total):
 
 
 def available(device):
-    """Bytes that a CUDA device has, or that are free to a process on this machine now."""
+    """Bytes that a CUDA device has, or that are free to each process on this machine now."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
         found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024
+        return int(found[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (OSError, TypeError):             # not Linux: all that there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -166,10 +179,10 @@ class HostAdamW:
     """
 
     def __init__(self, params, lr, **options):
-        self.params = list(params)
+        self.params = list(params)                               # on several ranks slices, of which each has its part
         pin = self.params[0].is_cuda
-        self.masters = [torch.nn.Parameter(self.host(p.detach(), pin)) for p in self.params]
-        self.grads = [self.host(p.detach(), pin).zero_() for p in self.params]
+        self.masters = [torch.nn.Parameter(self.host(parallel.mine(p.detach()), pin)) for p in self.params]
+        self.grads = [self.host(parallel.mine(p.detach()), pin).zero_() for p in self.params]
         self.adam = torch.optim.AdamW(self.masters, lr, fused=True, **options)
         self.param_groups = self.adam.param_groups
 
@@ -181,12 +194,12 @@ class HostAdamW:
     @torch.no_grad()
     def step(self):
         for master, grad, p in zip(self.masters, self.grads, self.params):
-            master.grad = None if p.grad is None else grad.copy_(p.grad, non_blocking=True)
+            master.grad = None if p.grad is None else grad.copy_(parallel.mine(p.grad), non_blocking=True)
         if self.params[0].is_cuda:
             torch.cuda.synchronize(self.params[0].device)
         self.adam.step()
         for master, p in zip(self.masters, self.params):
-            p.copy_(master, non_blocking=True)
+            parallel.mine(p).copy_(master, non_blocking=True)
 
     def zero_grad(self, set_to_none=True):
         for p in self.params:
@@ -198,10 +211,11 @@ class HostAdamW:
 
     def load_state_dict(self, state):
         """Moments from a state, masters from the parameters as they are now."""
-        self.adam.load_state_dict(state)
+        moments = {i: {name: parallel.mine(value) for name, value in found.items()} for i, found in state["state"].items()}
+        self.adam.load_state_dict(state | dict(state=moments))
         with torch.no_grad():
             for master, p in zip(self.masters, self.params):
-                master.copy_(p)
+                master.copy_(parallel.mine(p))
 
 
 def make_optimizer(policy, lr, offload):
@@ -230,27 +244,35 @@ class Config:
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: those of the whole rollout
     recompute: Literal["yes", "no"] = "yes"           # activation checkpointing
     offload_optimizer: bool = False    # Adam's moments and the masters that it updates in host memory
+    ranks: int = 1            # GPUs that share the questions, the masters and Adam's moments; also prints what goes over the wires
     reference: Literal["yes", "no"] = "yes"           # a copy for the KL term
     dtype: Literal["float32", "bfloat16"] = "bfloat16"    # compute type
 
 
+def received(shape, c, passes):
+    """Bytes that a rank receives in a step of so many passes."""
+    return sum(parallel.traffic(shape, getattr(torch, c.dtype), c.ranks, passes, c.reference == "yes").values())
+
+
 def main():
     c = parse_flags(Config, __doc__)
-    for name in ("prompts", "corrections", "prompt_tokens", "rows"):
+    for name in ("prompts", "corrections", "prompt_tokens", "rows", "ranks"):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    titles = "model", "completion", "G", "weights, reference", "masters, gradients, Adam", "activations", "logits", "sum, GB", "+ KV cache"
-    print(f"| {' | '.join(titles)} |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    titles = ["model", "completion", "G", "weights, reference", "masters, gradients, Adam", "activations", "logits", "sum, GB"]
+    titles += ["+ KV cache", *(["received a pass", "a step"] if c.ranks > 1 else [])]
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for name, shape in SHAPES.items():
         fitting = [n for n in (1024, 4096) if c.prompt_tokens + 2 * n + PHRASE <= shape.context]
         for completion in fitting or [(shape.context - c.prompt_tokens - PHRASE) // 2]:
             for attempts in (8, 16):
                 p = plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=attempts,
                          corrections=c.corrections, prompt=c.prompt_tokens, completion=completion, cache_tokens=c.cache_tokens,
-                         reference=c.reference == "yes", recompute=c.recompute == "yes", offload=c.offload_optimizer)
-                sums = [p["weights"] + p["reference"], p["masters and gradients"] + p["Adam"], p["activations"], p["logits"],
-                        on_device(p) - p["KV cache"], p["KV cache"]]
+                         reference=c.reference == "yes", recompute=c.recompute == "yes", offload=c.offload_optimizer, ranks=c.ranks)
+                sums = [p["weights"] + p["reference"], p["masters and gradients"] + p["Adam"], p["activations"] + p["gathered"],
+                        p["logits"], on_device(p) - p["KV cache"], p["KV cache"]]
+                passes = -(-c.prompts * attempts * (1 + c.corrections) // (c.ranks * c.rows))
+                sums += [received(shape, c, 1) - received(shape, c, 0), received(shape, c, passes)] if c.ranks > 1 else []
                 print(f"| {name} | {completion:,} | {attempts} | {' | '.join(f'{size / GB:.1f}' for size in sums)} |")
 
 

@@ -326,11 +326,12 @@ def compute_dtype(name, device):
     return min(seconds, key=seconds.get)
 
 
-def save_checkpoint(path, model, **extra):
-    """Writes weights, shape and `extra` (plain values) to `path` in one move: a run killed while writing leaves the old file."""
+def save_checkpoint(path, model, weights=None, **extra):
+    """Writes weights (default: the model's), shape and `extra` (plain values) to `path` in one move: a run killed while writing leaves the
+    old file."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
-        torch.save(dict(model_config=asdict(model.config), weights=model.state_dict(), extra=extra), temporary)
+        torch.save(dict(model_config=asdict(model.config), weights=weights or model.state_dict(), extra=extra), temporary)
         os.replace(temporary, path)
     except (RuntimeError, OSError) as error:   # torch says RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)

@@ -38,6 +38,7 @@ import kernels
 from cache import Grouped, Level, Pool, Prefill, Rows, Tables
 from crew import Crew, Home, crew_size
 from kernels import fold, row_keys
+from parallel import whole
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)    # rows of a CUDA graph
 LOOK = 8                  # steps between two looks at who has ended, on CUDA; on a CPU looking costs nothing
@@ -162,9 +163,10 @@ class Sampler:
 
     @torch.no_grad()
     def refresh(self):
-        """Copies the master weights, so that decoding never casts them again. What is cached belongs to the old ones and is forgotten."""
+        """Copies the master weights (of slices each is gathered for it), so that decoding never casts them again. What is cached belongs to
+        the old ones and is forgotten."""
         for mine, master in zip(self.model.parameters(), self.source.parameters()):
-            mine.copy_(master)
+            mine.copy_(whole(master, mine.dtype))
         for block, norms in zip(self.model.blocks, self.norms):
             if norms is not None:
                 norms[:self.model.config.heads], norms[self.model.config.heads:] = block.q_norm.weight, block.k_norm.weight

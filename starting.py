@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import memory
+import parallel
 import pretrain
 from data import DataSet, names
 from eval import ROWS, make_verifier, max_new_tokens
@@ -42,7 +43,7 @@ def validate(c):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     for name, least in (("eval_questions", 2), ("prompt_tokens", 1), ("cache_tokens", 0), ("max_new_tokens", 0), ("lr", 0), ("kl_coef", 0),
-                        ("layer2_weight", 0), ("save_every", 0)):
+                        ("layer2_weight", 0), ("save_every", 0), ("resample", 0)):
         if not least <= getattr(c, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
     if c.layers not in (1, 2):
@@ -52,8 +53,10 @@ def validate(c):
                        "nothing; use --corrections 2 or more, --group question, or --failed raw")
     if c.layers == 1 and c.attempts == 1:
         raise BadInput("--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or more")
-    if c.prompts % c.minibatches:
-        raise BadInput(f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}: choose a multiple")
+    if c.prompts % (c.minibatches * parallel.size()):
+        among = f" on each of {parallel.size()} processes" if parallel.size() > 1 else ""
+        raise BadInput(f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}{among}: choose a multiple of "
+                       f"{c.minibatches * parallel.size()}")
     if c.failed == "raw" and c.group == "question":
         raise BadInput("--failed raw takes the reward itself as advantage, so --group question would change nothing; drop one of them")
     if not 0 < c.temperature < math.inf:
@@ -73,7 +76,7 @@ def prepare(c):
     validate(c)
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
     name = Path(c.init).resolve().name if c.init else c.task
-    c = dataclasses.replace(c, run=c.run or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
+    c = dataclasses.replace(c, name=c.name or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
         c.recompute, c.recompute))
     say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
     setup = (real_model if c.init else tiny_model)(c)
@@ -89,7 +92,14 @@ def tiny_model(c):
         raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
                        f"model; use at most {longest}, or 0 for that")
     c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
-    return Setup(c, encoding, task, pretrain.shape_for(c, encoding, task), lambda: base_model(base_config(c), say)[::2], None)
+    shape = pretrain.shape_for(c, encoding, task)
+    return Setup(c, encoding, task, shape, lambda: base_of_rank0(c, shape), None)
+
+
+def base_of_rank0(c, shape):
+    """The base of a built-in task, made or found by rank 0, on every rank -> model, its path."""
+    model, path = base_model(base_config(c), say)[::2] if parallel.rank() == 0 else (pretrain.new_model(c, shape), "")
+    return parallel.broadcast(model), path
 
 
 def real_model(c):
@@ -119,7 +129,7 @@ def plan(setup, total):
     return memory.plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
                        corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
                        cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
-                       offload=c.offload_optimizer, device=c.device, total=total, phrase=phrase)
+                       offload=c.offload_optimizer, device=c.device, total=total, phrase=phrase, ranks=parallel.size())
 
 
 def row_tokens(setup):
@@ -131,13 +141,13 @@ def row_tokens(setup):
 def wanted_tokens(setup):
     """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
     c = setup.c
-    rollout = memory.kv_tokens(c.prompts, c.attempts, c.corrections, c.prompt_tokens, c.max_new_tokens, c.layers)
+    rollout = memory.kv_tokens(len(parallel.share(c.prompts)), c.attempts, c.corrections, c.prompt_tokens, c.max_new_tokens, c.layers)
     return max(rollout, min(c.eval_questions, ROWS) * row_tokens(setup)) if c.init else 0
 
 
 def later(planned):
-    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam, activations, logits."""
-    return planned["masters and gradients"] // 2 + sum(planned[what] for what in ("Adam", "activations", "logits"))
+    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam, activations, logits, gathered blocks."""
+    return planned["masters and gradients"] // 2 + sum(planned[what] for what in ("Adam", "gathered", "activations", "logits"))
 
 
 def base_config(c):

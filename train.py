@@ -5,10 +5,12 @@
     python train.py --preset smoke           # the same in under a minute, on a toy size
     python train.py --init path/to/Qwen2.5-Math-1.5B --data gsm8k/train.jsonl --eval-data gsm8k/test.jsonl
     python train.py --resume                 # goes on with the newest run, exactly where it was (checkpoints.py)
+    torchrun --nproc_per_node=8 train.py     # eight GPUs (parallel.py)
 
 The idea. One step draws P questions and grows a tree on each: G attempts, and H corrections of every attempt. Both layers are
 scored by a rule and trained by one loss (mgrpo.py); nothing else makes it "multi-layer". A run ends after `--tokens` generated
-tokens, not after steps, so that runs of different shape compare at equal cost.
+tokens, not after steps, so that runs of different shape compare at equal cost. With several processes each has a share of the questions;
+counts are summed over all before they divide anything.
 
 A run leaves in out/<run>/: config.json, metrics.jsonl (a line per step, every field by name), samples.md (whole trees, the best and
 the worst), result.json (the table), state/ (to go on from, 12 bytes a parameter each), and checkpoint.pt or, from --init, model/ in Hugging
@@ -20,23 +22,25 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import memory
+import parallel
 import pretrain
-from checkpoints import Stop, resumed_run, resumed_settings, resumed_state, save_state
+from checkpoints import Progress, Stop, alone_in, fitting, go_on, resumed_run, resumed_settings, resumed_state, save_state
 from eval import evaluate, held_out_questions, make_sampler, table
-from flags import BadInput, Maybe, guarded, parse_flags
-from journal import cut_log, log, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
+from flags import BadInput, Maybe, parse_flags
+from journal import log, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
-from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, policy_loss
+from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, pad_rows, policy_loss
 from model import save_checkpoint
 from pretrain import pick_preset
 from starting import frozen, later, method, plan, prepare, row_tokens, wanted_tokens
 from tasks import draw
+from weights import save_pretrained
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,20 @@ class Config(pretrain.Config):
     template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"    # of prompts (prompts.py); auto: the model's own
     prompt_tokens: int = 512  # questions whose prompt is longer are left out
     verifier: Literal["rules", "math-verify"] = "rules"           # who says what is right: reward.py, or that library
-    resume: Maybe = ""        # go on with the newest run (of --run), or with the run's folder or state's file that is named
+    resume: Maybe = ""        # go on with the newest run (of --name), or with the run's folder or state's file that is named
     save_every: int = 0       # steps between two saved states; 0: ten a run
     keep: int = 2             # states that are kept, besides the best
-    run: str = ""             # folder under out/; empty: named after task, method and seed, with a number if that exists
+    name: str = ""            # folder under out/; empty: named after task, method and seed, with a number if that exists
     seed: int = 0             # of RL: questions, sampling, phrases; the base has its own, so that seeds share a base
     tokens: int = 1_260_000   # generated tokens, both layers together, after which the run ends
-    prompts: int = 32         # P, questions per step
+    prompts: int = 32         # P, questions per step, of all processes together
     attempts: int = 4         # G, layer-1 answers per question
     corrections: int = 3      # H, layer-2 answers per attempt
     layers: int = 2           # 2: MGRPO; 1: GRPO
     sources: Literal["all", "wrong", "balanced"] = "all"          # attempts that get a second look; balanced: one right, one wrong
     failed: Literal["mask", "keep", "raw"] = "mask"               # failed corrections: dropped after normalising | kept | raw reward
     group: Literal["attempt", "question"] = "attempt"             # siblings in layer 2: corrections of one attempt | of one question
+    resample: int = 0         # times a step that questions whose tree teaches nothing (equal rewards in every group) give way to new ones
     layer2_weight: float = 1.0     # w in J = J_1 + w J_2
     update: Literal["joint", "alternating"] = "joint"             # one step on both layers | one on each (Adam then undoes the weight)
     lr: float = 1e-4          # AdamW's learning rate at the start; it falls to 0 in a straight line over --tokens. No weight decay
@@ -92,6 +97,7 @@ PRESETS = {
 REAL = dict(prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000, rows=8)
 
 
+SUMS = ("tokens", "clipped", "kl", "ratio", "loss", "entropy", "gauge", "gauge_tokens", "gauge_max")    # over the tokens trained on
 SKIPS = 5                 # optimiser steps in a row whose gradient is not finite, after which a run ends
 REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), "rollouts must be drawn from the distribution whose log-probabilities are trained, or "
                         "the gradient is biased; evaluation may filter: python eval.py --help")
@@ -130,48 +136,48 @@ def train(c):
         raise
 
 
-@dataclass
-class Progress:
-    """How far a run is: plain values, which its saved states keep."""
-    step: int = 0
-    generated: int = 0        # tokens
-    seconds: float = 0.0
-    updates: int = 0          # optimiser steps made
-    skipped: int = 0          # in a row, for gradients that were not finite
-    best: int = -1            # the step whose state is the best: by accuracy of the last layer since the state before
-    accuracy: float = -1.0    # of the best
-    recent: list = dataclasses.field(default_factory=list)     # accuracies since the last state
-    results: dict = dataclasses.field(default_factory=dict)    # tables
+def assemble(setup, planned):
+    """All that a run works with -> policy, reference or None, optimizer, sampler, progress, folder, and the lock on it."""
+    c = setup.c
+    policy, base_path = setup.load()
+    policy.recompute = c.recompute == "yes"
+    reference = parallel.shard(frozen(policy)) if c.kl_coef else None
+    folder = resumed_run(c.resume, c.name) if c.resume else run_folder(c.name, settings(c), base_path)
+    lock = alone_in(folder)
+    state = resumed_state(c.resume, folder, say) if c.resume else None
+    if state:
+        with fitting(folder):
+            policy.load_state_dict(state["weights"])
+    sampler = make_sampler(policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned))
+    parallel.shard(policy)                                   # the sampler's copy is whole; the masters are in slices from here on
+    optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
+    progress = go_on(state, folder, policy, optimizer) if state else Progress()
+    return policy, reference, optimizer, sampler, progress, folder, lock
 
 
 def rollouts_and_steps(setup, planned):
     """Table, loop, table -> the run's folder."""
     c = setup.c
-    policy, base_path = setup.load()
-    policy.recompute = c.recompute == "yes"
-    reference = frozen(policy) if c.kl_coef else None
-    folder = resumed_run(c.resume, c.run) if c.resume else run_folder(c.run, settings(c), base_path)
-    optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
-    progress = load(resumed_state(c.resume, folder, say), folder, policy, optimizer) if c.resume else Progress()
-    sampler = make_sampler(policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned))
+    policy, reference, optimizer, sampler, progress, folder, _lock = assemble(setup, planned)
     table_of = lambda name: final_table(sampler, setup.encoding, setup.task, c, name, setup.verifier)
     start = time.time() - progress.seconds
-    bar = tqdm(total=c.tokens, initial=progress.generated, unit="tok", unit_scale=True, desc=c.run, disable=None)
+    bar = tqdm(total=c.tokens, initial=progress.generated, unit="tok", unit_scale=True, desc=c.name, disable=parallel.rank() > 0 or None)
     try:
         with Stop(say) as stop:
             if not progress.results:
                 progress.results["base"] = table_of("base")
                 write_json(folder / "result.json", progress.results)
-            while progress.generated < c.tokens and not stop.asked:
+            stopping = parallel.most(stop.asked)             # of all processes together, or they would wait for each other
+            while progress.generated < c.tokens and not stopping:
                 before = progress.generated
-                metrics, layers, problems = one_step(policy, reference, optimizer, sampler, setup, progress)
+                metrics, trees = one_step(policy, reference, optimizer, sampler, setup, progress)
                 progress.seconds = time.time() - start
-                log(folder, bar, metrics | dict(seconds=progress.seconds, peak_gb=memory.peak(c.device) / memory.GB))
-                watch(folder, progress, metrics, layers, c)
+                log(folder, bar, metrics | dict(seconds=progress.seconds, peak_gb=parallel.most(memory.peak(c.device) / memory.GB)))
+                watch(folder, progress, metrics, trees, c)
                 bar.update(progress.generated - before)
-                tenth = 10 * progress.generated // c.tokens > 10 * before // c.tokens
-                if progress.step == 1 or stop.asked or (progress.step % c.save_every == 0 if c.save_every else tenth):
-                    write_samples(folder / "samples.md", progress.step, layers, problems, setup.encoding)
+                tenth, stopping = 10 * progress.generated // c.tokens > 10 * before // c.tokens, parallel.most(stop.asked)
+                if progress.step == 1 or stopping or (progress.step % c.save_every == 0 if c.save_every else tenth):
+                    write_samples(folder / "samples.md", progress.step, trees[0].layers, trees[0].problems, setup.encoding)
                     save(folder, policy, optimizer, progress, c)
             if progress.generated < c.tokens:
                 if not progress.step:                        # stopped in the base's table: even that need not be made again
@@ -191,27 +197,63 @@ def rollouts_and_steps(setup, planned):
     return folder
 
 
+class Trees(NamedTuple):
+    """What a rollout grew on this rank's questions."""
+    layers: list              # mgrpo.Layer, one or two
+    problems: list
+    slots: torch.Tensor       # which of the step's P questions each is; -1: it taught nothing, and others took its place
+
+
 def one_step(policy, reference, optimizer, sampler, setup, progress):
-    """One step of MGRPO: questions, a rollout of both layers, the optimiser's steps -> metrics, layers, problems."""
+    """One step of MGRPO: questions, a rollout of both layers, the optimiser's steps -> metrics, [Trees, ...]."""
     c, clock = setup.c, time.perf_counter()
-    problems = [draw(setup.task, "train", f"rl/{c.seed}", progress.step * c.prompts + i) for i in range(c.prompts)]
-    how = Sampling(c.max_new_tokens, c.temperature, fold(c.seed, progress.step), c.format_weight, verifier=setup.verifier)
-    layers = collect(sampler, setup.encoding, problems, c.attempts, c.corrections, how,                       # MGRPO: two of them
-                     layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
+    trees = rollout(sampler, setup, progress.step)
     sampled = time.perf_counter()
     for parameters in optimizer.param_groups:
         parameters["lr"] = c.lr * (1 - progress.generated / c.tokens)
-    learned = learn(policy, reference, optimizer, layers, c)
+    learned = learn(policy, reference, optimizer, trees, c)
     sampler.refresh()
     seconds = sampled - clock, time.perf_counter() - sampled
-    new = sum(int(layer.lengths.sum()) for layer in layers)
-    progress.step, progress.generated = progress.step + 1, progress.generated + new
-    return (dict(step=progress.step, generated=progress.generated) | rollout_metrics(layers) | learned
-            | dict(tokens_per_s=new / sum(seconds), seconds_sampling=seconds[0], seconds_training=seconds[1],
-                   lr=optimizer.param_groups[0]["lr"])), layers, problems
+    counts = parallel.total(dict(new=sum(int(layer.lengths.sum()) for tree in trees for layer in tree.layers),
+                                 resampled=sum(int((tree.slots < 0).sum()) for tree in trees)))
+    progress.step, progress.generated = progress.step + 1, progress.generated + int(counts["new"])
+    return (dict(step=progress.step, generated=progress.generated) | rollout_metrics(trees[0].layers, c.layers) | learned
+            | dict(resampled=int(counts["resampled"]), tokens_per_s=counts["new"] / sum(seconds), seconds_sampling=seconds[0],
+                   seconds_training=seconds[1], lr=optimizer.param_groups[0]["lr"])), trees
 
 
-def watch(folder, progress, metrics, layers, c):
+def rollout(sampler, setup, step):
+    """The trees of a step's questions, of this rank's share of them -> [Trees], more than one with --resample.
+
+    A question whose groups all have equal rewards has no gradient. With --resample it gives way to another, at most so many times (DAPO's
+    dynamic sampling, arXiv 2503.14476, with a cap); what was drawn for it counts as generated. Who takes its place is a function of (seed,
+    step, its slot, how many times), and random numbers are keyed by its place among all ranks' such questions.
+    """
+    c, trees, slots = setup.c, [], list(range(setup.c.prompts))
+    for turn in range(c.resample + 1):
+        mine, stream, key = parallel.share(len(slots)), f"rl/{c.seed}" + turn * "/again", (c.seed, step) + turn * (0xA6A1,)
+        if mine:
+            problems = [draw(setup.task, "train", stream, step * c.prompts + slots[i]) for i in mine]
+            how = Sampling(c.max_new_tokens, c.temperature, fold(*key), c.format_weight, mine.start * c.attempts, verifier=setup.verifier)
+            layers = collect(sampler, setup.encoding, problems, c.attempts, c.corrections, how,               # MGRPO: two of them
+                             layers=c.layers, sources=c.sources, failed=c.failed, group=c.group)
+            trees.append(Trees(layers, problems, torch.tensor([slots[i] for i in mine])))
+        if turn < c.resample:
+            slots = sorted(slot for some in parallel.everyone(dull(trees[-1]) if mine else []) for slot in some)
+    return trees
+
+
+def dull(tree):
+    """Slots of the questions that teach nothing, since no row of theirs has an advantage; taken from them."""
+    nothing = torch.ones(len(tree.slots), dtype=torch.bool)
+    for layer in tree.layers:
+        nothing[layer.questions[layer.active(0)]] = False
+    slots = tree.slots[nothing].tolist()
+    tree.slots[nothing] = -1
+    return slots
+
+
+def watch(folder, progress, metrics, trees, c):
     """What must not go unseen: memory after the first step, answers cut short, gradients that are not finite (five in a row end the run),
     and that nothing was learnt."""
     progress.updates += metrics["updates"]
@@ -225,7 +267,7 @@ def watch(folder, progress, metrics, layers, c):
         say(f"{cut:.0%} of answers are cut at {c.max_new_tokens} tokens, and score 0 whatever they were about to say: raise "
             "--max-new-tokens")
     if metrics["skipped"]:
-        post_mortem(folder, progress.step, layers)
+        post_mortem(folder, progress.step, [layer for tree in trees for layer in tree.layers])
     if progress.skipped >= SKIPS:
         raise BadInput(f"{progress.skipped} gradients in a row were not finite; the last saved state is intact: python train.py --resume "
                        f"{folder}. Lower --lr in a new run, or use --dtype float32")
@@ -233,85 +275,94 @@ def watch(folder, progress, metrics, layers, c):
         say("nothing was learnt: no group had both right and wrong answers. An easier task, more --attempts or longer answers may help")
 
 
-def load(state, folder, policy, optimizer):
-    """Puts a saved state where it belongs -> Progress. The log is cut to it."""
-    try:
-        policy.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["generator"])
-        progress = Progress(**state["progress"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if memory.ran_out(error):
-            raise
-        raise BadInput(f"{folder}: its state does not fit this model ({str(error).splitlines()[0]}); is --init another one now?") from None
-    cut_log(folder, progress.step)
-    return progress
-
-
-def learn(policy, reference, optimizer, layers, c):
+def learn(policy, reference, optimizer, trees, c):
     """Epochs x minibatches of optimiser steps on one rollout -> diagnostics, means over its steps or over the tokens trained on."""
-    sums, norms, skipped = {}, [], 0
+    sums, norms, skipped = dict.fromkeys(SUMS, 0.0), [], 0
     for epoch in range(c.epochs):
-        for parts in optimiser_steps(layers, c):
-            for layer, rows in parts:
-                first = epoch == 0 and not norms                      # the policy still is the one that sampled
-                for name, value in accumulate(policy, reference, layer, rows, c, first).items():
-                    sums[name] = max(sums.get(name, 0.0), value) if name.startswith("gauge_max") else sums.get(name, 0.0) + value
-            if any(p.grad is not None for p in policy.parameters()):  # all advantages 0: Adam's momentum alone is no reason to move
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+        for parts in optimiser_steps(trees, c):
+            first = epoch == 0 and not norms                          # the policy still is the one that sampled
+            if accumulate(policy, reference, parts, c, sums, first):  # else all advantages are 0: Adam's momentum is no reason to move
+                norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)).item()
                 if math.isfinite(norm):
                     norms.append(norm)
                     optimizer.step()
                 else:
                     skipped += 1
                 optimizer.zero_grad(set_to_none=True)
-    tokens = max(sums.get("tokens", 0), 1)
-    return dict(loss=sums.get("loss", 0.0) / max(len(norms), 1), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms),
-                skipped=skipped,
-                **{name: sums.get(name, 0.0) / tokens for name in ("clipped", "entropy", "kl", "ratio")},
-                gauge_max=sums.get("gauge_max", 0.0), gauge_mean=sums.get("gauge", 0.0) / max(sums.get("gauge_tokens", 0), 1))
+    gauge_max, sums = parallel.most(sums.pop("gauge_max")), parallel.total(sums)
+    tokens = max(sums["tokens"], 1)
+    return dict(loss=sums["loss"] / max(len(norms), 1), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms), skipped=skipped,
+                **{name: sums[name] / tokens for name in ("clipped", "entropy", "kl", "ratio")},
+                gauge_max=gauge_max, gauge_mean=sums["gauge"] / max(sums["gauge_tokens"], 1))
 
 
-def optimiser_steps(layers, c):
-    """What each optimiser step trains on -> [[(layer, its row indices), ...], ...].
+def optimiser_steps(trees, c):
+    """What each optimiser step trains on -> [[(layer, its row indices), ...], ...], as many steps on every rank.
 
     Questions are dealt over the minibatches; siblings stay together, since a question's rows do.
     """
     steps = []
     for m in range(c.minibatches):
-        parts = [(layer, (layer.questions % c.minibatches == m).nonzero()[:, 0]) for layer in layers]
-        steps += [parts] if c.update == "joint" else [[part] for part in parts]                        # MGRPO: both layers, one step
+        parts = []
+        for tree in trees:
+            for layer in tree.layers:
+                slots = tree.slots[layer.questions]
+                parts.append((layer, ((slots >= 0) & (slots % c.minibatches == m)).nonzero()[:, 0]))
+        depths = range(1, c.layers + 1)                                                                # MGRPO: both layers, one step
+        steps += [parts] if c.update == "joint" else [[part for part in parts if part[0].completions.depth == depth] for depth in depths]
     return steps
 
 
-def accumulate(policy, reference, layer, rows, c, first):
-    """Adds the gradient of these rows of a layer, in micro-batches -> sums over their tokens.
+def accumulate(policy, reference, parts, c, sums, first):
+    """Adds the gradient of an optimiser step's rows, in micro-batches -> how many passes that took. sums: to them are added those over
+    the rows' tokens; those of the gauge when this is the first step after sampling.
 
-    The denominator counts ALL rows, before the first backward: neither how rows are cut into micro-batches nor which of them
-    carry a gradient changes the result. Rows go longest beside longest, so that little is padding.
+    Denominators count ALL rows, of all ranks, before the first backward: neither how rows are cut into micro-batches and ranks nor which
+    of them carry a gradient changes the result. Ranks make as many passes as the busiest: a gather or a sum of gradients needs everybody.
     """
-    denominator = loss_denominator(layer.lengths[rows], c.normalize, c.max_new_tokens)
+    denominators = parallel.total({depth: sum(loss_denominator(layer.lengths[rows], c.normalize, c.max_new_tokens)
+                                              for layer, rows in parts if layer.completions.depth == depth) for depth in (1, 2)})
+    batches = [(layer, index) for layer, rows in parts for index in micro_batches(layer, rows, c)]
+    passes = int(parallel.most(len(batches)))
+    for layer, index in batches:
+        for name, value in one_pass(policy, reference, layer, index, denominators[layer.completions.depth], c).items():
+            if first or not name.startswith("gauge"):
+                sums[name] = max(sums[name], float(value)) if name == "gauge_max" else sums[name] + float(value)
+    for _ in range(passes - len(batches)):
+        idle_pass(policy, reference)
+    return passes
+
+
+def micro_batches(layer, rows, c):
+    """Those of the rows that carry a gradient, in turns. Rows go longest beside longest, so that little is padding."""
+    rows = rows[layer.active(c.kl_coef)[rows]]
+    return rows[layer.totals[rows].argsort(stable=True)].split(c.rows) if len(rows) else ()
+
+
+def one_pass(policy, reference, layer, index, denominator, c):
+    """Forward and backward of a micro-batch -> sums over its tokens."""
     weight = 1.0 if layer.completions.depth == 1 else c.layer2_weight                                   # MGRPO: J = J_1 + w J_2
-    rows, sums = rows[layer.active(c.kl_coef)[rows]], {}
-    rows = rows[layer.totals[rows].argsort(stable=True)]
-    for index in rows.split(c.rows) if len(rows) else ():
-        batch, old_logp, advantages = pack(layer, index)
-        logp, entropy = completion_logprobs(policy, batch, c.temperature)
-        ref_logp = None
-        if reference is not None:
-            with torch.no_grad():
-                ref_logp, _ = completion_logprobs(reference, batch, c.temperature)
-        loss, found = policy_loss(logp, old_logp, advantages, batch.mask, clip_low=c.clip_low, clip_high=c.clip_high,
-                                  ref_logp=ref_logp, kl_coef=c.kl_coef, kl=c.kl, normalize=c.normalize, denominator=denominator)
-        (weight * loss).backward()
-        found |= dict(loss=weight * loss.detach(), entropy=entropy.sum())
-        if first:
-            gap = (logp.detach() - old_logp).abs()[batch.mask]
-            found |= dict(gauge=gap.sum(), gauge_tokens=len(gap))
-            sums["gauge_max"] = max(sums.get("gauge_max", 0.0), gap.max().item())
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return sums
+    batch, old_logp, advantages = pack(layer, index)
+    logp, entropy = completion_logprobs(policy, batch, c.temperature)
+    ref_logp = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_logp, _ = completion_logprobs(reference, batch, c.temperature)
+    loss, found = policy_loss(logp, old_logp, advantages, batch.mask, clip_low=c.clip_low, clip_high=c.clip_high,
+                              ref_logp=ref_logp, kl_coef=c.kl_coef, kl=c.kl, normalize=c.normalize, denominator=denominator)
+    (weight * loss).backward()
+    gap = (logp.detach() - old_logp).abs()[batch.mask]
+    return found | dict(loss=weight * loss.detach(), entropy=entropy.sum(), gauge=gap.sum(), gauge_tokens=len(gap), gauge_max=gap.max())
+
+
+def idle_pass(policy, reference):
+    """A pass over nothing, for a rank that has done its own while others have not."""
+    nothing = pad_rows([[0]], [[0]], policy.cos.device)
+    logp, _ = completion_logprobs(policy, nothing)
+    if reference is not None:
+        with torch.no_grad():
+            completion_logprobs(reference, nothing)
+    (0 * logp.sum()).backward()
 
 
 # --------------------------------------------------------------------------------------------------------------- results
@@ -329,12 +380,15 @@ def save(folder, policy, optimizer, progress, c):
     if progress.recent and accuracy >= progress.accuracy:
         progress.best, progress.accuracy = progress.step, accuracy
     progress.recent = []
-    save_state(folder / "state", progress.step, dict(weights=policy.state_dict(), optimizer=optimizer.state_dict(), best=progress.best,
+    weights, moments = parallel.gathered(policy), parallel.gathered_optimizer(optimizer, policy.parameters())
+    if parallel.rank() > 0:
+        return
+    save_state(folder / "state", progress.step, dict(weights=weights, optimizer=moments, best=progress.best,
                                                      generator=torch.get_rng_state(), progress=dataclasses.asdict(progress)), c.keep)
     if c.init:
-        policy.save_pretrained(folder / "model", policy.compute)
+        save_pretrained(policy, folder / "model", policy.compute, weights)
     else:
-        save_checkpoint(folder / "checkpoint.pt", policy, config=settings(c))
+        save_checkpoint(folder / "checkpoint.pt", policy, weights, config=settings(c))
 
 
 def how_to_evaluate(folder, c):
@@ -362,10 +416,10 @@ def finish(folder, results, c, seconds):
 def main():
     c = parse_flags(Config, __doc__, presets, refused=REFUSED)
     if c.resume:
-        folder = resumed_run(c.resume, c.run)
-        c = dataclasses.replace(c, run=folder.name, resume=c.resume if Path(c.resume).is_file() else str(folder))
+        folder = resumed_run(c.resume, c.name)
+        c = dataclasses.replace(c, name=folder.name, resume=c.resume if Path(c.resume).is_file() else str(folder))
     train(c)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    parallel.run(main)

@@ -206,18 +206,19 @@ def from_pretrained(folder, compute=torch.float32, device="cpu"):
     return model
 
 
-def save_pretrained(model, folder, dtype=torch.bfloat16):
+def save_pretrained(model, folder, dtype=torch.bfloat16, weights=None):
     """Writes config.json and model.safetensors to `folder`, tokenizer files of the model's source beside them -> Path.
 
-    dtype: of the weights on disk. The files are complete or not there: each is moved into place when it is written. BadInput for a folder
-    that holds a model in several files, which would be read in place of what is written.
+    dtype: of the weights on disk. weights: {name: tensor} in place of the model's own, which may be in slices. The files are complete or
+    not there: each is moved into place when it is written. BadInput for a folder that holds a model in several files, which would be read
+    in place of what is written.
     """
     library()
     folder, tensors = Path(folder), {}
     if (folder / "model.safetensors.index.json").exists():
         raise BadInput(f"{folder} holds a model in several files (model.safetensors.index.json): save to another folder")
     for name, parameter in model.named_parameters():
-        parts = parameter.detach().to("cpu", dtype)
+        parts = (weights[name] if weights else parameter).detach().to("cpu", dtype)
         parts = parts.split(sizes(name, model.config)) if sizes(name, model.config) else [parts]
         tensors |= {theirs: part.contiguous() for theirs, part in zip(pieces(name), parts)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,14 @@ from conftest import ROOT, script
 
 import checkpoints
 import train
-from checkpoints import Stop, load_state, newest_state, resumed_run, resumed_settings, save_state, saved
+from checkpoints import Stop, alone_in, fitting, load_state, newest_state, resumed_run, resumed_settings, save_state, saved
 from flags import BadInput, parse
 from memory import HostAdamW
 from model import GPT, ModelConfig, load_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 4))
 TOKENS = 30_000 * (1 + KILLS)
-RUN = ("train.py", "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--tokens", str(TOKENS), "--eval-questions", "16", "--save-every", "1", "--base-tokens", "60000")
+RUN = ("train.py", "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--tokens", str(TOKENS), "--eval-questions", "16", "--save-every", "1", "--base-tokens", "300000")
 
 
 def small_state(**more):
@@ -134,7 +134,8 @@ def test_an_optimiser_goes_on(kind):
 def undisturbed(tmp_path_factory):
     """A run of a dozen steps that nobody disturbs -> its folder's parent."""
     folder = tmp_path_factory.mktemp("runs")
-    script(folder, *RUN, "--run", "whole")
+    script(folder, *RUN, "--name", "whole")
+    assert sum(line["updates"] for line in lines(folder, "whole")) >= 10         # or its weights would be those of the base all along
     return folder
 
 
@@ -153,7 +154,7 @@ def test_killed_at_any_moment(undisturbed):
     weights, log and tables of the undisturbed run."""
     folder, rng, kills = undisturbed, random.Random(1), 0
     for _ in range(60):
-        words = [*RUN, "--run", "killed"] if not saved(folder / "out/killed/state") else ["train.py", "--resume", "--run", "killed"]
+        words = [*RUN, "--name", "killed"] if not saved(folder / "out/killed/state") else ["train.py", "--resume", "--name", "killed"]
         running = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         step = saved(folder / "out/killed/state")[0][0] if saved(folder / "out/killed/state") else 0
         while running.poll() is None and kills < KILLS and (saved(folder / "out/killed/state") or [(0, 0)])[0][0] < step + 1 + kills % 2:
@@ -176,7 +177,7 @@ def test_killed_at_any_moment(undisturbed):
 def test_a_stop_finishes_the_step_and_says_how_to_go_on(undisturbed):
     """Catches a stop by Ctrl-C or by a scheduler's SIGTERM that loses steps, an exit code that says failure, and a resumed run that differs."""
     for number, name in ((signal.SIGINT, "stopped"), (signal.SIGTERM, "ended")):
-        running = subprocess.Popen([sys.executable, str(ROOT / RUN[0]), *RUN[1:], "--run", name, "--save-every", "1000"], cwd=undisturbed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen([sys.executable, str(ROOT / RUN[0]), *RUN[1:], "--name", name, "--save-every", "1000"], cwd=undisturbed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while running.poll() is None and len((undisturbed / f"out/{name}/metrics.jsonl").read_text().splitlines() if (undisturbed / f"out/{name}/metrics.jsonl").exists() else ()) < 3:
             time.sleep(0.01)
         running.send_signal(number)
@@ -198,19 +199,19 @@ def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
     monkeypatch.setattr(train, "final_table", interrupted)
-    monkeypatch.setattr(sys, "argv", [*RUN, "--run", "early"])
+    monkeypatch.setattr(sys, "argv", [*RUN, "--name", "early"])
     train.main()
     assert "stopped after step 0" in capsys.readouterr().out and [step for step, _ in saved("out/early/state")] == [0]
     state = load_state(saved("out/early/state")[0][1])
-    with pytest.raises(BadInput, match="does not fit this model"):
-        train.load(state, undisturbed / "out/early", GPT(ModelConfig(50, 32, 1, 2, 1, 16, 32, 64)), None)
+    with pytest.raises(BadInput, match="does not fit this model"), fitting(undisturbed / "out/early"):
+        GPT(ModelConfig(50, 32, 1, 2, 1, 16, 32, 64)).load_state_dict(state["weights"])
 
 
 def test_what_may_change_and_what_may_not(undisturbed, monkeypatch):
     """Catches a run continued with another group size or seed, a change that nobody is told of, and settings that are forgotten."""
     monkeypatch.chdir(undisturbed)
     names, said = list(train.Config.__dataclass_fields__), []
-    old = resumed_settings(dict(resume="newest", run="whole", rows=64), names, said.append)
+    old = resumed_settings(dict(resume="newest", name="whole", rows=64), names, said.append)
     assert old["tokens"] == TOKENS and old["task"] == "solve" and said == ["resume: --rows 64 (was 128)"]
     for name, value in (("attempts", 9), ("seed", 1), ("task", "chain"), ("lr", 1.0)):
         with pytest.raises(BadInput, match=f"--{name} {value}: out/whole was made with"):
@@ -238,3 +239,23 @@ def test_a_second_signal_stops_at_once():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ------------------------------------------------------------------------------------------------------- two at the same moment
+
+def test_two_processes_never_make_one_folder(tmp_path, monkeypatch):
+    """Catches a look whether a folder is there, and its making a moment later: eight processes of one name have eight folders."""
+    words = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from journal import new_folder; from pathlib import Path; sys.stdin.read(1); print(new_folder(Path('out/run')))"
+    running = [subprocess.Popen([sys.executable, "-c", words], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    found = {process.communicate("x")[0].strip() for process in running}
+    assert found == {"out/run"} | {f"out/run.{i}" for i in range(2, 9)}
+
+
+def test_two_processes_never_train_in_one_folder(undisturbed):
+    """Catches a run that is resumed twice at the same time: the second one is told, exits with 2, and changes nothing."""
+    before = (undisturbed / "out/whole/metrics.jsonl").read_bytes()
+    with alone_in(undisturbed / "out/whole"):
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--resume", "out/whole"], cwd=undisturbed, capture_output=True, text=True)
+    assert done.returncode == 2 and "another process is training here" in done.stderr and "Traceback" not in done.stderr
+    assert (undisturbed / "out/whole/metrics.jsonl").read_bytes() == before
+    script(undisturbed, "train.py", "--resume", "out/whole")

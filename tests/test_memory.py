@@ -197,12 +197,12 @@ def test_out_of_memory_is_one_sentence_with_three_flags(tmp_path, monkeypatch):
         monkeypatch.setattr(train, "rollouts_and_steps", lambda *_, error=error: (_ for _ in ()).throw(error))
         monkeypatch.setattr(train, "prepare", lambda c: starting.Setup(c, build_encoding(), None, SHAPE, None, None))
         with pytest.raises(BadInput) as said:
-            train.train(train.Config(run="r", max_new_tokens=9, dtype="float32", device="cpu"))
+            train.train(train.Config(name="r", max_new_tokens=9, dtype="float32", device="cpu"))
         text = str(said.value)
         assert all(flag in text for flag in ("--rows", "--max-new-tokens", "--cache-tokens")) and "memory, GB" in text and "\n" not in text and " of " in text
     monkeypatch.setattr(train, "rollouts_and_steps", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        train.train(train.Config(run="r2", max_new_tokens=9, dtype="float32", device="cpu"))
+        train.train(train.Config(name="r2", max_new_tokens=9, dtype="float32", device="cpu"))
 
 
 def test_what_is_reserved_is_not_the_caches(monkeypatch, gpt):

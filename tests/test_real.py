@@ -32,7 +32,7 @@ def walked(tmp_path_factory):
     (folder / "test.jsonl").write_text(problems(5, 100))
     (folder / "math.jsonl").write_text(json.dumps(dict(problem="Half?", solution=r"\boxed{\frac12}")) + "\n" + json.dumps(dict(problem="?", solution="none")) + "\n")
     printed = [script(folder, "pretrain.py", "--data", "train.jsonl", "--tokenizer", "tokenizer", "--save", "out/base", "--depth", "2", "--base-tokens", "60000", *FLOAT)]
-    printed.append(script(folder, "train.py", "--init", "out/base", "--data", "train.jsonl", "--eval-data", "test.jsonl", "--run", "r", "--prompts", "2", "--attempts", "2",
+    printed.append(script(folder, "train.py", "--init", "out/base", "--data", "train.jsonl", "--eval-data", "test.jsonl", "--name", "r", "--prompts", "2", "--attempts", "2",
                           "--corrections", "2", "--tokens", "600", "--eval-questions", "4", "--lr", "1e-4", "--offload-optimizer", *SMALL, *FLOAT))
     printed.append(script(folder, "eval.py", "--init", "out/r", "--data", "test.jsonl,math.jsonl", "--samples", "3", "--json", "table.json", *SMALL, *FLOAT))
     return folder, printed
@@ -113,7 +113,7 @@ def test_a_run_from_a_run(walked):
     """Catches a model of ours that we cannot start from again, --layers 1 on a real model, and a run without --eval-data that is evaluated on what
     it has learnt: the command that it prints asks the eighth that was held out, with the run's own limits."""
     folder = walked[0]
-    printed = script(folder, "train.py", "--init", "out/r/model", "--data", "train.jsonl", "--run", "again", "--layers", "1", "--prompts", "2", "--attempts", "2",
+    printed = script(folder, "train.py", "--init", "out/r/model", "--data", "train.jsonl", "--name", "again", "--layers", "1", "--prompts", "2", "--attempts", "2",
                      "--tokens", "200", "--eval-questions", "2", "--recompute", "no", "--kl-coef", "0", *SMALL, *FLOAT)
     assert "held out" in printed and (folder / "out/again/model/model.safetensors").exists()
     command = printed.split("python ")[-1].split()
@@ -166,7 +166,7 @@ def test_ctrl_c_shows_what_there_is(walked, monkeypatch, capsys):
         guarded(evaluation.main)
     out = capsys.readouterr().out
     assert stop.value.code == 130 and "Acc@t1" in out and "temperature" not in out and "every transcript" in out
-    monkeypatch.setattr(sys, "argv", ["train.py", "--init", "out/base", "--data", "train.jsonl", "--run", "stopped", "--prompts", "2", "--attempts", "2", "--corrections", "2",
+    monkeypatch.setattr(sys, "argv", ["train.py", "--init", "out/base", "--data", "train.jsonl", "--name", "stopped", "--prompts", "2", "--attempts", "2", "--corrections", "2",
                                       "--tokens", "100", "--eval-questions", "2", *SMALL, *FLOAT])
     with pytest.raises(SystemExit) as stop:                      # train: both tables of the base, then Ctrl-C
         guarded(train.main)

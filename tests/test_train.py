@@ -10,6 +10,7 @@ from test_mgrpo import scripted_rollout
 
 import journal
 import train
+from checkpoints import Progress
 from flags import BadInput
 from journal import rollout_metrics, tree_text
 from mgrpo import Sampling, collect
@@ -17,7 +18,7 @@ from pretrain import learning_rate
 from sample import Sampler
 from tasks import draw, make_task
 from tokenizer import build_encoding
-from train import Config, accumulate, learn, optimiser_steps
+from train import SUMS, Config, Trees, accumulate, learn, optimiser_steps
 
 
 @pytest.fixture
@@ -35,10 +36,16 @@ def rollout(gpt):
     return gpt, layers, c
 
 
+def grown(layers):
+    """These layers as one rollout of all of a step's questions."""
+    return [Trees(layers, None, torch.arange(int(layers[0].questions.max()) + 1))]
+
+
 def gradient(gpt, layers, c, reference=None):
     """The gradient of one optimiser step on all rows, and the diagnostics."""
     gpt.zero_grad()
-    sums = [accumulate(gpt, reference, layer, torch.arange(len(layer.texts)), c, True) for layer in layers]
+    sums = dict.fromkeys(SUMS, 0.0)
+    assert accumulate(gpt, reference, [(layer, torch.arange(len(layer.texts))) for layer in layers], c, sums, True) > 0
     return torch.cat([p.grad.flatten() for p in gpt.parameters()]), sums
 
 
@@ -55,7 +62,7 @@ def test_gradient_does_not_depend_on_micro_batches(rollout, normalize, kl_coef):
     assert whole.norm() > 1e-3
     for other, found in results[1:]:
         assert (other - whole).norm() < 1e-5 * whole.norm()
-        assert sum(s["loss"] for s in found) == pytest.approx(sum(s["loss"] for s in sums), abs=1e-5)
+        assert found["loss"] == pytest.approx(sums["loss"], abs=1e-5)
 
 
 def test_gradient_equals_the_equation(rollout):
@@ -81,7 +88,7 @@ def test_every_row_is_trained_once(rollout):
     """Catches questions dropped or dealt twice by the minibatches, and a group torn apart."""
     _, layers, c = rollout
     for update, steps in (("joint", 2), ("alternating", 4)):
-        plan = optimiser_steps(layers, dataclasses.replace(c, update=update))
+        plan = optimiser_steps(grown(layers), dataclasses.replace(c, update=update))
         assert len(plan) == steps
         for layer in layers:
             mine = [rows for parts in plan for part, rows in parts if part is layer]
@@ -93,7 +100,7 @@ def test_gauge_is_near_zero_before_the_first_update(rollout):
     """Catches the sampler and the trainer drifting apart, as the log line shows it: fp32, so below 1e-4, and the ratio is 1."""
     gpt, layers, c = rollout
     optimizer = torch.optim.AdamW(gpt.parameters(), 0.0)
-    found = learn(gpt, None, optimizer, layers, dataclasses.replace(c, epochs=2))
+    found = learn(gpt, None, optimizer, grown(layers), dataclasses.replace(c, epochs=2))
     assert 0 < found["gauge_mean"] <= found["gauge_max"] < 1e-4 and found["ratio"] == pytest.approx(1, abs=1e-4)
     assert found["updates"] == 4 and found["clipped"] == 0 and found["entropy"] > 0
 
@@ -104,7 +111,7 @@ def test_no_signal_no_step(rollout):
     before = copy.deepcopy(gpt.state_dict())
     for layer in layers:
         layer.advantages.zero_()
-    found = learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, c)
+    found = learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), grown(layers), c)
     assert found["updates"] == 0 and all(torch.equal(before[k], v) for k, v in gpt.state_dict().items())
 
 
@@ -113,7 +120,7 @@ def test_a_nonfinite_gradient_is_skipped(rollout):
     gpt, layers, c = rollout
     before = [p.detach().clone() for p in gpt.parameters()]
     layers[0].advantages[0], layers[0].trained[0] = float("nan"), True
-    found = learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, c)
+    found = learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), grown(layers), c)
     assert found["skipped"] == 1 and found["updates"] == 1 and all(torch.isfinite(p).all() for p in gpt.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, gpt.parameters()))
 
@@ -121,14 +128,14 @@ def test_a_nonfinite_gradient_is_skipped(rollout):
 def test_five_gradients_that_are_not_finite_end_the_run(rollout, tmp_path, capsys):
     """Catches a run that goes on for days on NaN, and one that throws the evidence away: each is kept, five in a row end the run."""
     _, layers, c = rollout
-    progress, metrics = train.Progress(step=7, generated=1), dict(updates=0, skipped=2, accuracy1=0.5, cut1=0.0)
+    progress, metrics = Progress(step=7, generated=1), dict(updates=0, skipped=2, accuracy1=0.5, cut1=0.0)
     for _ in range(2):
-        train.watch(tmp_path, progress, metrics, layers, c)
-    train.watch(tmp_path, progress, metrics | dict(updates=1), layers, c)
+        train.watch(tmp_path, progress, metrics, grown(layers), c)
+    train.watch(tmp_path, progress, metrics | dict(updates=1), grown(layers), c)
     assert progress.skipped == 0
     with pytest.raises(BadInput, match="6 gradients in a row"):
         for _ in range(3):
-            train.watch(tmp_path, progress, metrics, layers, c)
+            train.watch(tmp_path, progress, metrics, grown(layers), c)
     kept = torch.load(tmp_path / "not-finite-7.pt", weights_only=True)
     assert torch.equal(kept[1]["advantages"], layers[1].advantages) and kept[0]["prompts"] == layers[0].completions.prompts
 
@@ -174,7 +181,7 @@ def test_nobody_goes_on_to_layer_2(encoding, gpt):
     from tasks import Problem
     sampler = Scripted(encoding, ["<answer>1</answer>"] * 4, [])
     layers = collect(sampler, encoding, [Problem("a", "1", None)] * 2, 2, 2, Sampling(9, 1.0, 0), sources="wrong")
-    found = rollout_metrics(layers) | learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), layers, Config(prompts=2))
+    found = rollout_metrics(layers) | learn(gpt, None, torch.optim.AdamW(gpt.parameters(), 0.1), grown(layers), Config(prompts=2))
     assert len(layers) == 1 and found["updates"] == 0 and found["signal1"] == 0 and "reward2" not in found
 
 
@@ -236,7 +243,7 @@ def test_same_seed_same_metrics_and_the_base_is_reused(smoke):
     """Catches hidden randomness: two short runs of one seed agree in every figure but the clock's; another seed differs."""
     folder, runs = smoke[0], []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        printed = script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "20000", "--eval-questions", "32", "--seed", str(seed), "--run", name)
+        printed = script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "20000", "--eval-questions", "32", "--seed", str(seed), "--name", name)
         assert "base: reusing out/base-" in printed
         lines = [json.loads(line) for line in (folder / "out" / name / "metrics.jsonl").read_text().splitlines()]
         runs.append([{k: v for k, v in line.items() if "second" not in k and "_per_s" not in k} for line in lines])
@@ -246,7 +253,7 @@ def test_same_seed_same_metrics_and_the_base_is_reused(smoke):
 def test_every_switch_runs(smoke):
     """Catches a switch that crashes, or is not in the log: those that the default leaves alone, all in one short run."""
     folder = smoke[0]
-    script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "15000", "--eval-questions", "32", "--run", "switches", "--kl-coef", "0.01", "--kl", "k2",
+    script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "15000", "--eval-questions", "32", "--name", "switches", "--kl-coef", "0.01", "--kl", "k2",
            "--failed", "raw", "--sources", "balanced", "--epochs", "2", "--update", "alternating", "--normalize", "token", "--clip-high", "0.28",
            "--format-weight", "0.2", "--layer2-weight", "0.5", "--rows", "20", "--temperature", "0.9")
     lines = [json.loads(line) for line in (folder / "out/switches/metrics.jsonl").read_text().splitlines()]
@@ -284,7 +291,7 @@ def test_a_run_is_never_written_over(smoke):
     """Catches a second `python train.py` that destroys the first one's checkpoint."""
     folder = smoke[0]
     before = (folder / "out/a/checkpoint.pt").read_bytes()
-    printed = script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "2000", "--eval-questions", "8", "--run", "a", "--layers", "1")
+    printed = script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "2000", "--eval-questions", "8", "--name", "a", "--layers", "1")
     assert "run: out/a.2" in printed and (folder / "out/a/checkpoint.pt").read_bytes() == before
     assert json.loads((folder / "out/a.2/result.json").read_text()).keys() == {"base", "GRPO"}
 
