@@ -69,6 +69,12 @@ def block_parameters(c):
     return (parameters(c) - c.vocab_size * c.width * (1 if c.tied else 2)) // c.depth
 
 
+def frozen_bytes(c, compute, ranks):
+    """Bytes of the reference; of several ranks each has a slice, but for embeddings and head: with no backward, nothing lets them go."""
+    blocks = c.depth * block_parameters(c)
+    return (blocks // ranks + parameters(c) - blocks) * compute.itemsize
+
+
 def gathered(c, compute):
     """Bytes of what several ranks hold whole for a moment: two blocks (the next comes while one is computed), a block's gradient in fp32,
     and embeddings and head with their gradients."""
@@ -111,7 +117,7 @@ def plan(config, *, compute, rows, prompts, attempts, corrections, prompt, compl
         "weights": count * compute.itemsize,
         "masters and gradients": 8 * count // ranks,
         "Adam": 0 if offload else 8 * count // ranks,
-        "reference": count * compute.itemsize // ranks if reference else 0,
+        "reference": frozen_bytes(c, compute, ranks) if reference else 0,
         "gathered": gathered(c, compute) if ranks > 1 else 0,
         "KV cache": min(tokens, cache_tokens or tokens) * kv_bytes(c, compute, device),
         "activations": activations(c, rows, longest, compute, recompute, flash),

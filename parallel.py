@@ -165,13 +165,14 @@ def scattered_optimizer(state, params):
 def traffic(config, compute, ranks, passes, reference=False):
     """-> {what: bytes} that a rank receives in a step (and sends as many), computed: rings, which move (W - 1) / W of a tensor.
 
-    passes: micro-batches of a rank, all minibatches and layers together. tests/test_parallel.py counts what torch is asked to move.
+    passes: micro-batches of a rank, all minibatches and layers together. A reference's embeddings stay once gathered.
+    tests/test_parallel.py counts what torch is asked to move.
     """
     with torch.device("meta"):
         model = GPT(config)
     wide, (numbers, blocks) = compute.itemsize, [sum(p.numel() for p in part.parameters()) for part in (model, model.blocks)]
     moved = {"gathered forward": passes * (wide * blocks + 4 * (numbers - blocks)), "gathered backward": passes * wide * blocks,
-             "gradients": passes * 4 * numbers, "reference": passes * wide * numbers if reference else 0, "sampler": wide * numbers}
+             "gradients": passes * 4 * numbers, "reference": passes * wide * blocks if reference else 0, "sampler": wide * numbers}
     return {what: size * (ranks - 1) / ranks for what, size in moved.items()}
 
 
@@ -195,13 +196,21 @@ def run(main):
         most(0)                                                   # together, so that nobody's end looks like a failure
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:
+    except BaseException as error:
         code = 1
         if first():
-            traceback.print_exc()
+            print(lost(error) or traceback.format_exc(), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)                                                # threads of torch's may abort when Python ends under them
+
+
+def lost(error):
+    """What to say of an exception of a collective, whose cause lies with others; nothing for any other."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return (f"error: rank {rank()} lost another process, which the system may have ended (memory?), or its way to it: {error}. "
+                "What was saved is intact")
+    return ""
 
 
 def join():

@@ -7,6 +7,7 @@ base (`tiny_model`), and a model from --init with files of problems (`real_model
 import copy
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,13 @@ def validate(c):
         raise BadInput(f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0")
 
 
+def enough_devices(device):
+    """BadInput for more processes on this machine than it has GPUs."""
+    there = torch.cuda.device_count()
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= there:
+        raise BadInput(f"torchrun's --nproc_per_node is more than the {there} GPUs of this machine: use {there}, or --device cpu")
+
+
 def method(c):
     return "MGRPO" if c.layers == 2 else "GRPO"
 
@@ -74,6 +82,7 @@ def method(c):
 def prepare(c):
     """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
     validate(c)
+    enough_devices(pick_device(c.device))
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
     name = Path(c.init).resolve().name if c.init else c.task
     c = dataclasses.replace(c, name=c.name or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
