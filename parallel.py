@@ -34,6 +34,7 @@ from flags import guarded
 from model import GPT
 
 PATIENCE = datetime.timedelta(hours=2)   # for a rank that has nothing to do while rank 0 makes a base, or writes a large state
+FAILED = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")     # in the store that all share
 GRACE = 2                                # seconds for the rank that failed to be the first to end
 
 
@@ -188,7 +189,7 @@ def run(main):
         return guarded(main)
     store, code = join(), 0
     threading.Thread(target=watch, args=(store.clone(),), daemon=True).start()
-    first = lambda: store.add("failed", 1) == 1
+    first = lambda: store.add(FAILED, 1) == 1
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     try:
@@ -226,7 +227,7 @@ def join():
 def watch(store):
     """Ends this process when another one has failed."""
     try:
-        while not store.check(["failed"]):
+        while not store.check([FAILED]):
             time.sleep(0.5)
     except RuntimeError:                                          # the store is gone, and with it torchrun, which ends us itself
         return

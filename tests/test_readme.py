@@ -22,9 +22,9 @@ def test_every_file_is_listed_with_its_length():
 
 
 def commands():
-    """Every `python script.py ...` in README and in the opening docstrings."""
+    """Every `python script.py ...` and `torchrun ... script.py ...` in README and in the opening docstrings."""
     texts = [README, *(path.read_text().split('"""')[1] for path in ROOT.glob("*.py"))]
-    return sorted({found.strip() for text in texts for found in re.findall(r"python (\w+\.py(?: +--?[^\n#`|&)]+)?)", text)})
+    return sorted({found.strip() for text in texts for found in re.findall(r"(?:python|torchrun[^\n`]*?) (\w+\.py(?: +--?[^\n#`|&)']+)?)", text)})
 
 
 @pytest.mark.parametrize("command", commands())

@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -156,6 +157,31 @@ def test_tree_text_shows_the_whole_tree(encoding):
     layers, sampler = scripted_rollout(encoding)
     text = tree_text(layers, Problem("a", "1", None), 0, encoding)
     assert text.count("├─") == 2 + 4 and text.count("WRONG") == 1 + 2 and sampler.asked[0].strip() in text and "gold: 1" in text
+
+
+@pytest.mark.parametrize("resample", [0, 1, 3])
+def test_questions_that_teach_nothing_give_way(monkeypatch, resample):
+    """Catches a cap that is not kept, questions redrawn that teach, replaced ones that are trained, or replacing ones that are not; and a slot whose
+    questions are not a function of (seed, step, slot, how many times)."""
+    c, asked = Config(prompts=6, attempts=2, minibatches=2, resample=resample, max_new_tokens=9), []
+
+    def collect(sampler, encoding, problems, *_, **__):
+        """Two attempts a question; on the first draw questions 1 and 4 teach nothing, of those that replace them the first does not either."""
+        asked.append([problem.question for problem in problems])
+        questions = torch.arange(len(problems)).repeat_interleave(2)
+        teaches = (questions % 3 != 1) if len(asked) == 1 else (questions > 0)
+        return [Namespace(questions=questions, active=lambda kl: teaches, completions=Namespace(depth=1))]
+    monkeypatch.setattr(train, "collect", collect)
+    setup = Namespace(c=c, task=make_task("solve", 3, 4, 11), encoding=None, verifier=None)
+    trees = train.rollout(None, setup, 5)
+    assert [tree.slots.tolist() for tree in trees] == [[[0, 1, 2, 3, 4, 5]], [[0, -1, 2, 3, -1, 5], [1, 4]], [], [[0, -1, 2, 3, -1, 5], [-1, 4], [-1], [1]]][resample]
+    trained = [int(trees[i].slots[q]) for parts in optimiser_steps(trees, c) for i, (layer, rows) in enumerate(parts) for q in layer.questions[rows]]
+    assert sorted(trained) == [slot for slot in range(6) for _ in range(2)]
+    flat = [question for questions in asked for question in questions]
+    assert len(set(flat)) == len(flat) == 6 + [0, 2, 0, 4][resample]
+    first, asked[:] = list(asked), []
+    train.rollout(None, setup, 5)
+    assert asked == first
 
 
 def test_learning_rate_of_base_training():
