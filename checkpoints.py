@@ -101,13 +101,14 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def load_state(path):
-    """-> the state in one file. BadInput for one that is damaged, which its checksum shows, or that is no state."""
+def load_state(path, known=False):
+    """-> the state in one file. BadInput for one that is damaged, which its checksum shows, or that is no state. known: it has been looked
+    at, by rank 0."""
     match = NAME.fullmatch(Path(path).name)
     try:
-        if match is None or checksum(path) != match[2]:
+        if not known and (match is None or checksum(path) != match[2]):
             raise BadInput(f"{path} is damaged: its content does not have the checksum that its name says")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)           # a rank reads what it needs of it
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)           # read where it is needed
     except BadInput:
         raise
     except Exception as error:                                # torch.load raises many types for many kinds of files
@@ -126,8 +127,12 @@ def newest_state(folder, say):
 
 # -------------------------------------------------------------------------------------------------------- going on, stopping
 
-def resumed_run(resume, run=""):
-    """--resume as it was given ("newest", a run's folder, or a state's file) and --name -> the run's folder."""
+def resumed_run(resume, name=""):
+    """--resume as it was given ("newest", a run's folder, or a state's file) and --name -> the run's folder, the same on all ranks."""
+    return parallel.from_rank0(lambda: find_run(resume, name))
+
+
+def find_run(resume, run):
     if resume == "newest":
         states = sorted((path.stat().st_mtime, path.parents[1]) for path in Path("out").glob("*/state/step-*.pt"))
         found = [folder for _, folder in states if not run or re.fullmatch(re.escape(run) + r"(\.\d+)?", folder.name)]
@@ -159,11 +164,13 @@ def resumed_settings(given, names, say):
 
 def resumed_state(resume, folder, say):
     """The state to go on from, the same on all ranks -> what save_state was given."""
-    if Path(resume).is_file():
-        return load_state(resume)
-    path = parallel.from_rank0(lambda: newest_state(folder / "state", say)[1])
+    found = {}
+    def look():
+        found["state"], path = (load_state(resume), resume) if Path(resume).is_file() else newest_state(folder / "state", say)
+        return path
+    path = parallel.from_rank0(look)
     say(f"resume: from {path}")
-    return load_state(path)
+    return found.get("state") or load_state(path, known=True)
 
 
 @contextlib.contextmanager
@@ -202,7 +209,8 @@ def alone_in(folder):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a stop after the step that is under way (`asked`); a second one stops at once."""
+    """Ctrl-C and SIGTERM ask for a stop after the step that is under way (`asked`); then Ctrl-C once more stops at once. (SIGTERM does not:
+    schedulers send it to every process, and torchrun passes its own on.)"""
 
     def __init__(self, say):
         self.say, self.asked = say, False
@@ -212,10 +220,12 @@ class Stop:
         return self
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.asked:
+            return
         self.asked = True
-        self.say(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+        self.say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C once more stops at once")
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -122,9 +122,9 @@ def tensors(result):
 
 
 def serve(sampler, pipe, not_ours):
-    """What a process does: answers calls until its parent is gone. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent may have a handler, and this is how it ends us
+    """What a process does: answers calls until its parent is gone. A stop is the parent's business, which may want to finish a step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     keep_memory()
     for end in not_ours:                           # a fork has its parent's ends too, and would never see them close
@@ -156,7 +156,7 @@ def keep_memory():
 
 def dismiss(members):
     for member in members:
-        member.terminate()
+        member.kill()
     for member in members:
         member.join()
 

@@ -101,6 +101,7 @@ def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, sa
     """-> {"t1": (mean, standard error), ..., "pass": {k: ...}, "maj": ..., "cut": share, "tokens": mean of both turns together, "length1",
     "length2", "undecided": verifier's failures, "questions", "samples", "temperature"}, of all ranks' shares of the questions together.
     record(problems, layers, how) sees every batch of this rank's."""
+    parallel.agree("questions to be asked", [problem.question for problem in problems])
     parts, votes, undecided, at_once, mine = [], [], 0, max(1, ROWS // samples), parallel.share(len(problems))
     for start in tqdm(range(mine.start, mine.stop, at_once), desc=say, unit="batch", disable=parallel.rank() > 0 or None, leave=False):
         batch = problems[start:min(start + at_once, mine.stop)]
@@ -208,9 +209,10 @@ class Transcripts:
 
     def __init__(self, folder, name, about):
         make_folder(folder)
-        name += f"-rank{parallel.rank()}" if parallel.size() > 1 else ""
-        files = (folder / f"{name}{'' if number == 1 else f'.{number}'}.jsonl" for number in itertools.count(1))
-        self.path, self.about = next(file for file in files if not file.exists()), about
+        ranks = [f"-rank{rank}" if parallel.size() > 1 else "" for rank in range(parallel.size())]
+        names = ([folder / f"{name}{rank}{'' if number == 1 else f'.{number}'}.jsonl" for rank in ranks] for number in itertools.count(1))
+        self.paths = parallel.from_rank0(lambda: next(paths for paths in names if not any(path.exists() for path in paths)))
+        self.path, self.about = self.paths[parallel.rank()], about
 
     def record(self, problems, layers, how):
         """Appends the dialogues of a batch, as `evaluate` hands them over."""
@@ -288,7 +290,7 @@ def real_subject(c, folder):
     sets = {name: DataSet([], encoding, prompt_tokens, [name], print, known) for name in names(c.data)}
     library()                                                # missing? say so before the weights are needed
     device = pick_device(c.device)
-    model = open_weights(path, shape, encoding, compute_dtype(c.dtype, device), device)
+    model = open_weights(path, shape, encoding, parallel.from_rank0(lambda: compute_dtype(c.dtype, device)), device)
     row = prompt_tokens + 2 * new + longest_phrase(encoding)
     return Subject(model, encoding, sets, new, row, run or Path("out"), "" if run else f"{folder.resolve().name}-")
 
@@ -363,7 +365,7 @@ def measure(c, subject, name, task, sampler, verifier):
             rows[f"temperature {c.temperature:g}"] = ask(samples=c.samples, temperature=c.temperature, filters=filters)
     finally:                                                 # what was measured before Ctrl-C is shown all the same
         shown = f"{table(rows, what)}\n{details(rows, c.verifier)}\n" if rows else "no table: interrupted\n"
-        print(f"\n{name}\n{shown}{transcripts.path}: every transcript{'' if rows else ' so far'}")
+        print(f"\n{name}\n{shown}{', '.join(map(str, transcripts.paths))}: every transcript{'' if rows else ' so far'}")
     return rows
 
 

@@ -146,6 +146,11 @@ def reading(path):
         raise BadInput(f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})") from None
 
 
+def processes():
+    """How many of them torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
 def guarded(main, first=None):
     """Runs a script's main: bad input, or a disk that is full or cannot be written, is one sentence and exit code 2; Ctrl-C is 130.
 
@@ -153,7 +158,7 @@ def guarded(main, first=None):
     """
     speak = lambda text: print(text, file=sys.stderr) if first is None or first() else None
     try:
-        if first is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if first is None and processes() > 1:
             raise BadInput("this script runs in one process, without torchrun, which is for train.py and eval.py")
         main()
     except (BadInput, OSError) as error:

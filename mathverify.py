@@ -99,7 +99,8 @@ def work(seconds):
     os.dup2(2, 1)                            # whatever a library prints is no reply
     import math_verify
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # Ctrl-C is the parent's business, which may want to finish a step
+    for number in (signal.SIGINT, signal.SIGTERM):               # a stop is the parent's business, which may want to finish a step
+        signal.signal(number, signal.SIG_IGN)
     print("{}", file=replies)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)        # its default action ends the process, in C code too
@@ -120,9 +121,7 @@ def compare(math_verify, answer, gold):
 
 
 def main():
-    if sys.argv[1:2] == ["--worker"]:
-        work(float(sys.argv[2]))
-    elif len(sys.argv) != 3:
+    if len(sys.argv) != 3:
         sys.exit("usage: python mathverify.py ANSWER GOLD")
     else:
         verifier = MathVerify()
@@ -135,4 +134,7 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main)
+    if sys.argv[1:2] == ["--worker"]:
+        work(float(sys.argv[2]))
+    else:
+        guarded(main)

@@ -187,8 +187,8 @@ class HostAdamW:
     def __init__(self, params, lr, **options):
         self.params = list(params)                               # on several ranks slices, of which each has its part
         pin = self.params[0].is_cuda
-        self.masters = [torch.nn.Parameter(self.host(parallel.mine(p.detach()), pin)) for p in self.params]
-        self.grads = [self.host(parallel.mine(p.detach()), pin).zero_() for p in self.params]
+        self.masters = [torch.nn.Parameter(self.host(parallel.local(p.detach()), pin)) for p in self.params]
+        self.grads = [self.host(parallel.local(p.detach()), pin).zero_() for p in self.params]
         self.adam = torch.optim.AdamW(self.masters, lr, fused=True, **options)
         self.param_groups = self.adam.param_groups
 
@@ -200,12 +200,12 @@ class HostAdamW:
     @torch.no_grad()
     def step(self):
         for master, grad, p in zip(self.masters, self.grads, self.params):
-            master.grad = None if p.grad is None else grad.copy_(parallel.mine(p.grad), non_blocking=True)
+            master.grad = None if p.grad is None else grad.copy_(parallel.local(p.grad), non_blocking=True)
         if self.params[0].is_cuda:
             torch.cuda.synchronize(self.params[0].device)
         self.adam.step()
         for master, p in zip(self.masters, self.params):
-            parallel.mine(p).copy_(master, non_blocking=True)
+            parallel.local(p).copy_(master, non_blocking=True)
 
     def zero_grad(self, set_to_none=True):
         for p in self.params:
@@ -217,11 +217,11 @@ class HostAdamW:
 
     def load_state_dict(self, state):
         """Moments from a state, masters from the parameters as they are now."""
-        moments = {i: {name: parallel.mine(value) for name, value in found.items()} for i, found in state["state"].items()}
+        moments = {i: {name: parallel.local(value) for name, value in found.items()} for i, found in state["state"].items()}
         self.adam.load_state_dict(state | dict(state=moments))
         with torch.no_grad():
             for master, p in zip(self.masters, self.params):
-                master.copy_(parallel.mine(p))
+                master.copy_(parallel.local(p))
 
 
 def make_optimizer(policy, lr, offload):

@@ -19,6 +19,7 @@ Two decisions that the rest of the project leans on:
 Letters: B rows, T tokens, L layers, D width, N query heads, K key/value heads, C head size, V vocabulary, M any number of
 flattened tokens.
 """
+import copy
 import functools
 import math
 import os
@@ -324,6 +325,12 @@ def compute_dtype(name, device):
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times[1:])
     return min(seconds, key=seconds.get)
+
+
+def narrow_copy(model):
+    """A frozen copy whose parameters are in the compute type, cast one by one."""
+    cast = lambda parameter: nn.Parameter(parameter.detach().to(model.compute, copy=True), requires_grad=False)
+    return copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
 
 
 def save_checkpoint(path, model, weights=None, **extra):

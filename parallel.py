@@ -18,6 +18,7 @@ Letters: W ranks (processes).
 """
 import datetime
 import functools
+import hashlib
 import os
 import sys
 import threading
@@ -28,13 +29,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from flags import guarded
+from flags import BadInput, guarded, processes
 from model import GPT
 
-PATIENCE = datetime.timedelta(hours=2)   # for a rank that has nothing to do while rank 0 makes a base, or writes a large state
-FAILED = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")     # in the store that all share
+PATIENCE = datetime.timedelta(hours=12)  # for a rank that has nothing to do while rank 0 makes a base, or writes a large state
+SILENCE = 120                            # seconds after which a rank that gives no sign of life is taken for dead
 GRACE = 2                                # seconds for the rank that failed to be the first to end
 
 
@@ -88,6 +89,12 @@ def from_rank0(make):
     return box[0]
 
 
+def agree(what, thing):
+    """BadInput when ranks do not have the same `thing`: what follows would be two runs in one."""
+    if len(set(everyone(hashlib.sha256(repr(thing).encode()).hexdigest()))) > 1:
+        raise BadInput(f"the processes of this run do not have the same {what}: all machines need the same code, flags and files")
+
+
 def rank0(write):
     """A function that rank 0 calls, and that is passed over on other ranks."""
     return functools.wraps(write)(lambda *args, **keywords: write(*args, **keywords) if rank() == 0 else None)
@@ -118,7 +125,7 @@ def whole(x, dtype=None):
     return x.detach().to(dtype or x.dtype).full_tensor() if isinstance(x, DTensor) else x
 
 
-def mine(x):
+def local(x):
     """This rank's part of a tensor, with the same memory."""
     return x.to_local() if isinstance(x, DTensor) else x
 
@@ -147,10 +154,13 @@ def on_rank0(value, like):
     """`value`, a slice as `like` is one (moments on the host are bare), whole on rank 0's CPU; None on the others. Else as it is."""
     if not isinstance(like, DTensor) or value.dim() == 0:
         return value
-    if not isinstance(value, DTensor):
-        value = DTensor.from_local(value.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    value = value.full_tensor()
+    value = (value if isinstance(value, DTensor) else as_slice(value, like)).full_tensor()
     return value.cpu() if rank() == 0 else None
+
+
+def as_slice(value, like):
+    """This rank's part of a tensor -> the slice that `like` would be of it."""
+    return DTensor.from_local(value.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def scattered_optimizer(state, params):
@@ -158,7 +168,8 @@ def scattered_optimizer(state, params):
     def part(value, like):
         if not isinstance(like, DTensor) or value.dim() == 0:
             return value
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        pieces = value.chunk(size())                              # as fully_shard cuts them; there may be fewer than ranks
+        return as_slice(pieces[rank()] if rank() < len(pieces) else value[:0], like)
     params = list(params)
     return state | dict(state={i: {name: part(value, params[i]) for name, value in found.items()} for i, found in state["state"].items()})
 
@@ -174,7 +185,7 @@ def traffic(config, compute, ranks, passes, reference=False):
     wide, (numbers, blocks) = compute.itemsize, [sum(p.numel() for p in part.parameters()) for part in (model, model.blocks)]
     moved = {"gathered forward": passes * (wide * blocks + 4 * (numbers - blocks)), "gathered backward": passes * wide * blocks,
              "gradients": passes * 4 * numbers, "reference": passes * wide * blocks if reference else 0, "sampler": wide * numbers}
-    return {what: size * (ranks - 1) / ranks for what, size in moved.items()}
+    return {what: count * (ranks - 1) / ranks for what, count in moved.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- begin, fail, and end
@@ -182,14 +193,14 @@ def traffic(config, compute, ranks, passes, reference=False):
 def run(main):
     """guarded(main) on each of the processes that torchrun started; without it, in this one.
 
-    Rank 0 alone has a screen. The first rank to fail says why, in its own words, and ends at once; the others, which would wait for it in
-    a collective (NCCL's for many minutes), are ended within seconds, and need not say that they lost it.
+    Rank 0 alone has a screen. The first rank to fail says why, in its own words; the others, which would wait for it in a collective
+    (NCCL's for hours), are ended within seconds, and need not say that they lost it.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes() == 1:
         return guarded(main)
     store, code = join(), 0
     threading.Thread(target=watch, args=(store.clone(),), daemon=True).start()
-    first = lambda: store.add(FAILED, 1) == 1
+    first = lambda: says_so(store)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     try:
@@ -203,7 +214,22 @@ def run(main):
             print(lost(error) or traceback.format_exc(), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if code:
+        time.sleep(1)                                             # others look twice a second who has failed
     os._exit(code)                                                # threads of torch's may abort when Python ends under them
+
+
+def says_so(store):
+    """Whether this process is the first that fails. So it is taken to be when the store is gone too."""
+    try:
+        return store.add(key("failed"), 1) == 1
+    except RuntimeError:
+        return True
+
+
+def key(name):
+    """Its name in the store, which torchrun keeps when it starts everything anew (--max-restarts)."""
+    return name + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
 
 
 def lost(error):
@@ -220,16 +246,24 @@ def join():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=count, timeout=PATIENCE)
+    dist.init_process_group(backend, store=dist.PrefixStore(key("ranks"), store), rank=number, world_size=count, timeout=PATIENCE)
     return store
 
 
 def watch(store):
-    """Ends this process when another one has failed."""
+    """Ends this process when another one has failed, or died without a word: each gives signs of life, and looks for its neighbour's."""
+    mine, neighbour = (key(f"alive{number % size()}") for number in (rank(), rank() + 1))
+    seen, when = 0, time.monotonic()
     try:
-        while not store.check([FAILED]):
+        while not store.check([key("failed")]) and time.monotonic() - when < SILENCE:
+            store.add(mine, 1)
+            if (found := store.add(neighbour, 0)) != seen:
+                seen, when = found, time.monotonic()
             time.sleep(0.5)
-    except RuntimeError:                                          # the store is gone, and with it torchrun, which ends us itself
-        return
+        if not store.check([key("failed")]):
+            says_so(store)
+            print(f"error: rank {(rank() + 1) % size()} gives no sign of life; what was saved is intact", file=sys.stderr, flush=True)
+    except RuntimeError:                                          # the store has gone with the machine that kept it
+        pass
     time.sleep(GRACE)
     os._exit(1)

@@ -25,6 +25,7 @@ import collections
 import dataclasses
 import hashlib
 import inspect
+import os
 import random
 import re
 import sys
@@ -43,6 +44,7 @@ import kernels
 import latex
 import mgrpo
 import model
+import parallel
 import prompts
 import reward
 import sample
@@ -106,10 +108,13 @@ def pick_preset(given, presets=PRESETS):
 
 
 def pick_device(name):
-    """-> "cpu" or "cuda". BadInput for cuda where there is none."""
+    """-> "cpu" or "cuda". BadInput for cuda where there is none, or fewer than torchrun started processes on this machine."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device, there = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu", torch.cuda.device_count()
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= there:
+        raise BadInput(f"torchrun's --nproc_per_node is more than the {there} GPUs of this machine: use {there}, or --device cpu")
+    return device
 
 
 def resolve(config):
@@ -117,7 +122,7 @@ def resolve(config):
     if not 1 <= config.depth <= 64:
         raise BadInput(f"--depth {config.depth} is out of range: choose 1 to 64")
     device = pick_device(config.device)
-    dtype = str(compute_dtype(config.dtype, device)).removeprefix("torch.")
+    dtype = str(parallel.from_rank0(lambda: compute_dtype(config.dtype, device))).removeprefix("torch.")       # measured by one for all
     return dataclasses.replace(config, preset=preset_name(config.preset, config.device), device=device, dtype=dtype)
 
 

@@ -25,7 +25,6 @@ around a row nor on rows that ended or waited, nor on how many processes share t
 
 Letters: P prompts, R rows in flight, B rows in all, n continuations of a prompt, T tokens, V vocabulary.
 """
-import copy
 import functools
 import math
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ import kernels
 from cache import Grouped, Level, Pool, Prefill, Rows, Tables
 from crew import Crew, Home, crew_size
 from kernels import fold, row_keys
+from model import narrow_copy
 from parallel import whole
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)    # rows of a CUDA graph
@@ -142,10 +142,7 @@ class Sampler:
 
     def __init__(self, model, *, cache_tokens=0, workers=None, fused=None, graph=None, leave=True, share=True, reserved=0):
         self.source = model
-        with torch.no_grad():
-            self.model = copy.deepcopy(model).requires_grad_(False)
-            for parameter in self.model.parameters():
-                parameter.data = parameter.data.to(model.compute)
+        self.model = narrow_copy(model)
         self.device = self.model.embed.weight.device
         self.fused = self.device.type == "cuda" if fused is None else fused
         self.graph = self.fused and self.device.type == "cuda" if graph is None else graph
@@ -425,7 +422,8 @@ class Sampler:
             self._logits(self.tables, rows, self.outputs[:places])
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=next((other.pool() for other in self.graphs.values()), None)):
+        pool = next((other.pool() for other in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):        # NCCL's watchdog is another thread
             self._logits(self.tables, rows, self.outputs[:places])
         return graph
 

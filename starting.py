@@ -4,10 +4,8 @@ The idea. train.py has the loop; this is what stands before it. `prepare` gives 
 the questions, the model's shape, a verifier, and a function that loads the weights. There are two ways to one: a built-in task with its
 base (`tiny_model`), and a model from --init with files of problems (`real_model`).
 """
-import copy
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,13 +66,6 @@ def validate(c):
         raise BadInput(f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0")
 
 
-def enough_devices(device):
-    """BadInput for more processes on this machine than it has GPUs."""
-    there = torch.cuda.device_count()
-    if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= there:
-        raise BadInput(f"torchrun's --nproc_per_node is more than the {there} GPUs of this machine: use {there}, or --device cpu")
-
-
 def method(c):
     return "MGRPO" if c.layers == 2 else "GRPO"
 
@@ -82,13 +73,14 @@ def method(c):
 def prepare(c):
     """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
     validate(c)
-    enough_devices(pick_device(c.device))
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
     name = Path(c.init).resolve().name if c.init else c.task
     c = dataclasses.replace(c, name=c.name or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
         c.recompute, c.recompute))
     say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
     setup = (real_model if c.init else tiny_model)(c)
+    parallel.agree("settings", setup.c)
+    parallel.agree("questions to learn from", [problem.question for problem in getattr(setup.task, "splits", dict(train=()))["train"]])
     say(str(setup.task))
     make_folder("out")
     return setup
@@ -107,7 +99,10 @@ def tiny_model(c):
 
 def base_of_rank0(c, shape):
     """The base of a built-in task, made or found by rank 0, on every rank -> model, its path."""
-    model, path = base_model(base_config(c), say)[::2] if parallel.rank() == 0 else (pretrain.new_model(c, shape), "")
+    if parallel.rank() == 0:
+        model, _, path = base_model(base_config(c), say)
+    else:
+        model, path = pretrain.new_model(c, shape), ""
     return parallel.broadcast(model), path
 
 
@@ -121,14 +116,6 @@ def real_model(c):
     library()                                                # missing? say so before the weights are needed
     load = lambda: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
     return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
-
-
-def frozen(policy):
-    """The reference: the policy as it is now, in the compute type (in which it is cast at every use anyway: the same log-probabilities)."""
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in reference.parameters():
-        parameter.data = parameter.data.to(policy.compute)
-    return reference
 
 
 def plan(setup, total):

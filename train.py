@@ -36,9 +36,9 @@ from flags import BadInput, Maybe, parse_flags
 from journal import log, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, pad_rows, policy_loss
-from model import save_checkpoint
+from model import narrow_copy, save_checkpoint
 from pretrain import pick_preset
-from starting import frozen, later, method, plan, prepare, row_tokens, wanted_tokens
+from starting import later, method, plan, prepare, row_tokens, wanted_tokens
 from tasks import draw
 from weights import save_pretrained
 
@@ -141,7 +141,7 @@ def assemble(setup, planned):
     c = setup.c
     policy, base_path = setup.load()
     policy.recompute = c.recompute == "yes"
-    reference = parallel.shard(frozen(policy)) if c.kl_coef else None
+    reference = parallel.shard(narrow_copy(policy)) if c.kl_coef else None     # cast at every use anyway
     folder = resumed_run(c.resume, c.name) if c.resume else run_folder(c.name, settings(c), base_path)
     lock = alone_in(folder)
     state = resumed_state(c.resume, folder, say) if c.resume else None

@@ -1,5 +1,4 @@
 """Two processes on this machine, by gloo: the step, the rollouts, the questions and the tables of one; and how they end when one of them fails."""
-import contextlib
 import json
 import os
 import signal
@@ -14,7 +13,10 @@ from conftest import ROOT
 import memory
 import parallel
 from checkpoints import load_state, saved
+from flags import BadInput
+from mathverify import MathVerify
 from model import load_checkpoint
+from pretrain import pick_device
 
 RUN = ("train.py", "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--base-tokens", "300000", "--eval-questions", "63", "--save-every", "1")
 HARD = ("--kl-coef", "0.05", "--kl", "k1", "--recompute", "yes", "--update", "alternating", "--sources", "wrong", "--resample", "2", "--normalize", "token", "--rows", "16", "--epochs", "2", "--offload-optimizer")
@@ -196,11 +198,15 @@ def test_a_run_goes_on_with_another_number_of_processes(runs):
 
 
 def test_a_stop_is_everyones(runs):
-    """Catches ranks that stop after different steps, and wait for each other for ever: Ctrl-C at torchrun finishes the step on all of them."""
+    """Catches ranks that stop after different steps, and wait for each other for ever: a scheduler's SIGTERM, sent to each of them and again by
+    torchrun, finishes the step on all."""
     running = start(runs, [*RUN, "--tokens", "2000000", "--name", "stopped"], 2)
     while running.poll() is None and not saved(runs / "out/stopped/state"):
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    ranks = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    for rank in map(int, ranks):                             # a scheduler signals everybody, and torchrun passes its own on
+        os.kill(rank, signal.SIGTERM)
+    running.send_signal(signal.SIGTERM)
     printed, wrong = running.communicate(timeout=100)
     steps = len(lines(runs, "stopped"))
     assert f"stopped after step {steps}" in printed and saved(runs / "out/stopped/state")[0][0] == steps, wrong
@@ -258,12 +264,29 @@ def test_bad_input_is_said_once(tmp_path, processes, words, says):
 
 def test_more_processes_than_gpus_is_said(monkeypatch):
     """Catches two processes on one GPU, which would share its memory unasked."""
-    from starting import enough_devices
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with contextlib.suppress(ImportError), pytest.raises(Exception, match="--nproc_per_node"):
-        enough_devices("cuda")
-    enough_devices("cpu")
+    with pytest.raises(BadInput, match="--nproc_per_node"):
+        pick_device("auto")
+    assert pick_device("cpu") == "cpu"
+
+
+def test_ranks_that_differ_are_named(monkeypatch):
+    """Catches two runs in one: machines with other data or other flags are told, before they meet in a collective."""
+    monkeypatch.setattr(parallel, "everyone", lambda digest: [digest, digest[::-1]])
+    with pytest.raises(BadInput, match="do not have the same questions"):
+        parallel.agree("questions", ["one"])
+
+
+def test_math_verifys_worker_starts_under_torchrun(monkeypatch, tmp_path):
+    """Catches a verifier that takes itself for one of torchrun's processes, and answers nothing."""
+    write(tmp_path, "math_verify.py", "parse = lambda text, **_: text\nverify = lambda gold, answer, **_: gold == answer")
+    for name, value in dict(WORLD_SIZE="2", LOCAL_RANK="1", PYTHONPATH=str(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    verifier = MathVerify()
+    assert verifier.same("1", "1") and not verifier.same("1", "2")
+    verifier.close()
 
 
 def test_evaluation_is_shared(runs):
