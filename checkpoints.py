@@ -32,7 +32,8 @@ from journal import cut_log
 from parallel import rank0
 
 # Settings that may differ when a run goes on: how it is computed, and how long. Any other would make it another run.
-FREE = ("rows", "cache_tokens", "recompute", "offload_optimizer", "eval_questions", "keep", "save_every", "device", "tokens")
+FREE = ("tokens_per_microbatch", "pack", "compile", "cache_tokens", "recompute", "offload_optimizer", "eval_questions", "keep",
+        "save_every", "device", "tokens")
 NAME = re.compile(r"step-(\d{7})-([0-9a-f]{16})\.pt")
 
 

@@ -1,7 +1,7 @@
 """Where the memory goes: a plan before the first step, the peak after it, and an optimiser that keeps its state on the host.
 
     python memory.py                                          # README's table: models x completion length x G -> GB, computed
-    python memory.py --rows 2 --offload-optimizer             # the same with other flags
+    python memory.py --tokens-per-microbatch 8192 --offload-optimizer             # the same with other flags
 
 The idea. Six things take memory, and each has its flag:
 
@@ -9,7 +9,7 @@ The idea. Six things take memory, and each has its flag:
     masters      fp32 weights and gradients: 8 bytes a parameter, and 8 more for Adam's moments, unless with --offload-optimizer
     reference    one more copy in the compute type, with --kl-coef
     KV cache     2 x L x K x C numbers a token of the rollout; with --cache-tokens so many at most, and rows wait their turn
-    activations  what backward needs of a micro-batch (--rows, --max-new-tokens): with --recompute a vector a token and layer
+    activations  what backward needs of a micro-batch (--tokens-per-microbatch): with --recompute a vector a token and layer
     logits       those of 1,024 tokens at a time, never [rows, time, vocabulary] (model.TokenLogprobs)
 
 On several GPUs (--ranks, parallel.py) each has a slice of the masters, of Adam's moments and of the reference, its share of the rollout,
@@ -105,22 +105,22 @@ def cache_room(c, compute):
     return int(SHARE * available("cpu")) // kv_bytes(c, compute, "cpu")
 
 
-def plan(config, *, compute, rows, prompts, attempts, corrections, prompt, completion, layers=2, cache_tokens=0, reference=False,
+def plan(config, *, compute, tokens, prompts, attempts, corrections, prompt, completion, layers=2, cache_tokens=0, reference=False,
          recompute=False, offload=False, device="cuda", total=None, phrase=PHRASE, ranks=1):
     """-> {what: bytes} on the device (and "host"), for a training step with these flags (names as in train.py; prompt and completion:
     their most tokens). total: bytes that there are; of what the rest leaves of them the cache takes half at most (sample.SHARE).
     ranks: on each of so many (parallel.py), with its slice of masters and moments, and what is gathered at a time."""
     count, c, flash = parameters(config), config, device == "cuda" and compute == torch.bfloat16      # fused attention with shared keys
     longest = prompt + completion + (phrase + completion if layers == 2 else 0)
-    tokens = kv_tokens(-(-prompts // ranks), attempts, corrections, prompt, completion, layers, phrase)
+    cached = kv_tokens(-(-prompts // ranks), attempts, corrections, prompt, completion, layers, phrase)
     planned = {
         "weights": count * compute.itemsize,
         "masters and gradients": 8 * count // ranks,
         "Adam": 0 if offload else 8 * count // ranks,
         "reference": frozen_bytes(c, compute, ranks) if reference else 0,
         "gathered": gathered(c, compute) if ranks > 1 else 0,
-        "KV cache": min(tokens, cache_tokens or tokens) * kv_bytes(c, compute, device),
-        "activations": activations(c, rows, longest, compute, recompute, flash),
+        "KV cache": min(cached, cache_tokens or cached) * kv_bytes(c, compute, device),
+        "activations": activations(c, max(1, tokens / longest), longest, compute, recompute, flash),
         "logits": logits(c, compute),
         "host": 16 * count // ranks if offload else 0,
     }
@@ -169,8 +169,8 @@ def ran_out(error):
 def out_of_memory(planned, error, total):
     """The sentence for a device (or host) that has too little: where it went, and the three flags to lower."""
     first = str(error).split(".")[0]
-    return BadInput(f"out of memory ({first}). Planned were: {plan_text(planned, total)}. Lower --rows (activations), --max-new-tokens "
-                    "(activations and KV cache) or --cache-tokens (KV cache; 0 means half of what is free); --recompute yes and "
+    return BadInput(f"out of memory ({first}). Planned were: {plan_text(planned, total)}. Lower --tokens-per-microbatch (activations), "
+                    "--max-new-tokens (KV cache) or --cache-tokens (KV cache; 0 means half of what is free); --recompute yes and "
                     "--offload-optimizer help too. What was saved is intact")
 
 
@@ -246,7 +246,7 @@ class Config:
     prompts: int = 32         # P, questions per step
     corrections: int = 4      # H, layer-2 answers per attempt
     prompt_tokens: int = 512  # most tokens of a question's prompt
-    rows: int = 8             # rows per micro-batch
+    tokens_per_microbatch: int = 16_384    # tokens that go through the model together
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: those of the whole rollout
     recompute: Literal["yes", "no"] = "yes"           # activation checkpointing
     offload_optimizer: bool = False    # Adam's moments and the masters that it updates in host memory
@@ -262,7 +262,7 @@ def received(shape, c, passes):
 
 def main():
     c = parse_flags(Config, __doc__)
-    for name in ("prompts", "corrections", "prompt_tokens", "rows", "ranks"):
+    for name in ("prompts", "corrections", "prompt_tokens", "tokens_per_microbatch", "ranks"):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     titles = ["model", "completion", "G", "weights, reference", "masters, gradients, Adam", "activations", "logits", "sum, GB"]
@@ -272,12 +272,13 @@ def main():
         fitting = [n for n in (1024, 4096) if c.prompt_tokens + 2 * n + PHRASE <= shape.context]
         for completion in fitting or [(shape.context - c.prompt_tokens - PHRASE) // 2]:
             for attempts in (8, 16):
-                p = plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=attempts,
+                p = plan(shape, compute=getattr(torch, c.dtype), tokens=c.tokens_per_microbatch, prompts=c.prompts, attempts=attempts,
                          corrections=c.corrections, prompt=c.prompt_tokens, completion=completion, cache_tokens=c.cache_tokens,
                          reference=c.reference == "yes", recompute=c.recompute == "yes", offload=c.offload_optimizer, ranks=c.ranks)
                 sums = [p["weights"] + p["reference"], p["masters and gradients"] + p["Adam"], p["activations"] + p["gathered"],
                         p["logits"], on_device(p) - p["KV cache"], p["KV cache"]]
-                passes = -(-c.prompts * attempts * (1 + c.corrections) // (c.ranks * c.rows))
+                packed = kv_tokens(-(-c.prompts // c.ranks), attempts, c.corrections, c.prompt_tokens, completion)       # each token once
+                passes = -(-packed // c.tokens_per_microbatch)
                 sums += [received(shape, c, 1) - received(shape, c, 0), received(shape, c, passes)] if c.ranks > 1 else []
                 print(f"| {name} | {completion:,} | {attempts} | {' | '.join(f'{size / GB:.1f}' for size in sums)} |")
 

@@ -38,6 +38,7 @@ the settings come from public re-implementations):
 
 Letters: P questions, G attempts, H corrections per attempt, B rows, T tokens of a completion, S tokens of prompt + completion.
 """
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,15 +170,9 @@ class Layer:
     trained: torch.Tensor = None   # bool: in the loss at all
     undecided: torch.Tensor = None # bool: the verifier failed, and the reward is 0 for want of another
 
-    @property
+    @functools.cached_property
     def lengths(self):
         return self.completions.lengths.cpu()
-
-    @property
-    def totals(self):
-        """[B] tokens of prompt and completion."""
-        c = self.completions
-        return self.lengths + torch.tensor([len(c.prompts[i // c.n]) for i in range(len(self.texts))])
 
     def active(self, kl_coef):
         """Rows that carry a gradient, [B] bool: a KL term acts on every trained row, the rest only where Â is not 0."""
@@ -262,6 +257,7 @@ class Rows(NamedTuple):
     prompt_lengths: torch.Tensor  # [B]
     lengths: torch.Tensor         # [B] completion tokens, end token included
     mask: torch.Tensor            # [B, T] bool, True on completion tokens
+    needed: int                   # how many of the B x S tokens are not padding
 
 
 def pad_rows(prompts, completions, device):
@@ -275,16 +271,16 @@ def pad_rows(prompts, completions, device):
     S += -S % (1 << max(0, S.bit_length() - 4))
     tokens = torch.tensor([row + [0] * (S - len(row)) for row in rows], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-    return Rows(tokens, torch.tensor([len(p) for p in prompts], device=device), lengths, mask)
+    return Rows(tokens, torch.tensor([len(p) for p in prompts], device=device), lengths, mask, sum(map(len, rows)))
 
 
-def pack(layer, index):
-    """Rows `index` of a layer as a micro-batch on the sampler's device -> Rows, old_logp [B, T], advantages [B]."""
-    c, device = layer.completions, layer.completions.tokens.device
-    rows = pad_rows([c.prompts[i // c.n] for i in index.tolist()],
-                    [c.sampled[i] for i in index.tolist()], device)
-    index = index.to(device)
-    return rows, c.logprobs[index, :rows.mask.shape[1]], layer.advantages.to(device)[index]
+def targets(layer, index):
+    """What the loss needs of rows `index` of a layer besides their log-probabilities, on the sampler's device -> old_logp [B, T],
+    advantages [B], mask [B, T]: True on sampled tokens."""
+    c, lengths = layer.completions, layer.lengths[index]
+    mask, device = torch.arange(int(lengths.max())) < lengths[:, None], c.tokens.device
+    index, advantages = index.to(device, non_blocking=True), layer.advantages[index]
+    return c.logprobs[index, :mask.shape[1]], *(x.to(device, non_blocking=True) for x in (advantages, mask))
 
 
 def completion_logprobs(model, rows, temperature=1.0):

@@ -195,11 +195,11 @@ class GPT(nn.Module):
         """tokens: [B, T] integers -> [B, T, D], the vectors that `logits` turns into logits of the NEXT token.
 
         positions: [B, T] or [1, T]; 0..T-1 if omitted. attend: see the top of this file.
-        Raises ValueError when a row is longer than the context.
+        Raises ValueError when a row of omitted positions is longer than the context.
         """
-        if tokens.shape[1] > self.config.context:
-            raise ValueError(f"a row of {tokens.shape[1]} tokens does not fit the model's context of {self.config.context}")
         if positions is None:
+            if tokens.shape[1] > self.config.context:
+                raise ValueError(f"a row of {tokens.shape[1]} tokens does not fit the model's context of {self.config.context}")
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = F.embedding(tokens, self.embed.weight).to(self.compute)                     # [B, T, D]
         cos = self.cos[positions][:, :, None].to(self.compute)                          # [B or 1, T, 1, C]

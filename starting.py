@@ -38,7 +38,7 @@ class Setup(NamedTuple):
 
 def validate(c):
     """BadInput for values that cannot work together, with the consequence and the way out."""
-    for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "rows", "keep"):
+    for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "tokens_per_microbatch", "keep"):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     for name, least in (("eval_questions", 2), ("prompt_tokens", 1), ("cache_tokens", 0), ("max_new_tokens", 0), ("lr", 0), ("kl_coef", 0),
@@ -122,7 +122,7 @@ def plan(setup, total):
     """memory.plan for the flags of a run on a device with `total` bytes."""
     c, shape, phrase = setup.c, setup.shape, longest_phrase(setup.encoding)
     prompt = c.prompt_tokens if c.init else shape.context - 2 * c.max_new_tokens - phrase
-    return memory.plan(shape, compute=getattr(torch, c.dtype), rows=c.rows, prompts=c.prompts, attempts=c.attempts,
+    return memory.plan(shape, compute=getattr(torch, c.dtype), tokens=c.tokens_per_microbatch, prompts=c.prompts, attempts=c.attempts,
                        corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
                        cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
                        offload=c.offload_optimizer, device=c.device, total=total, phrase=phrase, ranks=parallel.size())

@@ -35,8 +35,9 @@ from eval import evaluate, held_out_questions, make_sampler, table
 from flags import BadInput, Maybe, parse_flags
 from journal import log, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
-from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pack, pad_rows, policy_loss
+from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pad_rows, policy_loss, targets
 from model import narrow_copy, save_checkpoint
+from packing import batch_of, leaf, logprobs, row_packs, tree_packs
 from pretrain import pick_preset
 from starting import later, method, plan, prepare, row_tokens, wanted_tokens
 from tasks import draw
@@ -75,7 +76,9 @@ class Config(pretrain.Config):
     normalize: Literal["sequence", "token", "constant"] = "sequence"   # mean over a row's tokens (paper) | all tokens | fixed length
     epochs: int = 1           # passes over each rollout
     minibatches: int = 2      # optimiser steps per pass, each on its share of the questions
-    rows: int = 128           # rows per micro-batch: less memory, same gradient
+    tokens_per_microbatch: int = 16_384    # that go through the model together: fewer take less memory, for the same gradient
+    pack: Literal["tree", "rows"] = "tree"      # every token of a rollout once (packing.py) | rows, padded, each with its whole past
+    compile: bool = False     # the blocks' elementwise parts through torch.compile; the first steps then take a minute longer
     recompute: Literal["auto", "yes", "no"] = "auto"              # activation checkpointing: less memory, more time; auto: with --init
     offload_optimizer: bool = False    # Adam's moments, and masters for it, in host memory: 8 bytes a parameter less on the device
     max_new_tokens: int = 0   # per completion; 0: half as much again as a right answer can need; of a real model what fits, at most 1,024
@@ -87,17 +90,17 @@ class Config(pretrain.Config):
 
 PRESETS = {
     "cpu": pretrain.PRESETS["cpu"],
-    "gpu": pretrain.PRESETS["gpu"] | dict(prompts=128, attempts=8, corrections=4, tokens=100_000_000, rows=1024, lr=3e-5,
+    "gpu": pretrain.PRESETS["gpu"] | dict(prompts=128, attempts=8, corrections=4, tokens=100_000_000, tokens_per_microbatch=65_536, lr=3e-5,
                                           eval_questions=4096),     # more of everything a GPU does in parallel
     "smoke": pretrain.PRESETS["smoke"] | dict(tokens=200_000, prompts=16, eval_questions=256),
 }
 
 
 # Of a model from --init: what the paper used, as far as public re-implementations know (H and the tokens are ours).
-REAL = dict(prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000, rows=8)
+REAL = dict(prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000)
 
 
-SUMS = ("tokens", "clipped", "kl", "ratio", "loss", "entropy", "gauge", "gauge_tokens", "gauge_max")    # over the tokens trained on
+SUMS = ("tokens", "clipped", "kl", "ratio", "loss", "entropy", "gauge", "gauge_tokens", "gauge_max", "packed", "padding")    # of a step
 SKIPS = 5                 # optimiser steps in a row whose gradient is not finite, after which a run ends
 REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), "rollouts must be drawn from the distribution whose log-probabilities are trained, or "
                         "the gradient is biased; evaluation may filter: python eval.py --help")
@@ -281,7 +284,7 @@ def learn(policy, reference, optimizer, trees, c):
     for epoch in range(c.epochs):
         for parts in optimiser_steps(trees, c):
             first = epoch == 0 and not norms                          # the policy still is the one that sampled
-            if accumulate(policy, reference, parts, c, sums, first):  # else all advantages are 0: Adam's momentum is no reason to move
+            if accumulate(policy, reference, trees, parts, c, sums, first):      # else no advantages: momentum is no reason to move
                 norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)).item()
                 if math.isfinite(norm):
                     norms.append(norm)
@@ -289,31 +292,33 @@ def learn(policy, reference, optimizer, trees, c):
                 else:
                     skipped += 1
                 optimizer.zero_grad(set_to_none=True)
+    sums = {name: float(value) for name, value in sums.items()}
     gauge_max, sums = parallel.most(sums.pop("gauge_max")), parallel.total(sums)
     tokens = max(sums["tokens"], 1)
     return dict(loss=sums["loss"] / max(len(norms), 1), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms), skipped=skipped,
                 **{name: sums[name] / tokens for name in ("clipped", "entropy", "kl", "ratio")},
-                gauge_max=gauge_max, gauge_mean=sums["gauge"] / max(sums["gauge_tokens"], 1))
+                gauge_max=gauge_max, gauge_mean=sums["gauge"] / max(sums["gauge_tokens"], 1),
+                packed=int(sums["packed"]), padding=sums["padding"] / max(sums["packed"], 1))
 
 
 def optimiser_steps(trees, c):
-    """What each optimiser step trains on -> [[(layer, its row indices), ...], ...], as many steps on every rank.
+    """What each optimiser step trains on -> [[(tree's number, layer, its row indices), ...], ...], as many steps on every rank.
 
     Questions are dealt over the minibatches; siblings stay together, since a question's rows do.
     """
     steps = []
     for m in range(c.minibatches):
         parts = []
-        for tree in trees:
+        for number, tree in enumerate(trees):
             for layer in tree.layers:
                 slots = tree.slots[layer.questions]
-                parts.append((layer, ((slots >= 0) & (slots % c.minibatches == m)).nonzero()[:, 0]))
+                parts.append((number, layer, ((slots >= 0) & (slots % c.minibatches == m)).nonzero()[:, 0]))
         depths = range(1, c.layers + 1)                                                                # MGRPO: both layers, one step
-        steps += [parts] if c.update == "joint" else [[part for part in parts if part[0].completions.depth == depth] for depth in depths]
+        steps += [parts] if c.update == "joint" else [[part for part in parts if part[1].completions.depth == depth] for depth in depths]
     return steps
 
 
-def accumulate(policy, reference, parts, c, sums, first):
+def accumulate(policy, reference, trees, parts, c, sums, first):
     """Adds the gradient of an optimiser step's rows, in micro-batches -> how many passes that took. sums: to them are added those over
     the rows' tokens; those of the gauge when this is the first step after sampling.
 
@@ -321,38 +326,56 @@ def accumulate(policy, reference, parts, c, sums, first):
     of them carry a gradient changes the result. Ranks make as many passes as the busiest: a gather or a sum of gradients needs everybody.
     """
     denominators = parallel.total({depth: sum(loss_denominator(layer.lengths[rows], c.normalize, c.max_new_tokens)
-                                              for layer, rows in parts if layer.completions.depth == depth) for depth in (1, 2)})
-    batches = [(layer, index) for layer, rows in parts for index in micro_batches(layer, rows, c)]
+                                              for _, layer, rows in parts if layer.completions.depth == depth) for depth in (1, 2)})
+    leaves = [leaf(trees[number].layers, layer.completions.depth, row, number) for number, layer, rows in parts
+              for row in rows[layer.active(c.kl_coef)[rows]].tolist()]
+    batches = (tree_packs if c.pack == "tree" else row_packs)(leaves, c.tokens_per_microbatch)
     passes = int(parallel.most(len(batches)))
-    for layer, index in batches:
-        for name, value in one_pass(policy, reference, layer, index, denominators[layer.completions.depth], c).items():
-            if first or not name.startswith("gauge"):
-                sums[name] = max(sums[name], float(value)) if name == "gauge_max" else sums[name] + float(value)
+    for some in batches:
+        found = one_pass(policy, reference, some, denominators, c)
+        add(sums, {name: value for name, value in found.items() if first or not name.startswith("gauge")})
     for _ in range(passes - len(batches)):
         idle_pass(policy, reference)
     return passes
 
 
-def micro_batches(layer, rows, c):
-    """Those of the rows that carry a gradient, in turns. Rows go longest beside longest, so that little is padding."""
-    rows = rows[layer.active(c.kl_coef)[rows]]
-    return rows[layer.totals[rows].argsort(stable=True)].split(c.rows) if len(rows) else ()
-
-
-def one_pass(policy, reference, layer, index, denominator, c):
-    """Forward and backward of a micro-batch -> sums over its tokens."""
-    weight = 1.0 if layer.completions.depth == 1 else c.layer2_weight                                   # MGRPO: J = J_1 + w J_2
-    batch, old_logp, advantages = pack(layer, index)
-    logp, entropy = completion_logprobs(policy, batch, c.temperature)
-    ref_logp = None
+def one_pass(policy, reference, leaves, denominators, c):
+    """Forward and backward of a micro-batch -> sums over its tokens. Nothing here waits for the device."""
+    batch = batch_of(leaves, c.pack, policy.cos.device)
+    logp, entropy = logprobs(policy, batch, c.temperature)
+    ref_logp = torch.zeros_like(logp)
     if reference is not None:
         with torch.no_grad():
-            ref_logp, _ = completion_logprobs(reference, batch, c.temperature)
-    loss, found = policy_loss(logp, old_logp, advantages, batch.mask, clip_low=c.clip_low, clip_high=c.clip_high,
-                              ref_logp=ref_logp, kl_coef=c.kl_coef, kl=c.kl, normalize=c.normalize, denominator=denominator)
-    (weight * loss).backward()
-    gap = (logp.detach() - old_logp).abs()[batch.mask]
-    return found | dict(loss=weight * loss.detach(), entropy=entropy.sum(), gauge=gap.sum(), gauge_tokens=len(gap), gauge_max=gap.max())
+            ref_logp, _ = logprobs(reference, batch, c.temperature)
+    losses, sums = [], dict(entropy=entropy.sum(), packed=batch.tokens.numel(), padding=batch.tokens.numel() - batch.needed)
+    for layer, places, rows in by_layer(leaves):
+        weight = 1.0 if layer.completions.depth == 1 else c.layer2_weight                              # MGRPO: J = J_1 + w J_2
+        old_logp, advantages, mask = targets(layer, rows)
+        here, there = (x[places.to(x.device), :mask.shape[1]] for x in (logp, ref_logp))
+        loss, found = policy_loss(here, old_logp, advantages, mask, clip_low=c.clip_low, clip_high=c.clip_high, ref_logp=there,
+                                  kl_coef=c.kl_coef, kl=c.kl, normalize=c.normalize, denominator=denominators[layer.completions.depth])
+        losses.append(weight * loss)
+        gap = ((here.detach() - old_logp) * mask).abs()
+        add(sums, found | dict(loss=losses[-1].detach(), gauge=gap.sum(), gauge_tokens=mask.sum(), gauge_max=gap.max()))
+    sum(losses).backward()
+    return sums
+
+
+def by_layer(leaves):
+    """-> [(layer, where in the micro-batch its rows are, their numbers in the layer), ...]"""
+    found = {}
+    for place, one in enumerate(leaves):
+        found.setdefault(id(one.layer), (one.layer, [], []))
+        found[id(one.layer)][1].append(place)
+        found[id(one.layer)][2].append(one.row)
+    return [(layer, torch.tensor(places), torch.tensor(rows)) for layer, places, rows in found.values()]
+
+
+def add(sums, found):
+    """Adds what was found to the sums, tensors or numbers; of the largest gauge keeps the larger."""
+    for name, value in found.items():
+        before = sums.get(name, 0.0)
+        sums[name] = before + value if name != "gauge_max" else torch.maximum(value, torch.as_tensor(before, device=value.device))
 
 
 def idle_pass(policy, reference):

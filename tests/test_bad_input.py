@@ -85,7 +85,7 @@ CASES = [
     (["eval.py", "--checkpoint", "good.pt", "--cache-tokens", "3"], "a row may need"),
     (["pretrain.py", "--data", "good.jsonl"], "belong together"), (["pretrain.py", "--data", "good.jsonl", "--tokenizer", "folder", "--save", "new"], "folder"),
     (["pretrain.py", "--data", "good.jsonl", "--tokenizer", "good", "--save", "file"], "is not written over"), (["data.py"], "usage"), (["data.py", "nowhere"], "there is no such file"),
-    (["prompts.py", "good"], "usage"), (["prompts.py", "nowhere", "?"], "no such folder"), (["memory.py", "--rows", "0"], "--rows 0"), (["tasks.py", "--modulus", "99"], "--modulus 99"),
+    (["prompts.py", "good"], "usage"), (["prompts.py", "nowhere", "?"], "no such folder"), (["memory.py", "--tokens-per-microbatch", "0"], "--tokens-per-microbatch 0"), (["tasks.py", "--modulus", "99"], "--modulus 99"),
     (["compare.py", "--arms", "none"], "'none'"), (["bench.py", "nothing"], "choose one of"), (["bench.py", "--rows", "9"], "multiple of --group"),
 ]
 

@@ -211,8 +211,8 @@ def test_what_may_change_and_what_may_not(undisturbed, monkeypatch):
     """Catches a run continued with another group size or seed, a change that nobody is told of, and settings that are forgotten."""
     monkeypatch.chdir(undisturbed)
     names, said = list(train.Config.__dataclass_fields__), []
-    old = resumed_settings(dict(resume="newest", name="whole", rows=64), names, said.append)
-    assert old["tokens"] == TOKENS and old["task"] == "solve" and said == ["resume: --rows 64 (was 128)"]
+    old = resumed_settings(dict(resume="newest", name="whole", tokens_per_microbatch=64), names, said.append)
+    assert old["tokens"] == TOKENS and old["task"] == "solve" and said == ["resume: --tokens-per-microbatch 64 (was 16384)"]
     for name, value in (("attempts", 9), ("seed", 1), ("task", "chain"), ("lr", 1.0)):
         with pytest.raises(BadInput, match=f"--{name} {value}: out/whole was made with"):
             resumed_settings(dict(resume="out/whole", **{name: value}), names, said.append)
@@ -224,8 +224,8 @@ def test_what_may_change_and_what_may_not(undisturbed, monkeypatch):
 
 
 def test_resume_stands_with_and_without_a_value():
-    """Catches `--resume --rows 4` read as a run called --rows."""
-    assert parse(train.Config, ["--resume", "--rows", "4"]) == dict(resume="newest", rows=4)
+    """Catches `--resume --epochs 4` read as a run called --epochs."""
+    assert parse(train.Config, ["--resume", "--epochs", "4"]) == dict(resume="newest", epochs=4)
     assert parse(train.Config, ["--resume", "out/x"]) == dict(resume="out/x") == parse(train.Config, ["--resume=out/x"])
 
 

@@ -44,7 +44,7 @@ def test_own_flags_come_first():
     """Catches a wall of flags: train.py's own are 37, in the order of the dataclass, and the base model's follow under a heading of their own."""
     own, base = help_text(train.Config, train.__doc__).split("Flags of pretrain.py, taken here too:")
     listed = [re.findall(r"^  --([\w-]+) ", part, re.M) for part in (own, base)]
-    assert [len(names) for names in listed] == [38, 11]
+    assert [len(names) for names in listed] == [40, 11]
     assert [name.replace("-", "_") for name in listed[1] + listed[0]] == [field.name for field in dataclasses.fields(train.Config)]
 
 
@@ -75,7 +75,7 @@ def test_bad_flags(words, says):
     (["train.py", "--temperature", "0"], "must be sampled"),
     (["train.py", "--format-weight", "0.9"], "pay better than being right"),
     (["train.py", "--clip-low", "1"], "must lie in (0, 1)"),
-    (["train.py", "--rows", "0"], "at least 1"),
+    (["train.py", "--tokens-per-microbatch", "0"], "at least 1"),
     (["train.py", "--modulus", "98"], "choose 3 to 97"),
     (["train.py", "--lr", "nan"], "--lr nan"),
     (["train.py", "--eval-questions", "1"], "--eval-questions 1"),

@@ -160,20 +160,20 @@ def test_the_plan_by_hand():
     c = ModelConfig(7, 4, 1, 2, 1, 2, 3)
     count = 7 * 4 + (4 + 4 * 8 + 4 * 4 + 4 + 4 * 6 + 3 * 4) + 4
     assert parameters(c) == count
-    p = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, reference=True)
+    p = plan(c, compute=torch.bfloat16, tokens=5 * 64, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, reference=True)
     assert (p["weights"], p["masters and gradients"], p["Adam"], p["reference"], p["host"]) == (2 * count, 8 * count, 8 * count, 2 * count, 0)
     tokens = 2 * 10 + 6 * 20 + 6 * (20 + memory.PHRASE) + 24 * 20
     assert kv_tokens(2, 3, 4, 10, 20) == tokens and kv_tokens(2, 3, 4, 10, 20, layers=1) == 2 * 10 + 6 * 20
     assert p["KV cache"] == tokens * 2 * 1 * 1 * 2 * 2
     assert block_bytes(c, 5, 8, torch.bfloat16) == 5 * 8 * 2 * (6 * 4 + 4 * 4 + 3 * 2 + 4 * 3)
-    away = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, offload=True, cache_tokens=100)
+    away = plan(c, compute=torch.bfloat16, tokens=5 * 64, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, offload=True, cache_tokens=100)
     assert away["Adam"] == 0 and away["host"] == 16 * count and away["KV cache"] == 100 * 8
-    tight = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, reference=True, total=sum(p.values()) + 100 - p["KV cache"])
+    tight = plan(c, compute=torch.bfloat16, tokens=5 * 64, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, reference=True, total=sum(p.values()) + 100 - p["KV cache"])
     assert tight["KV cache"] == 50 and {k: v for k, v in tight.items() if k != "KV cache"} == {k: v for k, v in p.items() if k != "KV cache"}
     assert on_device(p) == sum(p.values()) and "on the host" in plan_text(away, 1e9) and "of 80" in plan_text(p, 80e9)
-    cpu = plan(c, compute=torch.bfloat16, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, device="cpu")
+    cpu = plan(c, compute=torch.bfloat16, tokens=5 * 64, prompts=2, attempts=3, corrections=4, prompt=10, completion=20, device="cpu")
     assert cpu["KV cache"] == 2 * p["KV cache"] and cpu["activations"] > p["activations"]
-    assert plan(c, compute=torch.float32, rows=5, prompts=2, attempts=3, corrections=4, prompt=10, completion=20)["activations"] > 2 * p["activations"]
+    assert plan(c, compute=torch.float32, tokens=5 * 64, prompts=2, attempts=3, corrections=4, prompt=10, completion=20)["activations"] > 2 * p["activations"]
 
 
 def test_the_readmes_table(monkeypatch, capsys):
@@ -184,7 +184,7 @@ def test_the_readmes_table(monkeypatch, capsys):
     memory.main()
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 + 4 * 3 + 2 * 2 and len({row.count("|") for row in rows}) == 1                # two of them cannot hold 4,096 twice
-    monkeypatch.setattr(sys, "argv", ["memory.py", "--rows", "0"])
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--tokens-per-microbatch", "0"])
     with pytest.raises(SystemExit):
         guarded(memory.main)
 
@@ -199,7 +199,7 @@ def test_out_of_memory_is_one_sentence_with_three_flags(tmp_path, monkeypatch):
         with pytest.raises(BadInput) as said:
             train.train(train.Config(name="r", max_new_tokens=9, dtype="float32", device="cpu"))
         text = str(said.value)
-        assert all(flag in text for flag in ("--rows", "--max-new-tokens", "--cache-tokens")) and "memory, GB" in text and "\n" not in text and " of " in text
+        assert all(flag in text for flag in ("--tokens-per-microbatch", "--max-new-tokens", "--cache-tokens")) and "memory, GB" in text and "\n" not in text and " of " in text
     monkeypatch.setattr(train, "rollouts_and_steps", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         train.train(train.Config(name="r2", max_new_tokens=9, dtype="float32", device="cpu"))

@@ -16,11 +16,12 @@ from mgrpo import (
     kl_estimate,
     layer2_advantages,
     loss_denominator,
-    pack,
     pad_rows,
     policy_loss,
+    targets,
 )
 from model import GPT, ModelConfig
+from packing import Leaf, batch_of
 from tasks import Problem
 
 GOLDEN = SHARED / "golden" / "trl_loss.json"
@@ -287,6 +288,11 @@ def test_collect_on_a_hand_written_tree(encoding):
     assert prompt == "a\n" + first.texts[1] + sampler.asked[1] and sampler.asked[1].startswith("\n")
 
 
+def padded(layer, rows):
+    """Rows of a layer as train.py pads them."""
+    return batch_of([Leaf(layer, row, ()) for row in rows], "rows", "cpu")
+
+
 def test_only_sampled_tokens_of_layer_2_carry_loss(encoding, gpt):
     """The transcript through the real path, pack and all: the loss must answer to each correction's tokens, and only to them.
 
@@ -294,8 +300,9 @@ def test_only_sampled_tokens_of_layer_2_carry_loss(encoding, gpt):
     attempt or the phrase as a TARGET is impossible, since log-probabilities come out for exactly the sampled positions.
     """
     (_, second), _ = scripted_rollout(encoding)
-    rows, old, advantages = pack(second, torch.arange(8))
+    rows, (old, advantages, mask) = padded(second, range(8)), targets(second, torch.arange(8))
     logp, _ = completion_logprobs(gpt, rows)
+    assert torch.equal(mask, rows.mask)
     assert logp.shape == old.shape and rows.mask.sum(1).tolist() == second.lengths.tolist()
     for i in range(8):
         prompt, sampled = second.completions.prompts[i // 2], second.completions.tokens[i, :second.lengths[i]].tolist()
@@ -313,11 +320,11 @@ def test_layer_1_alone_is_grpo(encoding):
     assert len(layers) == 1 and sampler.asked == []
 
 
-def test_pack_keeps_the_samplers_numbers(encoding):
+def test_targets_keep_the_samplers_numbers(encoding):
     """Catches rows and their old log-probabilities or advantages getting out of step when rows are reordered."""
     (_, second), _ = scripted_rollout(encoding)
     second.completions.logprobs = torch.arange(8.0)[:, None].expand(8, second.completions.tokens.shape[1]).clone()
-    rows, old, advantages = pack(second, torch.tensor([6, 0, 2]))
+    rows, (old, advantages, _) = padded(second, [6, 0, 2]), targets(second, torch.tensor([6, 0, 2]))
     assert old[:, 0].tolist() == [6, 0, 2] and advantages.tolist() == second.advantages[[6, 0, 2]].tolist()
     given = rows.tokens[0, :rows.prompt_lengths[0]].tolist()
     assert given == second.completions.prompts[3]

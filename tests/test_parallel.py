@@ -19,7 +19,7 @@ from model import load_checkpoint
 from pretrain import pick_device
 
 RUN = ("train.py", "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--base-tokens", "300000", "--eval-questions", "63", "--save-every", "1")
-HARD = ("--kl-coef", "0.05", "--kl", "k1", "--recompute", "yes", "--update", "alternating", "--sources", "wrong", "--resample", "2", "--normalize", "token", "--rows", "16", "--epochs", "2", "--offload-optimizer")
+HARD = ("--kl-coef", "0.05", "--kl", "k1", "--recompute", "yes", "--update", "alternating", "--sources", "wrong", "--resample", "2", "--normalize", "token", "--tokens-per-microbatch", "500", "--epochs", "2", "--offload-optimizer")
 
 
 def start(folder, words, processes=1, **options):
@@ -302,7 +302,7 @@ def test_evaluation_is_shared(runs):
 
 def test_a_rank_plans_for_its_part():
     """Catches a plan that counts whole masters on every rank, or forgets what is gathered."""
-    known = dict(compute=torch.bfloat16, rows=8, prompts=32, attempts=8, corrections=4, prompt=512, completion=1024, reference=True)
+    known = dict(compute=torch.bfloat16, tokens=16384, prompts=32, attempts=8, corrections=4, prompt=512, completion=1024, reference=True)
     shape = memory.SHAPES["Qwen2.5-Math-7B"]
     one, eight = memory.plan(shape, **known), memory.plan(shape, **known, ranks=8)
     assert one["gathered"] == 0 and all(eight[what] == one[what] // 8 for what in ("masters and gradients", "Adam", "KV cache"))

@@ -46,30 +46,31 @@ def gradient(gpt, layers, c, reference=None):
     """The gradient of one optimiser step on all rows, and the diagnostics."""
     gpt.zero_grad()
     sums = dict.fromkeys(SUMS, 0.0)
-    assert accumulate(gpt, reference, [(layer, torch.arange(len(layer.texts))) for layer in layers], c, sums, True) > 0
+    assert accumulate(gpt, reference, grown(layers), [(0, layer, torch.arange(len(layer.texts))) for layer in layers], c, sums, True) > 0
     return torch.cat([p.grad.flatten() for p in gpt.parameters()]), sums
 
 
 @pytest.mark.parametrize("normalize", ["sequence", "token", "constant"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_gradient_does_not_depend_on_micro_batches(rollout, normalize, kl_coef):
-    """Catches a mean per micro-batch: 1 to 6 micro-batches of a layer (999 to 4 rows in each) must give one gradient, to 1e-5 of its size."""
+    """Catches a mean per micro-batch, and a tree that is not its rows: all at once, in several micro-batches, and one row at a time (1 token allows
+    no second), packed as trees or padded, must give one gradient, to 1e-5 of its size."""
     gpt, layers, c = rollout
     reference = copy.deepcopy(gpt).requires_grad_(False) if kl_coef else None
     if reference:
         reference.embed.weight.mul_(1.1)
-    results = [gradient(gpt, layers, dataclasses.replace(c, rows=rows, normalize=normalize, kl_coef=kl_coef), reference) for rows in (999, 12, 6, 4)]
+    results = [gradient(gpt, layers, dataclasses.replace(c, pack=kind, tokens_per_microbatch=most, normalize=normalize, kl_coef=kl_coef), reference) for kind in ("tree", "rows") for most in (10 ** 6, 200, 1)]
     whole, sums = results[0]
     assert whole.norm() > 1e-3
     for other, found in results[1:]:
         assert (other - whole).norm() < 1e-5 * whole.norm()
-        assert found["loss"] == pytest.approx(sums["loss"], abs=1e-5)
+        assert float(found["loss"]) == pytest.approx(float(sums["loss"]), abs=1e-5)
 
 
 def test_gradient_equals_the_equation(rollout):
     """The oracle for packing, sorting, skipping and weights together: (2) written out row by row over ALL rows, with w = 0.5."""
     gpt, layers, c = rollout
-    found, _ = gradient(gpt, layers, dataclasses.replace(c, layer2_weight=0.5, rows=7))
+    found, _ = gradient(gpt, layers, dataclasses.replace(c, layer2_weight=0.5, tokens_per_microbatch=250))
     gpt.zero_grad()
     for layer, w in zip(layers, (1.0, 0.5)):
         completions = layer.completions
@@ -92,7 +93,7 @@ def test_every_row_is_trained_once(rollout):
         plan = optimiser_steps(grown(layers), dataclasses.replace(c, update=update))
         assert len(plan) == steps
         for layer in layers:
-            mine = [rows for parts in plan for part, rows in parts if part is layer]
+            mine = [rows for parts in plan for _, part, rows in parts if part is layer]
             assert sorted(torch.cat(mine).tolist()) == list(range(len(layer.texts)))
             assert not set(layer.parents[mine[0]].tolist()) & set(layer.parents[mine[1]].tolist())
 
@@ -175,7 +176,7 @@ def test_questions_that_teach_nothing_give_way(monkeypatch, resample):
     setup = Namespace(c=c, task=make_task("solve", 3, 4, 11), encoding=None, verifier=None)
     trees = train.rollout(None, setup, 5)
     assert [tree.slots.tolist() for tree in trees] == [[[0, 1, 2, 3, 4, 5]], [[0, -1, 2, 3, -1, 5], [1, 4]], [], [[0, -1, 2, 3, -1, 5], [-1, 4], [-1], [1]]][resample]
-    trained = [int(trees[i].slots[q]) for parts in optimiser_steps(trees, c) for i, (layer, rows) in enumerate(parts) for q in layer.questions[rows]]
+    trained = [int(trees[i].slots[q]) for parts in optimiser_steps(trees, c) for i, layer, rows in parts for q in layer.questions[rows]]
     assert sorted(trained) == [slot for slot in range(6) for _ in range(2)]
     flat = [question for questions in asked for question in questions]
     assert len(set(flat)) == len(flat) == 6 + [0, 2, 0, 4][resample]
@@ -281,7 +282,7 @@ def test_every_switch_runs(smoke):
     folder = smoke[0]
     script(folder, "train.py", "--preset", "smoke", *SMOKE, "--tokens", "15000", "--eval-questions", "32", "--name", "switches", "--kl-coef", "0.01", "--kl", "k2",
            "--failed", "raw", "--sources", "balanced", "--epochs", "2", "--update", "alternating", "--normalize", "token", "--clip-high", "0.28",
-           "--format-weight", "0.2", "--layer2-weight", "0.5", "--rows", "20", "--temperature", "0.9")
+           "--format-weight", "0.2", "--layer2-weight", "0.5", "--tokens-per-microbatch", "400", "--pack", "rows", "--temperature", "0.9")
     lines = [json.loads(line) for line in (folder / "out/switches/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["updates"] == 8 and lines[-1]["kl"] > 0 and lines[0]["reward1"] > lines[0]["accuracy1"]
 
