@@ -2,6 +2,7 @@
 
     python bench.py sampler                      # from recomputing everything to this sampler; transformers too, where it is installed
     python bench.py sampler --shape 0.5b --rows 256 --prompt 256 --new 512      # on a GPU: the shape of Qwen2.5-0.5B, random weights
+    python bench.py train                        # a training step by phases; trees beside padded rows; TRL, where it is installed
     python bench.py verifier                     # comparisons a second, by kind of answer
     python bench.py kernels                      # registers, spills, shared memory, bytes, operations of the Triton kernels; needs no GPU
 
@@ -65,12 +66,14 @@ ABSENT = {   # device -> what it has not: why
 
 @dataclass(frozen=True)
 class Config:
-    what: Literal["sampler", "kernels", "verifier"] = "sampler"   # what to measure; may also be given as a bare first word
+    what: Literal["sampler", "train", "kernels", "verifier"] = "sampler"   # what to measure; may also be given as a bare first word
     shape: Literal["default", "0.5b", "1.5b", "7b"] = "default"    # of the model; all but the default want a GPU
     rows: int = 256           # completions at a time
     group: int = 8            # completions per prompt
+    corrections: int = 4      # train: per completion, in layer 2
     prompt: int = 32          # tokens per prompt
     new: int = 64             # tokens per completion
+    tokens_per_microbatch: int = 16_384    # train: that go through the model together
     rounds: int = 5           # every variant is timed so many times, in turns; medians are shown
     threads: int = 0          # CPU threads; 0: all
     ladder: Literal["all", "last", "none"] = "all"    # lines of the ladder; "last": only the sampler as it is used
@@ -132,10 +135,10 @@ def work(model_config, dtype, c, lengths):
 
 # --------------------------------------------------------------------------------------------------------------- sampler
 
-def make_model(c, dtype, device):
+def make_model(c, dtype, device, context=0):
     """A model of the shape asked for, random weights, with an end token that no row samples."""
     torch.manual_seed(0)
-    config = ModelConfig(**SHAPES[c.shape] | dict(context=max(512, c.prompt + c.new)))
+    config = ModelConfig(**SHAPES[c.shape] | dict(context=max(512, c.prompt + c.new, context)))
     with torch.device(device):
         return GPT(config, dtype)
 
@@ -156,8 +159,8 @@ def rung(switches, model, c, prompts, limits):
     return lambda: sampler.generate(prompts, c.group, limits, seed=0)
 
 
-def theirs(dtype, c, prompts, device):
-    """transformers' generate with its default (dynamic) cache on a Qwen2 or Qwen3 of the same shape."""
+def their_model(c, dtype, device):
+    """transformers' Qwen2 or Qwen3 of the same shape, random weights."""
     import transformers
     transformers.logging.set_verbosity_error()
     m = make_model(c, dtype, "meta").config
@@ -168,7 +171,12 @@ def theirs(dtype, c, prompts, device):
         num_key_value_heads=m.kv_heads, head_dim=m.head_size, intermediate_size=m.hidden, max_position_embeddings=m.context,
         tie_word_embeddings=m.tied)
     with torch.device(device):
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+        return getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
+
+
+def theirs(dtype, c, prompts, device):
+    """transformers' generate with its default (dynamic) cache."""
+    model = their_model(c, dtype, device).eval()
     tokens = torch.tensor(prompts, device=device).repeat_interleave(c.group, 0)
     settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=c.new, min_new_tokens=c.new, eos_token_id=None,
                     pad_token_id=0)
@@ -370,16 +378,23 @@ def verdict_seconds(response, gold, forget):
     return time.perf_counter() - start
 
 
+def bench_train(c):
+    """A training step (training_speed.py)."""
+    import training_speed  # which imports this file
+    training_speed.bench_all(c)
+
+
 def main():
     """Flags, with the first word as --what."""
     words = sys.argv[1:]
     if words and not words[0].startswith("-"):
         words = ["--what", *words]
     c = parse_flags(Config, __doc__, argv=words)
-    if c.rows < 1 or c.group < 1 or c.rows % c.group or min(c.prompt, c.new, c.rounds, c.threads + 1) < 1:
-        raise BadInput(f"--rows {c.rows} must be a multiple of --group {c.group}; --prompt, --new and --rounds at least 1; "
-                       "--threads at least 0")
-    {"sampler": bench_sampler, "kernels": bench_kernels, "verifier": bench_verifier}[c.what](c)
+    if c.rows < 1 or c.group < 1 or c.rows % c.group:
+        raise BadInput(f"--rows {c.rows} must be a multiple of --group {c.group}")
+    if min(c.prompt, c.new, c.rounds, c.threads + 1, c.corrections, c.tokens_per_microbatch) < 1:
+        raise BadInput("--prompt, --new, --rounds, --corrections and --tokens-per-microbatch must be at least 1, --threads at least 0")
+    {"sampler": bench_sampler, "train": bench_train, "kernels": bench_kernels, "verifier": bench_verifier}[c.what](c)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ class Progress:
     step: int = 0
     generated: int = 0        # tokens
     seconds: float = 0.0
+    sampling: float = 0.0     # seconds of them
+    training: float = 0.0
     updates: int = 0          # optimiser steps made
     skipped: int = 0          # in a row, for gradients that were not finite
     best: int = -1            # the step whose state is the best: by accuracy of the last layer since the state before

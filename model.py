@@ -24,6 +24,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -145,19 +146,23 @@ class Block(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(c.head_size, c.norm_eps), RMSNorm(c.head_size, c.norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        x = x + self.attention(self.norm1(x), cos, sin, attend)
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return self.after(x, attend(self.layer, *self.before(x, cos, sin)))
 
-    def attention(self, x, cos, sin, attend):
+    def before(self, x, cos, sin):
+        """What attention compares: [B, T, D] -> q [B, T, N, C], k and v [B, T, K, C]."""
         c, (B, T, _) = self.config, x.shape
-        qkv = self.qkv(x).view(B, T, -1, c.head_size)                       # [B, T, N + 2K, C]
+        qkv = self.qkv(self.norm1(x)).view(B, T, -1, c.head_size)           # [B, T, N + 2K, C]
         qk, v = qkv.split([c.heads + c.kv_heads, c.kv_heads], 2)
         if c.qk_norm:                                                       # q_norm(q) and k_norm(k) in one pass over both
             weight = torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
             qk = rms_normalise(qk, c.norm_eps) * weight.to(qk.dtype)
-        q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2)
-        return self.out(attend(self.layer, q, k, v).reshape(B, T, -1))
+        return *rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2), v
+
+    def after(self, x, found):
+        """What attention found [B, T, N, C] is added to x, then what the MLP makes of both."""
+        x = x + self.out(found.flatten(2))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
 
 
 # --------------------------------------------------------------------------------------------------------------- the GPT
@@ -214,6 +219,13 @@ class GPT(nn.Module):
         """A block of which backward keeps the input alone, and computes the rest a second time (activation checkpointing,
         arXiv 1604.06174)."""
         return checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+
+    def compile_blocks(self):
+        """torch.compile on what stands between two attentions: norms, rotations and gates then pass memory once, not operation by
+        operation. Any length is compiled for, once."""
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")          # constant()
+        for block in self.blocks:
+            block.before, block.after = (torch.compile(part, dynamic=True) for part in (block.before, block.after))
 
     @staticmethod
     def from_pretrained(folder, compute=torch.float32, device="cpu"):

@@ -47,7 +47,7 @@ from mgrpo import completion_logprobs, pad_rows
 from model import token_logprobs
 
 BLOCK = 128               # FlexAttention's blocks; on CUDA a pack's length is a multiple of it
-CHUNK = 64                # segments whose attention is computed together on a CPU: what they need then stays in its cache
+SCORES = 1 << 18          # pairs of tokens whose attention is computed together on a CPU: what they need then stays in its cache
 
 
 # ------------------------------------------------------------------------------------------------ from rows to micro-batches
@@ -224,10 +224,15 @@ def chunked(inside, S):
     for depth in range(1 + max(segment.depth for segment in inside)):
         here = sorted((segment for segment in inside if segment.depth == depth and segment.tokens),
                       key=lambda segment: segment.position + len(segment.tokens))
-        for first in range(0, len(here), CHUNK):
-            some = here[first:first + CHUNK]
-            paths = [above_of(segment) for segment in some]
-            T, P = (length + -length % 8 for length in (max(len(segment.tokens) for segment in some), max(map(len, paths))))
+        while here:
+            count, T, P = 0, 0, 0
+            for count, segment in enumerate(here):
+                wider = max(T, len(segment.tokens)), max(P, segment.position)
+                if count and (count + 1) * wider[0] * sum(wider) > SCORES:
+                    break
+                (T, P), count = wider, count + 1
+            some, here = here[:count], here[count:]
+            paths, T, P = [above_of(segment) for segment in some], T + -T % 8, P + -P % 8
             own = [[*range(segment.start, segment.start + len(segment.tokens))] + [S] * (T - len(segment.tokens)) for segment in some]
             above = [[S] * (P - len(path)) + path for path in paths]
             found.append(Chunk(torch.tensor(own), torch.tensor(above, dtype=torch.long).view(len(some), P)))
@@ -279,6 +284,16 @@ def batch_of(leaves, kind, device):
         return pack(leaves, device, BLOCK if torch.device(device).type == "cuda" else 1)
     c = [one.layer.completions for one in leaves]
     return pad_rows([c.prompts[one.row // c.n] for c, one in zip(c, leaves)], [c.sampled[one.row] for c, one in zip(c, leaves)], device)
+
+
+def by_layer(leaves):
+    """-> [(layer, where in the micro-batch its rows are, their numbers in the layer), ...]"""
+    found = {}
+    for place, one in enumerate(leaves):
+        found.setdefault(id(one.layer), (one.layer, [], []))
+        found[id(one.layer)][1].append(place)
+        found[id(one.layer)][2].append(one.row)
+    return [(layer, torch.tensor(places), torch.tensor(rows)) for layer, places, rows in found.values()]
 
 
 def logprobs(model, batch, temperature=1.0):

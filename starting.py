@@ -6,6 +6,7 @@ base (`tiny_model`), and a model from --init with files of problems (`real_model
 """
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,8 @@ def validate(c):
         raise BadInput("--failed raw takes the reward itself as advantage, so --group question would change nothing; drop one of them")
     if not 0 < c.temperature < math.inf:
         raise BadInput(f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike and teach nothing")
+    if c.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++"))):
+        raise BadInput("--compile: torch.compile needs a C++ compiler here (g++ or clang++), and there is none; leave it out")
     if not 0 <= c.format_weight <= 0.5:
         raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
     if not 0 < c.clip_low < 1 or c.clip_high <= 0:

@@ -37,7 +37,7 @@ from journal import log, post_mortem, rollout_metrics, run_folder, say, write_js
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pad_rows, policy_loss, targets
 from model import narrow_copy, save_checkpoint
-from packing import batch_of, leaf, logprobs, row_packs, tree_packs
+from packing import batch_of, by_layer, leaf, logprobs, row_packs, tree_packs
 from pretrain import pick_preset
 from starting import later, method, plan, prepare, row_tokens, wanted_tokens
 from tasks import draw
@@ -152,6 +152,8 @@ def assemble(setup, planned):
         with fitting(folder):
             policy.load_state_dict(state["weights"])
     sampler = make_sampler(policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned))
+    if c.compile:
+        policy.compile_blocks()
     parallel.shard(policy)                                   # the sampler's copy is whole; the masters are in slices from here on
     optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
     progress = go_on(state, folder, policy, optimizer) if state else Progress()
@@ -196,7 +198,7 @@ def rollouts_and_steps(setup, planned):
         raise
     finally:
         bar.close()
-    finish(folder, progress.results, c, progress.seconds)
+    finish(folder, progress, c)
     return folder
 
 
@@ -220,6 +222,7 @@ def one_step(policy, reference, optimizer, sampler, setup, progress):
     counts = parallel.total(dict(new=sum(int(layer.lengths.sum()) for tree in trees for layer in tree.layers),
                                  resampled=sum(int((tree.slots < 0).sum()) for tree in trees)))
     progress.step, progress.generated = progress.step + 1, progress.generated + int(counts["new"])
+    progress.sampling, progress.training = progress.sampling + seconds[0], progress.training + seconds[1]
     return (dict(step=progress.step, generated=progress.generated) | rollout_metrics(trees[0].layers, c.layers) | learned
             | dict(resampled=int(counts["resampled"]), tokens_per_s=counts["new"] / sum(seconds), seconds_sampling=seconds[0],
                    seconds_training=seconds[1], lr=optimizer.param_groups[0]["lr"])), trees
@@ -264,7 +267,8 @@ def watch(folder, progress, metrics, trees, c):
     progress.recent.append(metrics.get("accuracy2", metrics["accuracy1"]))
     if progress.step == 1:
         say(f"memory, GB: {memory.peak(c.device) / memory.GB:.2f} at most up to here"
-            f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}")
+            f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}; "
+            f"{metrics['packed']:,} tokens went through training, {metrics['padding']:.1%} of them padding")
     cut = max(metrics["cut1"], metrics.get("cut2", 0.0))
     if cut > 0.2 and progress.step % 100 == 1:
         say(f"{cut:.0%} of answers are cut at {c.max_new_tokens} tokens, and score 0 whatever they were about to say: raise "
@@ -332,15 +336,16 @@ def accumulate(policy, reference, trees, parts, c, sums, first):
     batches = (tree_packs if c.pack == "tree" else row_packs)(leaves, c.tokens_per_microbatch)
     passes = int(parallel.most(len(batches)))
     for some in batches:
-        found = one_pass(policy, reference, some, denominators, c)
+        loss, found = loss_of(policy, reference, some, denominators, c)
+        loss.backward()
         add(sums, {name: value for name, value in found.items() if first or not name.startswith("gauge")})
     for _ in range(passes - len(batches)):
         idle_pass(policy, reference)
     return passes
 
 
-def one_pass(policy, reference, leaves, denominators, c):
-    """Forward and backward of a micro-batch -> sums over its tokens. Nothing here waits for the device."""
+def loss_of(policy, reference, leaves, denominators, c):
+    """A micro-batch's part of the loss -> it, and sums over its tokens. Nothing here waits for the device."""
     batch = batch_of(leaves, c.pack, policy.cos.device)
     logp, entropy = logprobs(policy, batch, c.temperature)
     ref_logp = torch.zeros_like(logp)
@@ -357,18 +362,7 @@ def one_pass(policy, reference, leaves, denominators, c):
         losses.append(weight * loss)
         gap = ((here.detach() - old_logp) * mask).abs()
         add(sums, found | dict(loss=losses[-1].detach(), gauge=gap.sum(), gauge_tokens=mask.sum(), gauge_max=gap.max()))
-    sum(losses).backward()
-    return sums
-
-
-def by_layer(leaves):
-    """-> [(layer, where in the micro-batch its rows are, their numbers in the layer), ...]"""
-    found = {}
-    for place, one in enumerate(leaves):
-        found.setdefault(id(one.layer), (one.layer, [], []))
-        found[id(one.layer)][1].append(place)
-        found[id(one.layer)][2].append(one.row)
-    return [(layer, torch.tensor(places), torch.tensor(rows)) for layer, places, rows in found.values()]
+    return sum(losses), sums
 
 
 def add(sums, found):
@@ -428,12 +422,15 @@ def final_table(sampler, encoding, task, c, name, verifier):
     return {label: ask(temperature=temperature, say=f"{name}, {label}") for label, temperature in (("greedy", 0.0), ("temperature 1", 1.0))}
 
 
-def finish(folder, results, c, seconds):
-    """Prints the paper's table and writes result.json."""
-    write_json(folder / "result.json", results)
+def finish(folder, progress, c):
+    """Prints the paper's table and what took the time, and writes result.json."""
+    write_json(folder / "result.json", progress.results)
     for label in ("greedy", "temperature 1"):
-        say(f"\n{label}\n{table({name: result[label] for name, result in results.items()})}")
-    say(f"\n{folder}: {seconds / 60:.1f} minutes after the base; {how_to_evaluate(folder, c)}")
+        say(f"\n{label}\n{table({name: result[label] for name, result in progress.results.items()})}")
+    shares = {name: took / max(progress.seconds, 1e-9) for name, took in (("sampling", progress.sampling), ("training", progress.training))}
+    shares["tables, saving and the rest"] = 1 - sum(shares.values())
+    say(f"\ntime: {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}; {max(shares, key=shares.get)} bounds this run")
+    say(f"{folder}: {progress.seconds / 60:.1f} minutes after the base; {how_to_evaluate(folder, c)}")
 
 
 def main():

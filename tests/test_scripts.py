@@ -1,4 +1,5 @@
 """compare.py and bench.py: their statistics against hand-computed cases, and a tiny run of each."""
+import dataclasses
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ from conftest import ROOT, script
 
 import bench
 import compare
+import training_speed
 
 # ----------------------------------------------------------------------------------------------------------------- compare
 
@@ -73,6 +75,35 @@ def test_bench_runs():
             assert re.search(rf"{name} +{dtype} +[0-9,]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+%", printed), name
     assert printed.count("compiled, not run: needs CUDA") == 4
     assert "The ladder" not in script(ROOT, "bench.py", "sampler", *SMALL, "--device", "cpu", "--ladder", "none")
+
+
+def test_bench_of_a_training_step_runs():
+    """Catches a table of training that only works on its author's machine; and a tree that is not compared with rows."""
+    printed = script(ROOT, "bench.py", "train", *SMALL, "--corrections", "2", "--device", "cpu")
+    for kind in ("padded rows", "sorted rows", "tree"):
+        for dtype in ("float32", "bfloat16"):
+            assert re.search(rf"^{kind}, {dtype} +([0-9.]+ +){{8}}[0-9,]+ +[0-9.]+% +[0-9.]+%$", printed, re.M), kind
+    assert all(re.search(rf"^  {name} .* exponent -?[0-9.]+$", printed, re.M) for name in ("G", "H", "tokens"))
+
+
+@pytest.mark.extra
+def test_bench_against_trl_runs():
+    """Catches a TRL whose steps are not timed, or that ends rows early and is compared with full ones."""
+    pytest.importorskip("trl")
+    printed = script(ROOT, "bench.py", "train", *SMALL, "--corrections", "2", "--device", "cpu")
+    assert len(re.findall(r"^TRL [0-9.]+ +(?:float32|bfloat16) +[0-9.]+$", printed, re.M)) == 2 and "of TRL's step time" in printed
+
+
+def test_the_floor_of_training_by_hand():
+    """Catches a token of the trunk counted twice, or a pair of tokens left out: one question of 3, two attempts of 2 tokens (of which the last needs no
+    vector), one of them gone on from."""
+    c = dataclasses.replace(bench.Config(), rows=2, group=2, corrections=1, prompt=3, new=2)
+    one = training_speed.Bench(c, torch.float32, "cpu", ragged=False)
+    layers, m = one.rollout(training_speed.Clock("cpu")), one.model.config
+    attempt = 2 + len(training_speed.PHRASE)                     # both are gone on from: whole, with a phrase
+    tokens = 3 + 2 * (attempt + 1)
+    pairs = 3 * 4 // 2 + 2 * sum(3 + i + 1 for i in range(attempt)) + 2 * (3 + attempt + 1)
+    assert training_speed.work(m, layers) == 6 * sum(p.numel() for p in one.model.parameters()) * tokens + 12 * m.heads * m.head_size * m.depth * pairs
 
 
 def test_the_floor_by_hand():
