@@ -169,8 +169,9 @@ def pack(leaves, device="cpu", multiple=1):
         target += sampled
         row += [i] * len(sampled)
         column += range(len(sampled))
-    there = lambda numbers: torch.tensor(numbers).to(device, non_blocking=True)
-    chunks = chunked(inside, S + spare) if torch.device(device).type == "cpu" else []
+    on_cpu = torch.device(device).type == "cpu"
+    there = lambda numbers: torch.tensor(numbers, pin_memory=not on_cpu).to(device, non_blocking=True)     # nobody waits for the copy
+    chunks = chunked(inside, S + spare) if on_cpu else []
     return Forest(*map(there, (tokens, positions, until, source, target, row, column)), chunks, (B, max(column) + 1), S)
 
 
