@@ -104,7 +104,7 @@ def test_evaluate_sees_every_question_once(monkeypatch, encoding):
         rows = len(problems) * samples
         monkeypatch.setattr(layer, "correct", torch.tensor([True, False] * len(problems)))
         monkeypatch.setattr(layer, "undecided", torch.tensor([True] + [False] * (rows - 1)))
-        monkeypatch.setattr(layer.completions, "lengths", torch.full((rows,), 6))
+        monkeypatch.setattr(layer, "lengths", torch.full((rows,), 6))
         monkeypatch.setattr(layer.completions, "ended", torch.tensor([True, False] * len(problems)))
         monkeypatch.setattr(layer, "texts", ["<answer>1</answer>"] * rows)
         return [layer]

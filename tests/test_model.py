@@ -1,6 +1,8 @@
 """The GPT and the way from vectors to probabilities, against plain formulas."""
+import copy
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -156,3 +158,29 @@ flags.guarded(lambda: save("m", large))
     assert done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     kept = GPT.from_pretrained(tmp_path / "m") if kind == "pretrained" else load_checkpoint(tmp_path / "m")[0]
     assert kept.config.vocab_size == 20 and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_are_the_same(gpt):
+    """Catches --compile that changes what is computed, or that compiles anew for every length: loss and gradient of three lengths to 1e-5."""
+    compiled = copy.deepcopy(gpt)
+    compiled.compile_blocks()
+    for length in (5, 9, 14):
+        tokens, losses = torch.randint(0, 200, (2, length), generator=torch.Generator().manual_seed(length)), []
+        for model in (gpt, compiled):
+            model.zero_grad()
+            losses.append(model(tokens).square().mean())
+            losses[-1].backward()
+        torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+        for ours, theirs in zip(gpt.parameters(), compiled.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_compile_without_a_compiler_is_said(monkeypatch):
+    """Catches a traceback of torch's after the base has been made."""
+    import starting
+    import train
+    monkeypatch.setattr(starting.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(starting.BadInput, match="needs a C\\+\\+ compiler"):
+        starting.validate(train.Config(compile=True))
