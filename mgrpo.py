@@ -279,8 +279,12 @@ def targets(layer, index):
     advantages [B], mask [B, T]: True on sampled tokens."""
     c, lengths = layer.completions, layer.lengths[index]
     mask, device = torch.arange(int(lengths.max())) < lengths[:, None], c.tokens.device
-    index, advantages = index.to(device, non_blocking=True), layer.advantages[index]
-    return c.logprobs[index, :mask.shape[1]], *(x.to(device, non_blocking=True) for x in (advantages, mask))
+    return c.logprobs[sent(index, device), :mask.shape[1]], sent(layer.advantages[index], device), sent(mask, device)
+
+
+def sent(x, device):
+    """A tensor of the host on a device; the host does not wait for the copy, nor for what the device does before it."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 
 
 def completion_logprobs(model, rows, temperature=1.0):

@@ -23,11 +23,13 @@ As a tree each segment stands once, in depth-first order, all trees of a micro-b
         w █ █ █ █ █ █                        Level by level on a CPU: all questions at once, then all attempts, then all corrections,
         x █ █ █ █ █ █ █                      padded within a level; a segment's keys are its path's and its own.
         x █ █ █ █ █ █ █ █
-        y █ █ █ █ █ █     █                  Both are exact: log-probabilities and gradients are those of the rows one by one.
+        y █ █ █ █ █ █     █                  Both are exact: log-probabilities and gradients are those of the rows one by one
         y █ █ █ █ █ █     █ █
         y █ █ █ █ █ █     █ █ █
         b █ █ █                 █
         b █ █ █                 █ █
+
+(in bf16 but for rounding: what branches send back to their trunk is summed in bf16, where rows sum weights' gradients in fp32).
 
 A row's first token is predicted by the last one of the segment above, the others by the one before; so a segment lacks its row's last
 token, unless something goes on from it.
@@ -43,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mgrpo import completion_logprobs, pad_rows
+from mgrpo import completion_logprobs, pad_rows, sent
 from model import token_logprobs
 
 BLOCK = 128               # FlexAttention's blocks; on CUDA a pack's length is a multiple of it
@@ -169,9 +171,8 @@ def pack(leaves, device="cpu", multiple=1):
         target += sampled
         row += [i] * len(sampled)
         column += range(len(sampled))
-    on_cpu = torch.device(device).type == "cpu"
-    there = lambda numbers: torch.tensor(numbers, pin_memory=not on_cpu).to(device, non_blocking=True)     # nobody waits for the copy
-    chunks = chunked(inside, S + spare) if on_cpu else []
+    there = lambda numbers: sent(torch.tensor(numbers), device)
+    chunks = chunked(inside, S + spare) if torch.device(device).type == "cpu" else []
     return Forest(*map(there, (tokens, positions, until, source, target, row, column)), chunks, (B, max(column) + 1), S)
 
 
@@ -215,8 +216,9 @@ def block_mask(forest):
 
 @functools.cache
 def compiled_flex():
-    """flex_attention as one kernel; torch.compile knows how to make it."""
-    return torch.compile(flex_attention)
+    """flex_attention as one kernel for packs of any length. fullgraph: an error, where torch.compile would else fall back without a word
+    to an attention that holds all S x S scores."""
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def chunked(inside, S):
@@ -287,14 +289,14 @@ def batch_of(leaves, kind, device):
     return pad_rows([c.prompts[one.row // c.n] for c, one in zip(c, leaves)], [c.sampled[one.row] for c, one in zip(c, leaves)], device)
 
 
-def by_layer(leaves):
-    """-> [(layer, where in the micro-batch its rows are, their numbers in the layer), ...]"""
+def by_layer(leaves, device):
+    """-> [(layer, where in the micro-batch its rows are, on the device, and their numbers in the layer), ...]"""
     found = {}
     for place, one in enumerate(leaves):
         found.setdefault(id(one.layer), (one.layer, [], []))
         found[id(one.layer)][1].append(place)
         found[id(one.layer)][2].append(one.row)
-    return [(layer, torch.tensor(places), torch.tensor(rows)) for layer, places, rows in found.values()]
+    return [(layer, sent(torch.tensor(places), device), torch.tensor(rows)) for layer, places, rows in found.values()]
 
 
 def logprobs(model, batch, temperature=1.0):

@@ -345,7 +345,7 @@ def accumulate(policy, reference, trees, parts, c, sums, first):
 
 
 def loss_of(policy, reference, leaves, denominators, c):
-    """A micro-batch's part of the loss -> it, and sums over its tokens. Nothing here waits for the device."""
+    """A micro-batch's part of the loss -> it, and sums over its tokens. With trees nothing here waits for the device."""
     batch = batch_of(leaves, c.pack, policy.cos.device)
     logp, entropy = logprobs(policy, batch, c.temperature)
     ref_logp = torch.zeros_like(logp)
@@ -353,10 +353,10 @@ def loss_of(policy, reference, leaves, denominators, c):
         with torch.no_grad():
             ref_logp, _ = logprobs(reference, batch, c.temperature)
     losses, sums = [], dict(entropy=entropy.sum(), packed=batch.tokens.numel(), padding=batch.tokens.numel() - batch.needed)
-    for layer, places, rows in by_layer(leaves):
+    for layer, places, rows in by_layer(leaves, logp.device):
         weight = 1.0 if layer.completions.depth == 1 else c.layer2_weight                              # MGRPO: J = J_1 + w J_2
         old_logp, advantages, mask = targets(layer, rows)
-        here, there = (x[places.to(x.device), :mask.shape[1]] for x in (logp, ref_logp))
+        here, there = (x[places, :mask.shape[1]] for x in (logp, ref_logp))
         loss, found = policy_loss(here, old_logp, advantages, mask, clip_low=c.clip_low, clip_high=c.clip_high, ref_logp=there,
                                   kl_coef=c.kl_coef, kl=c.kl, normalize=c.normalize, denominator=denominators[layer.completions.depth])
         losses.append(weight * loss)
@@ -369,7 +369,8 @@ def add(sums, found):
     """Adds what was found to the sums, tensors or numbers; of the largest gauge keeps the larger."""
     for name, value in found.items():
         before = sums.get(name, 0.0)
-        sums[name] = before + value if name != "gauge_max" else torch.maximum(value, torch.as_tensor(before, device=value.device))
+        largest = torch.maximum(value, before) if name == "gauge_max" and torch.is_tensor(before) else value
+        sums[name] = largest if name == "gauge_max" else before + value
 
 
 def idle_pass(policy, reference):

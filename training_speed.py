@@ -7,8 +7,9 @@ The idea. The floor of a step is the arithmetic that nobody can leave out, at th
 
     6 x parameters x tokens of the tree + 12 x heads x head size x layers x (pairs of a token and one that it sees)
 
-once for each token, whoever shares it. What padded rows compute again counts as time and not as work. Rows end at lengths drawn evenly
-from 1 to --new; against TRL all have the full length. Every row has an advantage, so that nothing is left out.
+once for each token, whoever shares it (the few that predict nothing count with the vocabulary all the same). What padded rows compute
+again counts as time and not as work. Rows end at lengths drawn evenly from 1 to --new; against TRL all have the full length. Every row
+has an advantage, so that nothing is left out.
 """
 import contextlib
 import dataclasses

@@ -87,6 +87,37 @@ def test_a_packed_tree_is_its_rows(model, depth, seed):
     assert (gradient(model) - slope).norm() < 1e-5 * slope.norm() and entropy.shape == logp.shape
 
 
+def test_bfloat16_is_as_near_as_rows(model):
+    """Catches sums of a trunk's gradients that lose more than rounding: against fp32, a tree in bf16 errs no more than twice as much as its rows in bf16."""
+    leaves = tree_packs(leaves_of(random_layers(random.Random(1), 2, questions=4)), 10 ** 9)[0]
+    _, exact = one_by_one(model, leaves, [1.0] * len(leaves))
+    model.compute, errors = torch.bfloat16, []
+    for kind in ("tree", "rows"):
+        model.zero_grad()
+        logprobs(model, packing.batch_of(leaves, kind, "cpu"))[0].sum().backward()
+        errors.append((gradient(model) - exact).norm() / exact.norm())
+    assert errors[0] < 2 * errors[1] and errors[1] < 0.1
+
+
+@pytest.mark.cuda
+def test_a_pass_waits_for_nobody():
+    """Catches a copy or a number asked for in the middle of a micro-batch, for which the host would wait: torch is told to raise on any."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    import bench
+    import training_speed
+    one = training_speed.Bench(bench.Config(rows=8, group=4, corrections=2, new=9), torch.bfloat16, "cuda")
+    layers = one.rollout(training_speed.Clock("cuda"))
+    leaves = tree_packs([leaf(layers, depth, row) for depth, layer in enumerate(layers, 1) for row in range(len(layer.advantages))], 10 ** 9)[0]
+    import train
+    for mode in ("default", "error"):                            # the first compiles, and copies what is made once
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train.loss_of(one.model, None, leaves, {1: 8, 2: 16}, one.settings)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_every_token_once():
     """Catches a trunk that is carried twice, which would be slower and go unseen."""
     layers = random_layers(random.Random(0), 3)
