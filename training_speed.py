@@ -94,7 +94,7 @@ class Bench:
 
     def learn(self, layers, kind, clock):
         """One optimiser step on all rows."""
-        leaves = [leaf(layers, depth, row) for depth, layer in enumerate(layers, 1) for row in range(len(layer.advantages))]
+        leaves = all_leaves(layers)
         c = types.SimpleNamespace(**vars(self.settings) | dict(pack="tree" if kind == "tree" else "rows"))
         for some in cut(leaves, kind, c.tokens_per_microbatch):
             with clock.phase("forward"):
@@ -128,7 +128,7 @@ def cut(leaves, kind, most):
 
 def work(config, layers):
     """FLOPs of a forward and backward pass over the tree."""
-    leaves = [leaf(layers, depth, row) for depth, layer in enumerate(layers, 1) for row in range(len(layer.advantages))]
+    leaves = all_leaves(layers)
     forest = pack(tree_packs(leaves, 10 ** 12)[0], multiple=1)
     seen = int((forest.positions[:forest.needed] + 1).sum())
     return 6 * memory.parameters(config) * forest.needed + 12 * config.heads * config.head_size * config.depth * seen
@@ -162,11 +162,37 @@ def phases(c, device, types_):
         print(f"{str(dtype)[6:]}: forward and backward of the tree are {ratios['padded rows']:.2f} times as fast as of padded rows, "
               f"{ratios['sorted rows']:.2f} times as of sorted ones")
     print(f"memory, at most: {memory.peak(device) / memory.GB:.1f} GB")
+    for dtype in types_:
+        phase_by_phase(benches[dtype], clocks[dtype, "tree"], dtype)
+
+
+def phase_by_phase(one, clocks, dtype):
+    """Of a step with trees: each phase's tokens a second (sampled ones, or the tree's) and the share of its own floor."""
+    layers, c, m = one.rollout(Clock(one.device)), one.c, one.model.config
+    peak, bandwidth = bench.limits_of_machine(dtype, one.device)
+    numbers, sampled = memory.parameters(m), [sum(limits) for limits in one.limits]
+    grown = sum(one.limits[0]) // len(one.limits[0]) + c.prompt + len(PHRASE)         # what a correction goes on from, on average
+    volumes = [bench.work(m, dtype, size, limits) for size, limits in
+               zip((c, dataclasses.replace(c, prompt=grown, group=c.corrections)), one.limits)]
+    flops, tree = work(m, layers), pack(tree_packs(all_leaves(layers), 10 ** 12)[0]).needed
+    floors = {name: max(volume / bandwidth, some / peak) for name, (volume, some) in zip(PHASES, volumes)}
+    floors |= dict(forward=flops / 3 / peak, backward=2 * flops / 3 / peak, optimiser=28 * numbers / bandwidth,
+                   refresh=(4 + dtype.itemsize) * numbers / bandwidth)
+    tokens = dict(zip(PHASES, sampled)) | dict(reward=sum(sampled), forward=tree, backward=tree)
+    print(f"\ntree, {str(dtype)[6:]:14}{'seconds':>9}{'tokens/s':>12}{'of floor':>10}")
+    for name in PHASES:
+        seconds = statistics.median(clock[name] for clock in clocks)
+        rate = f"{tokens[name] / seconds:,.0f}" if name in tokens else "-"
+        print(f"{name:20}{seconds:9.3f}{rate:>12}" + (f"{floors[name] / seconds:10.1%}" if name in floors else f"{'-':>10}"))
+
+
+def all_leaves(layers):
+    return [leaf(layers, depth, row) for depth, layer in enumerate(layers, 1) for row in range(len(layer.advantages))]
 
 
 def padding(layers, kind, c):
     """Share of the tokens that go through the model and are nobody's."""
-    leaves = [leaf(layers, depth, row) for depth, layer in enumerate(layers, 1) for row in range(len(layer.advantages))]
+    leaves = all_leaves(layers)
     length = lambda one: sum(len(tokens) for _, tokens in one.path)
     if kind == "tree":
         forests = [pack(some) for some in tree_packs(leaves, c.tokens_per_microbatch)]
