@@ -28,12 +28,12 @@ import torch
 import memory
 import parallel
 from flags import BadInput, read_json
-from journal import cut_log
+from journal import cut_log, write_json
 from parallel import rank0
 
 # Settings that may differ when a run goes on: how it is computed, and how long. Any other would make it another run.
 FREE = ("tokens_per_microbatch", "pack", "compile", "cache_tokens", "recompute", "offload_optimizer", "eval_questions", "keep",
-        "save_every", "device", "tokens")
+        "save_every", "device", "tokens", "look_questions", "eval_every", "transcripts", "tensorboard", "quiet")
 NAME = re.compile(r"step-(\d{7})-([0-9a-f]{16})\.pt")
 
 
@@ -45,6 +45,7 @@ class Progress:
     seconds: float = 0.0
     sampling: float = 0.0     # seconds of them
     training: float = 0.0
+    looking: float = 0.0      # at held-out questions
     updates: int = 0          # optimiser steps made
     skipped: int = 0          # in a row, for gradients that were not finite
     best: int = -1            # the step whose state is the best: by accuracy of the last layer since the state before
@@ -153,7 +154,7 @@ def resumed_settings(given, names, say):
     BadInput for one that would make it another run."""
     folder = resumed_run(given["resume"], given.get("name", ""))
     stored = read_json(folder / "config.json", "a run has one")
-    old = {name: stored[name] for name in names if name in stored}
+    old = {name: stored[name] for name in names if name in stored and name not in ("quiet", "tensorboard")}      # of this process alone
     for name in sorted(given.keys() - {"resume", "name"}):
         flag = f"--{name.replace('_', '-')}"
         was = old.get(name)
@@ -194,6 +195,7 @@ def go_on(state, folder, policy, optimizer):
         torch.set_rng_state(state["generator"])
         progress = Progress(**state["progress"])
     cut_log(folder, progress.step)
+    write_json(folder / "result.json", progress.results)     # a table of after is not that of a run that goes on
     return progress
 
 

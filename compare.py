@@ -36,11 +36,12 @@ import eval as evaluation
 import pretrain
 import starting
 import train
-from eval import COLUMNS, held_out_questions, load_policy, mean_and_error
+from eval import held_out_questions, load_policy
 from flags import BadInput, guarded, parse_flags
 from mgrpo import Sampling, expand
 from reward import extract_answer
 from sample import Sampler
+from tables import COLUMNS, mean_and_error
 from tasks import prompts_and_golds, task_of
 from tokenizer import build_encoding
 

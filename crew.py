@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 LEAST = 32                # rows a process should have, or it is not worth asking
 MOST = 16                 # processes: a rollout has not many times LEAST rows
+TICK = 0.1                # seconds between two looks at how far they are, when somebody wants to know
 
 
 def crew_size(device):
@@ -43,10 +44,11 @@ class Home:
 
 @dataclass(eq=False)
 class Team:
-    """Processes that live and end together, their pipes, and for each the calls whose caches it may forget."""
+    """Processes that live and end together, their pipes, for each the calls whose caches it may forget, and a count."""
     members: list
     pipes: list
     dropped: list
+    ended: torch.Tensor       # how many rows of the present call have ended, for each process, in shared memory
 
 
 class Crew:
@@ -63,11 +65,11 @@ class Crew:
         except RuntimeError as error:
             raise OSError(f"no room in shared memory for the weights of the sampling processes ({str(error).splitlines()[0]}): enlarge "
                           "/dev/shm (docker run --shm-size=8g), or give --cache-tokens, with which one process samples") from None
-        context, team = multiprocessing.get_context("fork"), Team([], [], [])
-        for _ in range(self.size):
+        context, team = multiprocessing.get_context("fork"), Team([], [], [], torch.zeros(self.size, dtype=torch.long).share_memory_())
+        for number in range(self.size):
             mine, theirs = context.Pipe()
             team.pipes.append(mine)
-            team.members.append(context.Process(target=serve, args=(sampler, theirs, list(team.pipes)), daemon=True))
+            team.members.append(context.Process(target=serve, args=(sampler, theirs, list(team.pipes), team.ended[number]), daemon=True))
             team.members[-1].start()
             theirs.close()
             team.dropped.append([])
@@ -92,12 +94,13 @@ class Crew:
         if self.team is None:
             self.start(sampler)
         self.calls, team = self.calls + 1, self.team
+        team.ended.zero_()
         try:
             for pipe, dropped, order in zip(team.pipes, team.dropped, orders):
                 if order is not None:
                     forget, dropped[:] = list(dropped), []
                     pipe.send((self.calls, sampler.pool.epoch, forget, *order))
-            parts = [tensors(pipe.recv()) for pipe, order in zip(team.pipes, orders) if order is not None]
+            parts = [tensors(answer) for answer in answers(team, [p for p, order in zip(team.pipes, orders) if order is not None], sampler)]
         except (EOFError, ConnectionError):
             self.end()
             raise ChildProcessError("a sampling process has died, perhaps because memory ran out: use fewer --prompts at a time") from None
@@ -114,6 +117,19 @@ class Crew:
         self.team = None
 
 
+def answers(team, pipes, sampler):
+    """What comes through these pipes, in their order. Meanwhile `sampler.seen`, if it is set, hears how many more rows have ended."""
+    told = 0
+    for pipe in pipes:
+        while sampler.seen and not pipe.poll(TICK):
+            ended = int(team.ended.sum())
+            sampler.seen(None, ended - told)
+            told = ended
+        yield pipe.recv()
+    if sampler.seen:
+        sampler.seen(None, int(team.ended.sum()) - told)
+
+
 def tensors(result):
     """Completions as they came through a pipe, numpy arrays for tensors. RuntimeError with what a process that failed has to say."""
     if isinstance(result, str):
@@ -121,7 +137,7 @@ def tensors(result):
     return replace(result, **{name: torch.from_numpy(x) for name, x in vars(result).items() if hasattr(x, "__array_interface__")})
 
 
-def serve(sampler, pipe, not_ours):
+def serve(sampler, pipe, not_ours, count):
     """What a process does: answers calls until its parent is gone. A stop is the parent's business, which may want to finish a step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -129,7 +145,7 @@ def serve(sampler, pipe, not_ours):
     keep_memory()
     for end in not_ours:                           # a fork has its parent's ends too, and would never see them close
         end.close()
-    sampler.crew, kept = None, {}
+    sampler.crew, kept, sampler.seen = None, {}, lambda rows, ended: count.add_(ended) if ended else None
     while True:
         try:
             number, sampler.pool.epoch, forget, name, above, args, keywords = pipe.recv()

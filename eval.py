@@ -3,50 +3,42 @@
     python eval.py --checkpoint out/solve-mgrpo-0/checkpoint.pt                            # a run on the built-in tasks
     python eval.py --init out/run --data math500.jsonl --samples 4 --temperature 0.7       # a run, or any model in Hugging Face's format
 
-The idea. Every question is answered (turn 1), a guiding phrase is appended, and the model answers again (turn 2). With c1, c2 =
-right or wrong in each turn, over all questions (SCoRe, arXiv 2409.12917, section 3):
-
-    Acc@t1 = mean c1      Acc@t2 = mean c2       Δ(t1,t2) = Acc@t2 - Acc@t1
-    Δ i→c  = share wrong first, right second     Δ c→i = share right first, wrong second     Δ(t1,t2) = Δ i→c - Δ c→i
-
-With n samples of a question, c of them right, also
-
-    pass@k = 1 - C(n-c, k) / C(n, k)     a right one among k, without bias (arXiv 2107.03374, eq. 1)
-    maj@n  = the answer that most of the n give is right; answers count as one if reward.py holds them equal, and a tie is shared
+The idea. Every question is answered (turn 1), a guiding phrase is appended, and the model answers again (turn 2). The columns are how
+often each turn is right, and how often the second look mends (Δ i→c) and breaks (Δ c→i); tables.py has their definitions, and those of
+pass@k and maj@n with several samples of a question.
 
 Questions are held out: a task's cannot be drawn in training, and of a data set those that the run was trained on are left out, and
-counted. Errors are standard errors over QUESTIONS: with several samples of each, the samples of one question are averaged first, since
-they are not independent. Every transcript goes to a JSONL file.
+counted. Errors are standard errors over questions. Every dialogue goes to a JSONL file, and report.html shows them with the table.
 """
 import dataclasses
 import functools
-import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
+import bars
 import memory
 import parallel
+import report
 from data import DataSet, names
 from flags import BadInput, make_folder, parse_flags, read_json
 from journal import versions, write_json
 from mathverify import MathVerify
-from mgrpo import Sampling, draw_phrases, expand, second_look
+from mgrpo import Sampling, expand, second_look
 from model import compute_dtype, load_checkpoint
 from pretrain import pick_device
 from prompts import model_folder, open_shape, open_weights
 from reward import agree, extract_answer
 from sample import Sampler
+from tables import details, several, summarise, table
 from tasks import draw, longest_phrase, prompts_and_golds, task_of, token_limits
 from tokenizer import build_encoding
+from transcripts import Dialogues
 from weights import library
 
-COLUMNS = {"t1": "Acc@t1", "t2": "Acc@t2", "delta": "Δ(t1,t2)", "i2c": "Δ i→c", "c2i": "Δ c→i"}
 ROWS = 1024               # sampled at a time
 
 
@@ -72,6 +64,7 @@ class Config:
     transcripts: str = ""     # folder for a JSONL of every transcript; empty: beside the model
     device: Literal["auto", "cpu", "cuda"] = "auto"           # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"    # compute type; auto: the faster one, measured
+    quiet: bool = False       # no bars
 
 
 def held_out_questions(task, count, seed=0):
@@ -103,49 +96,24 @@ def evaluate(sampler, encoding, problems, max_new_tokens, *, temperature=0.0, sa
     record(problems, layers, how) sees every batch of this rank's."""
     parallel.agree("questions to be asked", [problem.question for problem in problems])
     parts, votes, undecided, at_once, mine = [], [], 0, max(1, ROWS // samples), parallel.share(len(problems))
-    for start in tqdm(range(mine.start, mine.stop, at_once), desc=say, unit="batch", disable=parallel.rank() > 0 or None, leave=False):
-        batch = problems[start:min(start + at_once, mine.stop)]
-        how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples, filters=filters or {}, verifier=verifier)
-        layers = two_turns(sampler, encoding, batch, how, samples, turns)
-        shape = len(batch), samples
-        parts.append([torch.stack([x.view(shape).float() for x in column], -1) for column in
-                      zip(*[(layer.correct, ~layer.completions.ended.cpu(), layer.lengths) for layer in layers])])
-        undecided += sum(int(layer.undecided.sum()) for layer in layers)
-        votes += majorities(layers, samples) if samples > 1 else []
-        if record:
-            record(batch, layers, how)
+    with bars.rows_of(sampler, len(mine) * samples * turns, say):
+        for start in range(mine.start, mine.stop, at_once):
+            batch = problems[start:min(start + at_once, mine.stop)]
+            how = Sampling(max_new_tokens, temperature, seed, first_row=start * samples, filters=filters or {}, verifier=verifier)
+            layers = two_turns(sampler, encoding, batch, how, samples, turns)
+            shape = len(batch), samples
+            parts.append([torch.stack([x.view(shape).float() for x in column], -1) for column in
+                          zip(*[(layer.correct, ~layer.completions.ended.cpu(), layer.lengths) for layer in layers])])
+            undecided += sum(int(layer.undecided.sum()) for layer in layers)
+            votes += majorities(layers, samples) if samples > 1 else []
+            if record:
+                record(batch, layers, how)
     parts, votes, undecided = (sum(found, type(found[0])()) for found in zip(*parallel.everyone((parts, votes, undecided))))
     right, cut, tokens = (torch.cat(column) for column in zip(*parts))                                    # [Q, samples, turns] each
     lengths = {f"length{turn + 1}": tokens[..., turn].mean().item() for turn in range(turns)}
     return summarise(right) | several(right, votes) | lengths | dict(
         cut=cut.mean().item(), tokens=tokens.sum(-1).mean().item(), undecided=undecided, questions=len(problems), samples=samples,
         temperature=temperature)
-
-
-def summarise(right):
-    """right: [Q, samples, turns] 0/1 -> {name: (mean, standard error over questions)} of the columns that apply."""
-    c1, c2 = right[..., 0], right[..., -1]
-    values = dict(t1=c1)
-    if right.shape[-1] == 2:
-        values |= dict(t2=c2, delta=c2 - c1, i2c=(1 - c1) * c2, c2i=c1 * (1 - c2))
-    return {name: mean_and_error(x.mean(1)) for name, x in values.items()}
-
-
-def several(right, votes):
-    """pass@k for k = 1, 2, 4, ..., n and maj@n of each turn -> {"pass1": {k: (mean, error)}, "maj1": (mean, error), "pass2": ...}; nothing
-    for one sample. right: [Q, n, turns]; votes: [Q] lists with a value for each turn."""
-    n, found = right.shape[1], {}
-    for turn in range(right.shape[-1] if n > 1 else 0):
-        count = right[..., turn].sum(1).int().tolist()
-        sizes = [k for k in (2 ** i for i in range(20)) if k < n] + [n]
-        found[f"pass{turn + 1}"] = {k: mean_and_error(torch.tensor([pass_at(k, n, c) for c in count])) for k in sizes}
-        found[f"maj{turn + 1}"] = mean_and_error(torch.tensor([vote[turn] for vote in votes]))
-    return found
-
-
-def pass_at(k, n, c):
-    """Probability that k of n samples, drawn without replacement, hold one of the c right ones (arXiv 2107.03374, eq. 1)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majorities(layers, samples):
@@ -166,69 +134,6 @@ def majority(answers, right):
             votes.setdefault(known, []).append(float(verdict))
     most = [verdict for verdicts in votes.values() if len(verdicts) == max(map(len, votes.values())) for verdict in verdicts]
     return sum(most) / max(len(most), 1)
-
-
-def mean_and_error(x):
-    """Mean of a vector and its standard error, std / sqrt(n); of one number it is not known, None."""
-    return x.mean().item(), (x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None)
-
-
-# ---------------------------------------------------------------------------------------------------------------- showing
-
-def percent(pair, sign=""):
-    return f"{100 * pair[0]:{sign}.1f} ± {'?' if pair[1] is None else f'{100 * pair[1]:.1f}'}"
-
-
-def table(rows, what="held-out questions"):
-    """{name: result of evaluate} -> the paper's table as text, in percent."""
-    shown = {k: v for k, v in COLUMNS.items() if all(k in result for result in rows.values())}
-    lines = [f"{'':24}" + "".join(f"{title:>15}" for title in shown.values())]
-    for name, result in rows.items():
-        lines.append(f"{name:24}" + "".join(f"{percent(result[k], '+' if k == 'delta' else ''):>15}" for k in shown))
-    one = next(iter(rows.values()))
-    return "\n".join([*lines, f"(percent ± standard error; {one['questions']} {what})"])
-
-
-def details(rows, verifier):
-    """What else is worth knowing of each row: pass@k and maj@n, lengths, answers cut at the limit, verifier's failures."""
-    lines = []
-    for name, result in rows.items():
-        turns = [turn for turn in (1, 2) if f"length{turn}" in result]
-        for turn in turns if f"pass{turns[0]}" in result else ():
-            found = [f"pass@{k} {percent(value)}" for k, value in result[f"pass{turn}"].items()]
-            lines.append(f"{name}, turn {turn}: {', '.join(found)}, maj@{result['samples']} {percent(result[f'maj{turn}'])}")
-        lengths = " and ".join(f"{result[f'length{turn}']:.0f}" for turn in turns)
-        lines.append(f"{name}: {lengths} tokens an answer, {100 * result['cut']:.1f} % of answers cut at the limit; verifier {verifier}, "
-                     f"{result['undecided']} undecided")
-    return "\n".join(lines)
-
-
-class Transcripts:
-    """A JSONL file of whole dialogues, a line for each sample of each question, written as batches come. One that exists is never written
-    over: the next gets a number. about: what every line says besides (a dict)."""
-
-    def __init__(self, folder, name, about):
-        make_folder(folder)
-        ranks = [f"-rank{rank}" if parallel.size() > 1 else "" for rank in range(parallel.size())]
-        names = ([folder / f"{name}{rank}{'' if number == 1 else f'.{number}'}.jsonl" for rank in ranks] for number in itertools.count(1))
-        self.paths = parallel.from_rank0(lambda: next(paths for paths in names if not any(path.exists() for path in paths)))
-        self.path, self.about = self.paths[parallel.rank()], about
-
-    def record(self, problems, layers, how):
-        """Appends the dialogues of a batch, as `evaluate` hands them over."""
-        phrases, lines = draw_phrases(how.seed, layers[0].completions.numbers.tolist()), []
-        for row in range(len(layers[0].texts)):
-            problem = problems[int(layers[0].questions[row])]
-            line = self.about | dict(question=problem.question, gold=problem.gold, source=str(getattr(problem.data, "place", "")),
-                                     **getattr(problem.data, "about", {}), temperature=how.temperature,
-                                     sample=row % layers[0].completions.n, number=int(layers[0].completions.numbers[row]))
-            for turn, layer in enumerate(layers, 1):
-                line[f"turn{turn}"] = dict(text=layer.texts[row], answer=extract_answer(layer.texts[row]), right=bool(layer.correct[row]),
-                                           undecided=bool(layer.undecided[row]), tokens=int(layer.lengths[row]),
-                                           cut=not bool(layer.completions.ended[row])) | (dict(phrase=phrases[row]) if turn == 2 else {})
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------- opening
@@ -349,14 +254,14 @@ def validate(c):
 
 
 def measure(c, subject, name, task, sampler, verifier):
-    """The rows of a table for one set of questions: greedy, and at the temperature asked for."""
+    """A set of questions -> the rows of its table, greedy and at the temperature asked for, and the files of its dialogues."""
     problems = held_out_questions(task, c.questions or (0 if isinstance(task, DataSet) else 1024), c.seed)
     real, path = isinstance(task, DataSet), Path(name)
     label = "-".join(filter(None, (path.parent.name, path.stem))) if real else type(task).__name__.lower()       # gsm8k-test
     about = dict(model=c.init or c.checkpoint, seed=c.seed)
-    transcripts = Transcripts(Path(c.transcripts) if c.transcripts else subject.folder, f"{subject.prefix}eval-{label}", about)
+    dialogues = Dialogues(Path(c.transcripts) if c.transcripts else subject.folder, f"{subject.prefix}eval-{label}", about)
     ask = functools.partial(evaluate, sampler, subject.encoding, problems, subject.max_new_tokens, turns=int(c.turns), seed=c.seed,
-                            verifier=verifier, record=transcripts.record)
+                            verifier=verifier, record=dialogues.record)
     rows, what = {}, "questions" if real else "held-out questions"
     try:
         rows["greedy"] = ask()
@@ -365,8 +270,8 @@ def measure(c, subject, name, task, sampler, verifier):
             rows[f"temperature {c.temperature:g}"] = ask(samples=c.samples, temperature=c.temperature, filters=filters)
     finally:                                                 # what was measured before Ctrl-C is shown all the same
         shown = f"{table(rows, what)}\n{details(rows, c.verifier)}\n" if rows else "no table: interrupted\n"
-        print(f"\n{name}\n{shown}{', '.join(map(str, transcripts.paths))}: every transcript{'' if rows else ' so far'}")
-    return rows
+        print(f"\n{name}\n{shown}{', '.join(map(str, dialogues.paths))}: every transcript{'' if rows else ' so far'}")
+    return rows, dialogues.paths
 
 
 def main():
@@ -375,7 +280,8 @@ def main():
     validate(c)
     if c.json:
         make_folder(Path(c.json).parent)                     # now, not after hours
-    verifier, results = make_verifier(c.verifier), {}
+    bars.quieten(c.quiet)
+    verifier, results, paths = make_verifier(c.verifier), {}, []
     try:
         subject = open_subject(c)
         print(f"{c.init or c.checkpoint}: {', '.join(subject.sets)}")
@@ -383,7 +289,8 @@ def main():
         template = getattr(subject.encoding, "template_name", "")
         settled = dataclasses.asdict(c) | dict(max_new_tokens=subject.max_new_tokens, template=template)
         for name, task in subject.sets.items():
-            results[name] = measure(c, subject, name, task, sampler, verifier)
+            results[name], dialogues = measure(c, subject, name, task, sampler, verifier)
+            paths += dialogues
             if c.json:                                       # after each, so that no set's figures are lost with the next
                 flat = results[name] if len(subject.sets) == 1 else {}
                 write_json(c.json, dict(settings=settled, made_by=versions(), sets=results) | flat)
@@ -391,6 +298,7 @@ def main():
         if memory.ran_out(error):
             raise BadInput(f"out of memory ({str(error).split('.')[0]}): lower --cache-tokens, --max-new-tokens or --samples") from None
         raise
+    report.at_the_end(subject.folder, print, paths, bool(c.transcripts))
 
 
 if __name__ == "__main__":

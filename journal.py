@@ -2,25 +2,30 @@
 
 The idea. A run that cannot be read afterwards did not happen. So out/<run>/ holds
 
-    config.json      every setting with nothing left open, and what made it: versions, machine, git commit
+    config.json      every setting with nothing left open, and what made it: command, versions, machine, git commit
     metrics.jsonl    a line per step, every field by name; the screen shows the columns of `LINE` (README explains each)
     samples.md       the trees of the best and the worst question of a step, with rewards and advantages at every node
+    tensorboard/     with --tensorboard: the numbers of metrics.jsonl again
 
 Nothing here draws random numbers or touches the model. Of several processes (parallel.py) rank 0 writes.
 """
+import contextlib
 import itertools
 import json
 import math
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import parallel
-from flags import BadInput, make_folder
+from flags import BadInput, make_folder, read_json
 from parallel import rank0
 from tasks import phrase_text
 
@@ -66,26 +71,59 @@ LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2",
 
 
 @rank0
-def log(folder, bar, metrics):
-    """One line on the screen, one line of JSON in metrics.jsonl."""
+def log(folder, metrics, board=None, quiet=False):
+    """One line on the screen (unless quiet), one line of JSON in metrics.jsonl, and the same numbers to `board` (open_board)."""
     metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({k: plain(v) for k, v in metrics.items()}) + "\n")
+    for name, value in metrics.items() if board else ():
+        board.add_scalar(name, value, metrics["step"])
+    if quiet:
+        return
     if metrics["step"] % 20 == 1:
-        bar.write(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
-    bar.write(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
+        say(" ".join(f"{title:>{len(form.format(0))}}" for _, title, form in LINE))
+    say(" ".join(form.format(metrics[k]) if k in metrics else "-".rjust(len(form.format(0))) for k, _, form in LINE))
+
+
+def open_board(folder, wanted, step):
+    """A context with a tensorboard writer in the run's folder, or with None when none is wanted or this is not rank 0. What an earlier part
+    of the run wrote after `step` is hidden."""
+    if not wanted or parallel.rank() > 0:
+        return contextlib.nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 @rank0
 def cut_log(folder, step):
-    """Drops the lines of metrics.jsonl after `step`, for a run that goes on from there and writes them again; a half-written line too."""
-    path, kept = folder / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    """Drops the lines of metrics.jsonl and rollouts.jsonl after `step`, for a run that goes on from there and writes them again; a
+    half-written line too. Line by line: the second may be large."""
+    for path in (folder / "metrics.jsonl", folder / "rollouts.jsonl"):
+        if path.exists():
+            temporary = Path(f"{path}.{os.getpid()}.tmp")
+            try:
+                with open(path, "rb") as old, open(temporary, "wb") as new:          # bytes: half a line may end within a character
+                    new.writelines(line for line in old if step_of(line) <= step)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def step_of(line):
+    """The step of a line (bytes) of a log; infinity for one that is cut short or damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@rank0
+def note_resume(folder, settings, step):
+    """Writes into config.json what a run that goes on was given, and by whom: the settings that may differ, and a list of such parts."""
+    stored = read_json(folder / "config.json", "a run has one")
+    made_by = stored.get("made_by", {})
+    parts = [*made_by.get("resumed", []), dict(after_step=step) | versions()]
+    write_json(folder / "config.json", stored | settings | dict(made_by=made_by | dict(resumed=parts)))
 
 
 def post_mortem(folder, step, layers):
@@ -134,11 +172,11 @@ def tree_text(layers, problem, question, encoding):
 
 # -------------------------------------------------------------------------------------------------------------- the folder
 
-def run_folder(run, settings, base_path):
-    """Makes out/<run> with config.json: the settings (a dict) and what made it -> its path. A run that exists is never written over, nor
-    one that another process makes at this moment."""
+def run_folder(run, settings, base_path, seconds):
+    """Makes out/<run> with config.json: the settings (a dict) and what made it -> its path. seconds: that it took to load or make the
+    model. A run that exists is never written over, nor one that another process makes at this moment."""
     folder = parallel.from_rank0(lambda: new_folder(Path("out") / run))
-    made_by = dict(base=str(base_path)) | versions()
+    made_by = dict(base=str(base_path), seconds_base=round(seconds, 1)) | versions()
     write_json(folder / "config.json", settings | dict(made_by=made_by))
     say(f"run: {folder}" + (f" (there is an out/{run}, which is not written over)" if folder.name != run else ""))
     return folder
@@ -159,9 +197,24 @@ def new_folder(path):
 
 
 def versions():
-    """What ran where: torch, Python, machine, threads, processes, git commit."""
-    return dict(torch=torch.__version__, python=platform.python_version(), machine=platform.platform(), threads=torch.get_num_threads(),
-                processes=parallel.size(), commit=commit())
+    """What ran where: the command, torch, Python, machine, threads, processes, git commit."""
+    return dict(command=command(), torch=torch.__version__, python=platform.python_version(), machine=platform.platform(),
+                processor=processor(), threads=torch.get_num_threads(), processes=parallel.size(), commit=commit())
+
+
+def command():
+    """The command line of this process; of several, as on one machine."""
+    start = ["torchrun", f"--nproc_per_node={parallel.size()}"] if parallel.size() > 1 else ["python"]
+    return shlex.join([*start, os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def processor():
+    """The name of this machine's GPU; without one that of the CPU, and how many cores it has."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 @rank0

@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bars import rows_of
 from kernels import fold
 from model import token_logprobs
 from reward import score
@@ -236,12 +237,14 @@ def collect(sampler, encoding, problems, attempts, corrections, how, *, layers=2
         raise ValueError("a training rollout must be drawn from the whole distribution, since its log-probabilities are trained: no top-k, "
                          "top-p or min-p")
     prompts, golds = prompts_and_golds(encoding, problems)
-    first = expand(sampler, encoding, golds, prompts, attempts, how)
+    with rows_of(sampler, len(prompts) * attempts, "attempts"):
+        first = expand(sampler, encoding, golds, prompts, attempts, how)
     first.siblings, first.trained = first.questions, torch.ones_like(first.correct)
     first.advantages = group_advantages(first.rewards, first.siblings)
     if layers == 1:
         return [first]
-    second = second_look(sampler, encoding, golds, first, corrections, how, sources)                    # MGRPO: the second layer
+    with rows_of(sampler, len(choose_sources(first.correct, first.questions, sources)) * corrections, "corrections"):
+        second = second_look(sampler, encoding, golds, first, corrections, how, sources)                # MGRPO: the second layer
     if second is None:
         return [first]
     second.siblings = second.parents if group == "attempt" else second.questions

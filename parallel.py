@@ -120,6 +120,13 @@ def shard(model):
     return model
 
 
+def released(model):
+    """Lets go of what a forward pass without a backward pass has left gathered: fully_shard keeps the root's own parameters, for a backward
+    pass that is not coming, and until then they are no slices."""
+    if size() > 1:
+        model.reshard()
+
+
 def whole(x, dtype=None):
     """A tensor as it is; of a slice the whole, gathered in the type asked for (all ranks must call)."""
     return x.detach().to(dtype or x.dtype).full_tensor() if isinstance(x, DTensor) else x

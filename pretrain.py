@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import algebra
 import answers
+import bars
 import cache
 import crew
 import kernels
@@ -197,7 +197,7 @@ def pretrain(config, say=print):
     say(f"base: {sum(p.numel() for p in gpt.parameters()):,} parameters in {config.dtype}; its texts are right in "
         f"{ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews")
     tokens, step, decay_from, near, recent = 0, 0, None, False, collections.deque([(0.0, 0.0)] * CHECKS, CHECKS)
-    bar = tqdm(total=config.base_tokens, unit="tok", unit_scale=True, desc="base model", disable=None)
+    bar = bars.bar(config.base_tokens, "base model", "tok", unit_scale=True)
     while decay_from is None or step < decay_from * (1 + DECAY):
         seen = train_step(gpt, optimizers, list(batches(task, encoding, config, step)), learning_rate(peak, step, decay_from))
         tokens, step = tokens + seen, step + 1
@@ -295,6 +295,7 @@ class Script(Config):
     data: str = ""            # files of problems with worked solutions (data.py), separated by commas, to learn from
     tokenizer: str = ""       # folder of the Hugging Face tokenizer for it
     save: str = ""            # folder for the model, in Hugging Face's format
+    quiet: bool = False       # no bar
 
 
 def solution_pair(encoding, problem, rng, review):
@@ -325,7 +326,7 @@ def pretrain_on_solutions(c, encoding, problems, say=print):
                         96 * c.depth, context=2048, qkv_bias=True, end_tokens=(encoding.eot_token,), rope_theta=1e6)
     gpt, peak = new_model(c, shape), LR * (4 / c.depth) ** 0.5
     optimizers, tokens, step = make_optimizers(gpt, peak), 0, 0
-    bar = tqdm(total=c.base_tokens, unit="tok", unit_scale=True, desc="worked solutions", disable=None)
+    bar = bars.bar(c.base_tokens, "worked solutions", "tok", unit_scale=True)
     while tokens < c.base_tokens:
         rng = random.Random(f"solutions/{c.base_seed}/{step}")
         pairs = [solution_pair(encoding, rng.choice(problems), rng, review=i % 2 == 1) for i in range(16)]
@@ -350,6 +351,7 @@ def presets(given):
 
 def main():
     c = parse_flags(Script, __doc__, presets)
+    bars.quieten(c.quiet)
     if (bool(c.data), bool(c.tokenizer), bool(c.save)) not in ((False,) * 3, (True,) * 3):
         raise BadInput("--data, --tokenizer and --save belong together: files of solutions, a tokenizer's folder, and where the model goes")
     if not c.data:

@@ -45,6 +45,9 @@ class Makes(NamedTuple):
     target: int
     numbers: tuple
 
+    def __str__(self):
+        return f"{self.target}, made of {', '.join(map(str, self.numbers))}"
+
 
 class VerifierFailed(Exception):
     """A verifier could not decide, through no fault of the answer: it broke, or ran out of time."""

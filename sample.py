@@ -138,6 +138,9 @@ class Sampler:
     after a warm-up). workers: processes on a CPU (crew.py; None: one a thread). fused, graph: use the kernels, replay CUDA graphs (None:
     where there is CUDA). leave: ended rows leave. share: a prompt's keys and values exist once, not once a row. (These five are for
     measuring what each of them is worth.) reserved: bytes of CUDA memory that others will need, which do not count as free.
+
+    `seen`, if it is set, is called at every step with the rows in flight (cache.Rows; None when they are other processes') and how many
+    have just ended: progress bars count these (bars.py), and a dialogue streams those (chat.py).
     """
 
     def __init__(self, model, *, cache_tokens=0, workers=None, fused=None, graph=None, leave=True, share=True, reserved=0):
@@ -148,7 +151,7 @@ class Sampler:
         self.graph = self.fused and self.device.type == "cuda" if graph is None else graph
         if self.graph and not self.fused:
             raise ValueError("graph needs fused: without the kernels a step depends on shapes that only the host knows")
-        self.leave, self.share, self.reserved, self.tables, self.graphs = leave, share, reserved, None, {}
+        self.leave, self.share, self.reserved, self.tables, self.graphs, self.seen = leave, share, reserved, None, {}, None
         self.pool = Pool(model.config, model.compute, self.device, shared=self.fused, limit=cache_tokens or None)
         self.given, self.measured = bool(cache_tokens), bool(cache_tokens) or self.device.type != "cuda"
         self.cos, self.sin = (x.to(model.compute) for x in (self.model.cos, self.model.sin))
@@ -337,7 +340,10 @@ class Sampler:
                 watch.forget()
             alive = torch.zeros(R, dtype=torch.bool) if step == last else watch.look(live.alive)
             ended = R - int(alive.sum()) if alive is not None else 0
-            if ended == R or (8 * ended >= R and ended and self.leave):
+            leaving = ended == R or (8 * ended >= R and ended and self.leave)
+            if self.seen:
+                self.seen(live, ended if leaving else 0)
+            if leaving:
                 gone = (~alive).nonzero()[:, 0].to(self.device)
                 result.lengths[rows.row[gone]] = rows.length[gone]
                 cache.keep(alive, R)

@@ -5,6 +5,7 @@ the questions, the model's shape, a verifier, and a function that loads the weig
 base (`tiny_model`), and a model from --init with files of problems (`real_model`).
 """
 import dataclasses
+import importlib.util
 import math
 import shutil
 from pathlib import Path
@@ -43,7 +44,8 @@ def validate(c):
         if getattr(c, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     for name, least in (("eval_questions", 2), ("prompt_tokens", 1), ("cache_tokens", 0), ("max_new_tokens", 0), ("lr", 0), ("kl_coef", 0),
-                        ("layer2_weight", 0), ("save_every", 0), ("resample", 0)):
+                        ("layer2_weight", 0), ("save_every", 0), ("resample", 0), ("look_questions", 0), ("eval_every", 0),
+                        ("transcripts", 0)):
         if not least <= getattr(c, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
     if c.layers not in (1, 2):
@@ -63,6 +65,10 @@ def validate(c):
         raise BadInput(f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike and teach nothing")
     if c.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++"))):
         raise BadInput("--compile: torch.compile needs a C++ compiler here (g++ or clang++), and there is none; leave it out")
+    if c.look_questions == 1:
+        raise BadInput("--look-questions 1: an accuracy with an error needs at least 2 questions (or 0: no looks)")
+    if c.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise BadInput("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out (report.html has its curves)")
     if not 0 <= c.format_weight <= 0.5:
         raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
     if not 0 < c.clip_low < 1 or c.clip_high <= 0:

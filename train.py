@@ -12,12 +12,11 @@ scored by a rule and trained by one loss (mgrpo.py); nothing else makes it "mult
 tokens, not after steps, so that runs of different shape compare at equal cost. With several processes each has a share of the questions;
 counts are summed over all before they divide anything.
 
-A run leaves in out/<run>/: config.json, metrics.jsonl (a line per step, every field by name), samples.md (whole trees, the best and
-the worst), result.json (the table), state/ (to go on from, 12 bytes a parameter each), and checkpoint.pt or, from --init, model/ in Hugging
-Face's format (eval.py reads both). README explains every column of the log.
+A run leaves in out/<run>/: report.html (open it: table, curves, trees), config.json, metrics.jsonl (a line per step, every field by name),
+rollouts.jsonl and samples.md (trees, token by token and as text), result.json (the table), state/ (to go on from, 12 bytes a parameter
+each), and checkpoint.pt or, from --init, model/ in Hugging Face's format (eval.py reads both). README explains every column of the log.
 """
 import dataclasses
-import functools
 import math
 import time
 from dataclasses import dataclass
@@ -25,15 +24,18 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
+import bars
+import heldout
 import memory
 import parallel
 import pretrain
-from checkpoints import Progress, Stop, alone_in, fitting, go_on, resumed_run, resumed_settings, resumed_state, save_state
-from eval import evaluate, held_out_questions, make_sampler, table
+import report
+import transcripts
+from checkpoints import FREE, Progress, Stop, alone_in, fitting, go_on, resumed_run, resumed_settings, resumed_state, save_state
+from eval import make_sampler
 from flags import BadInput, Maybe, parse_flags
-from journal import log, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
+from journal import log, note_resume, open_board, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pad_rows, policy_loss, targets
 from model import narrow_copy, save_checkpoint
@@ -85,7 +87,12 @@ class Config(pretrain.Config):
     cache_tokens: int = 0     # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free memory on CUDA
     temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
     format_weight: float = 0.0     # reward for <think>..</think><answer>..</answer>, at most 0.5 so that it never beats being right
-    eval_questions: int = 1024     # held-out questions of the final table
+    eval_questions: int = 1024     # held-out questions of the tables before and after
+    look_questions: int = 256      # of them, greedily, in the looks in between; 0: no looks
+    eval_every: int = 0       # steps between two looks; 0: one each tenth of the run
+    transcripts: int = 2      # the first so many questions of a step have their trees kept, token by token (rollouts.jsonl); 0: none
+    tensorboard: bool = False      # also write the numbers of metrics.jsonl to out/<run>/tensorboard, where that package is installed
+    quiet: bool = False       # no bars, and no line a step: what is measured and what goes wrong is said all the same
 
 
 PRESETS = {
@@ -96,8 +103,8 @@ PRESETS = {
 }
 
 
-# Of a model from --init: what the paper used, as far as public re-implementations know (H and the tokens are ours).
-REAL = dict(prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000)
+# Of a model from --init: what the paper used, as far as public re-implementations know (H, the tokens and what is kept are ours).
+REAL = dict(prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000, transcripts=1)
 
 
 SUMS = ("tokens", "clipped", "kl", "ratio", "loss", "entropy", "gauge", "gauge_tokens", "gauge_max", "packed", "padding")    # of a step
@@ -132,20 +139,23 @@ def train(c):
     planned = plan(setup, total)
     say(memory.plan_text(planned, total))
     try:
-        return rollouts_and_steps(setup, planned)
+        folder = rollouts_and_steps(setup, planned)
     except (RuntimeError, MemoryError) as error:
         if memory.ran_out(error):
             raise memory.out_of_memory(planned, error, total) from None
         raise
+    report.at_the_end(folder, say)
+    return folder
 
 
 def assemble(setup, planned):
     """All that a run works with -> policy, reference or None, optimizer, sampler, progress, folder, and the lock on it."""
     c = setup.c
+    clock = time.time()
     policy, base_path = setup.load()
     policy.recompute = c.recompute == "yes"
     reference = parallel.shard(narrow_copy(policy)) if c.kl_coef else None     # cast at every use anyway
-    folder = resumed_run(c.resume, c.name) if c.resume else run_folder(c.name, settings(c), base_path)
+    folder = resumed_run(c.resume, c.name) if c.resume else run_folder(c.name, settings(c), base_path, time.time() - clock)
     lock = alone_in(folder)
     state = resumed_state(c.resume, folder, say) if c.resume else None
     if state:
@@ -157,6 +167,8 @@ def assemble(setup, planned):
     parallel.shard(policy)                                   # the sampler's copy is whole; the masters are in slices from here on
     optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
     progress = go_on(state, folder, policy, optimizer) if state else Progress()
+    if state:
+        note_resume(folder, {name: getattr(c, name) for name in FREE}, progress.step)
     return policy, reference, optimizer, sampler, progress, folder, lock
 
 
@@ -164,20 +176,22 @@ def rollouts_and_steps(setup, planned):
     """Table, loop, table -> the run's folder."""
     c = setup.c
     policy, reference, optimizer, sampler, progress, folder, _lock = assemble(setup, planned)
-    table_of = lambda name: final_table(sampler, setup.encoding, setup.task, c, name, setup.verifier)
     start = time.time() - progress.seconds
-    bar = tqdm(total=c.tokens, initial=progress.generated, unit="tok", unit_scale=True, desc=c.name, disable=parallel.rank() > 0 or None)
+    bar = bars.bar(c.tokens, c.name, "tok", unit_scale=True, initial=progress.generated)
     try:
-        with Stop(say) as stop:
+        with Stop(say) as stop, open_board(folder, c.tensorboard, progress.step) as board:
             if not progress.results:
-                progress.results["base"] = table_of("base")
+                heldout.table_of("base", sampler, setup, progress)
                 write_json(folder / "result.json", progress.results)
             stopping = parallel.most(stop.asked)             # of all processes together, or they would wait for each other
             while progress.generated < c.tokens and not stopping:
                 before = progress.generated
-                metrics, trees = one_step(policy, reference, optimizer, sampler, setup, progress)
+                metrics, trees = one_step(policy, reference, optimizer, sampler, setup, progress, folder)
+                if heldout.due(progress, before, c):
+                    metrics |= heldout.look(sampler, setup, progress)
                 progress.seconds = time.time() - start
-                log(folder, bar, metrics | dict(seconds=progress.seconds, peak_gb=parallel.most(memory.peak(c.device) / memory.GB)))
+                metrics |= dict(seconds=progress.seconds, peak_gb=parallel.most(memory.peak(c.device) / memory.GB))
+                log(folder, metrics, board, c.quiet)
                 watch(folder, progress, metrics, trees, c)
                 bar.update(progress.generated - before)
                 tenth, stopping = 10 * progress.generated // c.tokens > 10 * before // c.tokens, parallel.most(stop.asked)
@@ -191,14 +205,15 @@ def rollouts_and_steps(setup, planned):
                     f"python train.py --resume {folder} goes on")
                 return folder
             save(folder, policy, optimizer, progress, c)
-            progress.results[method(c)] = table_of(method(c))
+            heldout.table_of(method(c), sampler, setup, progress)
+            progress.seconds = time.time() - start
     except KeyboardInterrupt:
         say(f"stopped at once after step {progress.step}: {how_to_evaluate(folder, c)} shows the last state that was saved, "
             f"python train.py --resume {folder} goes on from it")
         raise
     finally:
         bar.close()
-    finish(folder, progress, c)
+    heldout.finish(folder, progress, how_to_evaluate(folder, c))
     return folder
 
 
@@ -209,23 +224,25 @@ class Trees(NamedTuple):
     slots: torch.Tensor       # which of the step's P questions each is; -1: it taught nothing, and others took its place
 
 
-def one_step(policy, reference, optimizer, sampler, setup, progress):
+def one_step(policy, reference, optimizer, sampler, setup, progress, folder):
     """One step of MGRPO: questions, a rollout of both layers, the optimiser's steps -> metrics, [Trees, ...]."""
     c, clock = setup.c, time.perf_counter()
     trees = rollout(sampler, setup, progress.step)
     sampled = time.perf_counter()
+    transcripts.record(folder, policy, trees[0], setup.encoding, c, progress.step + 1, progress.generated)
+    recorded = time.perf_counter()
     for parameters in optimizer.param_groups:
         parameters["lr"] = c.lr * (1 - progress.generated / c.tokens)
     learned = learn(policy, reference, optimizer, trees, c)
     sampler.refresh()
-    seconds = sampled - clock, time.perf_counter() - sampled
+    seconds = sampled - clock, time.perf_counter() - recorded, recorded - sampled
     counts = parallel.total(dict(new=sum(int(layer.lengths.sum()) for tree in trees for layer in tree.layers),
                                  resampled=sum(int((tree.slots < 0).sum()) for tree in trees)))
     progress.step, progress.generated = progress.step + 1, progress.generated + int(counts["new"])
     progress.sampling, progress.training = progress.sampling + seconds[0], progress.training + seconds[1]
     return (dict(step=progress.step, generated=progress.generated) | rollout_metrics(trees[0].layers, c.layers) | learned
-            | dict(resampled=int(counts["resampled"]), tokens_per_s=counts["new"] / sum(seconds), seconds_sampling=seconds[0],
-                   seconds_training=seconds[1], lr=optimizer.param_groups[0]["lr"])), trees
+            | dict(resampled=int(counts["resampled"]), tokens_per_s=counts["new"] / (seconds[0] + seconds[1]), seconds_sampling=seconds[0],
+                   seconds_training=seconds[1], seconds_transcripts=seconds[2], lr=optimizer.param_groups[0]["lr"])), trees
 
 
 def rollout(sampler, setup, step):
@@ -416,26 +433,9 @@ def how_to_evaluate(folder, c):
     return f"python eval.py --checkpoint {folder}/checkpoint.pt"
 
 
-def final_table(sampler, encoding, task, c, name, verifier):
-    """Held-out accuracy, greedy and at temperature 1 -> {"greedy": ..., "temperature 1": ...}."""
-    problems = held_out_questions(task, c.eval_questions)
-    ask = functools.partial(evaluate, sampler, encoding, problems, c.max_new_tokens, verifier=verifier)
-    return {label: ask(temperature=temperature, say=f"{name}, {label}") for label, temperature in (("greedy", 0.0), ("temperature 1", 1.0))}
-
-
-def finish(folder, progress, c):
-    """Prints the paper's table and what took the time, and writes result.json."""
-    write_json(folder / "result.json", progress.results)
-    for label in ("greedy", "temperature 1"):
-        say(f"\n{label}\n{table({name: result[label] for name, result in progress.results.items()})}")
-    shares = {name: took / max(progress.seconds, 1e-9) for name, took in (("sampling", progress.sampling), ("training", progress.training))}
-    shares["tables, saving and the rest"] = 1 - sum(shares.values())
-    say(f"\ntime: {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}; {max(shares, key=shares.get)} bounds this run")
-    say(f"{folder}: {progress.seconds / 60:.1f} minutes after the base; {how_to_evaluate(folder, c)}")
-
-
 def main():
     c = parse_flags(Config, __doc__, presets, refused=REFUSED)
+    bars.quieten(c.quiet)
     if c.resume:
         folder = resumed_run(c.resume, c.name)
         c = dataclasses.replace(c, name=folder.name, resume=c.resume if Path(c.resume).is_file() else str(folder))

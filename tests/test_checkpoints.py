@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from conftest import ROOT, script
 
 import checkpoints
+import heldout
+import journal
 import train
 from checkpoints import Stop, alone_in, fitting, load_state, newest_state, resumed_run, resumed_settings, save_state, saved
 from flags import BadInput, parse
@@ -145,7 +148,7 @@ def weights(folder, run):
 
 def lines(folder, run):
     """The log without what depends on the clock."""
-    timed = ("seconds", "tokens_per_s", "seconds_sampling", "seconds_training", "peak_gb")
+    timed = ("seconds", "tokens_per_s", "seconds_sampling", "seconds_training", "seconds_transcripts", "seconds_heldout", "peak_gb")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (folder / f"out/{run}/metrics.jsonl").read_text().splitlines()]
 
 
@@ -170,6 +173,7 @@ def test_killed_at_any_moment(undisturbed):
     ours, theirs = weights(folder, "killed"), weights(folder, "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert lines(folder, "killed") == lines(folder, "whole")
+    assert (folder / "out/killed/rollouts.jsonl").read_bytes() == (folder / "out/whole/rollouts.jsonl").read_bytes()
     tables = [json.loads((folder / f"out/{run}/result.json").read_text()) for run in ("killed", "whole")]
     assert tables[0] == tables[1] and {path.name for path in (folder / "out").iterdir() if path.is_dir()} == {"whole", "killed"}
 
@@ -190,15 +194,43 @@ def test_a_stop_finishes_the_step_and_says_how_to_go_on(undisturbed):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and lines(undisturbed, "stopped") == lines(undisturbed, "whole")
 
 
+def test_logs_are_cut_to_the_state(tmp_path):
+    """Catches a run that cannot go on since it was killed within a character, or since a power cut left zeros behind; and a leftover file."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n' + bytes(9))
+    (tmp_path / "rollouts.jsonl").write_bytes('{"step": 2, "q": "é"}\n{"step": 2, "q": "é'.encode()[:-1])
+    journal.cut_log(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n' and (tmp_path / "rollouts.jsonl").read_text() == '{"step": 2, "q": "é"}\n'
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_that_goes_on_has_no_table_of_after(undisturbed):
+    """Catches the table of a finished run that stays when the run goes on and is stopped, and a page that does not know of more --tokens, or by whom they were
+    asked for; and switches of the first process that a second one cannot turn off."""
+    script(undisturbed, *RUN[:-8], "--tokens", "15000", "--eval-questions", "16", "--base-tokens", "300000", "--name", "further", "--quiet")
+    folder = undisturbed / "out/further"
+    assert json.loads((folder / "result.json").read_text()).keys() == {"base", "MGRPO"}
+    running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--resume", "out/further", "--tokens", "9000000"], cwd=undisturbed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    steps = len(lines(undisturbed, "further"))
+    while running.poll() is None and len((folder / "metrics.jsonl").read_text().splitlines()) < steps + 2:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    printed, wrong = running.communicate()
+    assert running.returncode == 0 and re.search(rf"^ +{steps + 1} +\d\.\d\d ", printed, re.M), wrong            # it says its steps: --quiet was the other process's
+    assert json.loads((folder / "result.json").read_text()).keys() == {"base"}
+    config, page = json.loads((folder / "config.json").read_text()), (folder / "report.html").read_text()
+    assert config["tokens"] == 9_000_000 and [part["after_step"] for part in config["made_by"]["resumed"]] == [steps] and "--resume out/further" in config["made_by"]["resumed"][0]["command"]
+    assert "has not reached its end" in page and "tokens generated of 9,000,000; it was stopped" in page
+
+
 def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):
     """Catches a stop in the base's table that promises to go on and has saved nothing; and a state of another model loaded with a traceback."""
     monkeypatch.chdir(undisturbed)
-    real = train.final_table
+    real = heldout.table_of
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
-    monkeypatch.setattr(train, "final_table", interrupted)
+    monkeypatch.setattr(heldout, "table_of", interrupted)
     monkeypatch.setattr(sys, "argv", [*RUN, "--name", "early"])
     train.main()
     assert "stopped after step 0" in capsys.readouterr().out and [step for step, _ in saved("out/early/state")] == [0]

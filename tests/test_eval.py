@@ -8,23 +8,12 @@ import torch
 from test_mgrpo import scripted_rollout
 
 import eval as evaluation
-from eval import (
-    Config,
-    Transcripts,
-    details,
-    evaluate,
-    majority,
-    max_new_tokens,
-    mean_and_error,
-    open_subject,
-    pass_at,
-    several,
-    summarise,
-    table,
-)
+from eval import Config, evaluate, majority, max_new_tokens, open_subject
 from flags import BadInput
 from mgrpo import Sampling
+from tables import details, mean_and_error, pass_at, several, summarise, table
 from tasks import Problem
+from transcripts import Dialogues
 
 
 def test_transitions_by_hand():
@@ -123,7 +112,7 @@ def test_transcripts_hold_the_dialogue(tmp_path, encoding):
     from mgrpo import draw_phrases
     layers, _ = scripted_rollout(encoding)
     layers[1] = layers[0]                                        # one second look at each answer
-    transcripts, how = Transcripts(tmp_path / "deep", "t", dict(model="m")), Sampling(9, 0.7, 3)
+    transcripts, how = Dialogues(tmp_path / "deep", "t", dict(model="m")), Sampling(9, 0.7, 3)
     for _ in range(2):
         transcripts.record([Problem(name, "1", None) for name in "ab"], layers, how)
     lines = [json.loads(line) for line in (tmp_path / "deep/t.jsonl").read_text().splitlines()]
@@ -132,7 +121,7 @@ def test_transcripts_hold_the_dialogue(tmp_path, encoding):
         assert line["question"] == "ab"[int(layers[0].questions[i])] and line["turn1"]["text"] == layers[0].texts[i] == line["turn2"]["text"]
         assert line["turn1"]["right"] == bool(layers[0].correct[i]) and "phrase" not in line["turn1"] and line["temperature"] == 0.7
         assert line["turn2"]["phrase"] == draw_phrases(3, [line["number"]])[0]
-    assert line["model"] == "m" and Transcripts(tmp_path / "deep", "t", {}).path.name == "t.2.jsonl" and len((tmp_path / "deep/t.jsonl").read_text().splitlines()) == len(lines)
+    assert line["model"] == "m" and Dialogues(tmp_path / "deep", "t", {}).path.name == "t.2.jsonl" and len((tmp_path / "deep/t.jsonl").read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.parametrize("context, prompt, asked, found", [(4096, 512, 0, 1024), (1000, 300, 0, None), (4096, 512, 700, 700)])

@@ -17,6 +17,7 @@ from flags import BadInput
 from mathverify import MathVerify
 from model import load_checkpoint
 from pretrain import pick_device
+from transcripts import lines_of
 
 RUN = ("train.py", "--preset", "smoke", "--dtype", "float32", "--device", "cpu", "--base-tokens", "300000", "--eval-questions", "63", "--save-every", "1")
 HARD = ("--kl-coef", "0.05", "--kl", "k1", "--recompute", "yes", "--update", "alternating", "--sources", "wrong", "--resample", "2", "--normalize", "token", "--tokens-per-microbatch", "500", "--epochs", "2", "--offload-optimizer")
@@ -63,7 +64,7 @@ def farthest(folder, one, other):
 
 def lines(folder, run):
     """The log without what depends on the clock, or on the shape of a batch: rounding of lengths, last bits."""
-    loose = ("packed", "padding", "seconds", "tokens_per_s", "seconds_sampling", "seconds_training", "peak_gb", "gauge_max", "gauge_mean")
+    loose = ("packed", "padding", "seconds", "tokens_per_s", "seconds_sampling", "seconds_training", "seconds_transcripts", "seconds_heldout", "peak_gb", "gauge_max", "gauge_mean")
     return [{k: v for k, v in json.loads(line).items() if k not in loose} for line in (folder / f"out/{run}/metrics.jsonl").read_text().splitlines()]
 
 
@@ -75,6 +76,18 @@ def test_one_step_is_that_of_one_process(runs):
     assert farthest(runs, "step1", "step2") < 1e-5 and lines(runs, "step1")[0]["updates"] == 2
     for name in ("step", "few", "hard"):
         assert json.loads((runs / f"out/{name}1/result.json").read_text()) == json.loads((runs / f"out/{name}2/result.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["few", "hard"])
+def test_the_same_trees_are_kept(runs, name):
+    """Catches a rank that does not join the pass for the entropies (a hang), trees of another rank, and entropies of weights that have moved on."""
+    ours, theirs = (list(lines_of(runs / f"out/{name}{n}/rollouts.jsonl")) for n in (2, 1))
+    assert len(ours) == len(theirs) == 2 * len(lines(runs, f"{name}1"))
+    for mine, tree in zip(ours, theirs):
+        nodes = [[node for attempt in t["attempts"] for node in (attempt, *attempt.get("corrections", ()))] for t in (mine, tree)]
+        assert mine["question"] == tree["question"] and len(nodes[0]) == len(nodes[1]) >= 4
+        for a, b in zip(*nodes):
+            assert a["tokens"] == b["tokens"] and a["advantage"] == b["advantage"] and a["entropy"] == pytest.approx(b["entropy"], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["few", "hard"])
@@ -96,6 +109,38 @@ def test_the_same_rollouts_are_drawn(runs):
         finished(start(runs, [write(runs, "rollouts.py", ROLLOUTS), str(processes)], processes))
         drawn.append([tuple(row) for rank in range(processes) for row in json.loads((runs / f"rollouts-{processes}-{rank}.json").read_text())])
     assert len(drawn[0]) > 16 * 4 * 2 and sorted(drawn[0]) == sorted(drawn[1])
+
+
+def test_moments_are_whole_after_a_step_that_taught_nothing(runs):
+    """Catches a state that holds one rank's slice of Adam's moments: what the pass for the transcripts gathers stays so until a backward pass, and there
+    is none in a step whose groups all have equal rewards."""
+    finished(start(runs, [write(runs, "moments.py", MOMENTS)], 2))
+    found = torch.load(runs / "moments.pt", weights_only=True)
+    assert len(found) > 10 and all(tuple(shape) == tuple(like) for shape, like in found)
+
+
+MOMENTS = """
+import torch
+import parallel, starting, train, transcripts
+from eval import make_sampler
+from memory import make_optimizer
+def main():
+    c = train.Config(**(train.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")))
+    setup = starting.prepare(c)
+    policy, _ = setup.load()
+    sampler = make_sampler(policy, 0, 300)
+    shapes = [p.shape for p in policy.parameters()]
+    parallel.shard(policy)
+    optimizer = make_optimizer(policy, 1e-4, False)
+    trees = train.rollout(sampler, setup, 0)
+    train.learn(policy, None, optimizer, trees, setup.c)
+    from pathlib import Path
+    transcripts.record(Path("."), policy, trees[0], setup.encoding, setup.c, 1, 0)
+    moments = parallel.gathered_optimizer(optimizer, policy.parameters())
+    if parallel.rank() == 0:
+        torch.save([(m["exp_avg"].shape, like) for m, like in zip(moments["state"].values(), shapes)], "moments.pt")
+parallel.run(main)
+"""
 
 
 ROLLOUTS = """
@@ -297,8 +342,8 @@ def test_evaluation_is_shared(runs):
         finished(start(runs, [*words, "--json", f"{processes}.json", "--transcripts", f"t{processes}"], processes))
     one, two = (json.loads((runs / f"{n}.json").read_text())["sets"] for n in (1, 2))
     assert one == two
-    transcripts = [sorted(line for path in (runs / f"t{n}").iterdir() for line in path.read_text().splitlines()) for n in (1, 2)]
-    assert transcripts[0] == transcripts[1] and len(transcripts[0]) == 33 * 3 and len(list((runs / "t2").iterdir())) == 2
+    transcripts = [sorted(line for path in (runs / f"t{n}").glob("*.jsonl") for line in path.read_text().splitlines()) for n in (1, 2)]
+    assert transcripts[0] == transcripts[1] and len(transcripts[0]) == 33 * 3 and len(list((runs / "t2").glob("*.jsonl"))) == 2
 
 
 def test_a_rank_plans_for_its_part():

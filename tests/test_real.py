@@ -9,6 +9,7 @@ from conftest import ROOT, script
 from test_prompts import TOKENS, make_folder
 
 import eval as evaluation
+import heldout
 import pretrain
 import train
 from flags import BadInput, guarded
@@ -116,7 +117,7 @@ def test_a_run_from_a_run(walked):
     printed = script(folder, "train.py", "--init", "out/r/model", "--data", "train.jsonl", "--name", "again", "--layers", "1", "--prompts", "2", "--attempts", "2",
                      "--tokens", "200", "--eval-questions", "2", "--recompute", "no", "--kl-coef", "0", *SMALL, *FLOAT)
     assert "held out" in printed and (folder / "out/again/model/model.safetensors").exists()
-    command = printed.split("python ")[-1].split()
+    command = printed.split("python ")[-1].splitlines()[0].split()
     held = int(printed.split(" held out")[0].split()[-1])
     assert command == ["eval.py", "--init", "out/again", "--data", "train.jsonl"] and 0 < held < 40
     (folder / "copy.jsonl").write_text((folder / "train.jsonl").read_text() + problems(1, 500))
@@ -158,7 +159,7 @@ def test_ctrl_c_shows_what_there_is(walked, monkeypatch, capsys):
         if len(count) % 3 == 0:
             raise KeyboardInterrupt
         return real(*args, **keywords)
-    for module in (evaluation, train):
+    for module in (evaluation, heldout):
         monkeypatch.setattr(module, "evaluate", stops)
     count.append(1)                                              # eval: greedy, then Ctrl-C
     monkeypatch.setattr(sys, "argv", ["eval.py", "--init", "out/r", "--data", "test.jsonl", *SMALL, *FLOAT])

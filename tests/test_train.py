@@ -2,11 +2,12 @@
 import copy
 import dataclasses
 import json
+import re
 from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
-from conftest import script
+from conftest import ROOT, script
 from test_mgrpo import scripted_rollout
 
 import journal
@@ -253,6 +254,8 @@ def test_smoke_run_leaves_what_the_readme_promises(smoke):
     assert config["made_by"]["torch"] == torch.__version__ and {f.name for f in dataclasses.fields(Config)} <= set(config)
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {name for name, _, _ in journal.LINE} <= set(line) and line["gauge_max"] < 0.5
+    assert len((run / "rollouts.jsonl").read_text().splitlines()) == 2 * len((run / "metrics.jsonl").read_text().splitlines())
+    assert "solve-mgrpo-0" in (run / "report.html").read_text() and f"{run.relative_to(smoke[0])}/report.html" in smoke[1].splitlines()[-1]
     assert (run / "samples.md").read_text().count("best tree") >= 3 and (run / "checkpoint.pt").exists()
 
 
@@ -285,6 +288,16 @@ def test_every_switch_runs(smoke):
            "--format-weight", "0.2", "--layer2-weight", "0.5", "--tokens-per-microbatch", "400", "--pack", "rows", "--temperature", "0.9")
     lines = [json.loads(line) for line in (folder / "out/switches/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["updates"] == 8 and lines[-1]["kl"] > 0 and lines[0]["reward1"] > lines[0]["accuracy1"]
+
+
+def test_every_field_of_the_log_is_explained(smoke):
+    """Catches a field of metrics.jsonl that README's table leaves out, and one that it explains and nobody writes."""
+    rows = re.findall(r"^\|([^|]*)\| (`[^|]*`) \| [^|]+ \| [^|]*\|$", (ROOT / "README.md").read_text(), re.M)
+    explained = {name for _, fields in rows for name in re.findall(r"`(\w+)`", fields)}
+    lines = [json.loads(line) for path in smoke[0].glob("out/*/metrics.jsonl") for line in path.read_text().splitlines()]
+    assert {name.removesuffix("_se") for line in lines for name in line} == explained and len(lines) > 20
+    shown = " ".join(column for column, _ in rows).replace("&#124;", "|")
+    assert [title for _, title, _ in journal.LINE if title.strip() not in shown] == []
 
 
 def test_a_changed_setting_never_reuses_the_base(smoke):
@@ -325,8 +338,6 @@ def test_a_run_is_never_written_over(smoke):
 
 def test_the_log_is_json_whatever_happens(tmp_path):
     """Catches NaN in metrics.jsonl, which no strict reader takes, and learning rates rounded to 0."""
-    class Bar:
-        write = staticmethod(lambda text: None)
-    journal.log(tmp_path, Bar, dict(step=2, cut1=0.0, loss=float("nan"), lr=5.4321987e-7, skipped=1))
+    journal.log(tmp_path, dict(step=2, cut1=0.0, loss=float("nan"), lr=5.4321987e-7, skipped=1))
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert line == dict(step=2, cut1=0.0, loss=None, lr=5.4322e-7, skipped=1, cut=0.0)
