@@ -9,16 +9,18 @@ import pytest
 import torch
 
 import bench
+import chat
 import compare
 import eval as evaluation
 import memory
 import pretrain
+import report
 import tasks
 import train
 from flags import BadInput, comments, guarded, help_text, parse, parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = dict(train=train, eval=evaluation, pretrain=pretrain, compare=compare, bench=bench, tasks=tasks, memory=memory)
+SCRIPTS = dict(train=train, eval=evaluation, pretrain=pretrain, compare=compare, bench=bench, tasks=tasks, memory=memory, report=report, chat=chat)
 
 
 def config_of(name):
@@ -30,7 +32,7 @@ def config_of(name):
 def test_every_flag_is_used_and_explained(name):
     """Catches dead flags: every field is read somewhere outside of its declaration, and has a line of help."""
     config = config_of(name)
-    source = "".join((ROOT / f"{n}.py").read_text() for n in {name, "tasks"} | ({"pretrain", "starting", "checkpoints"} if name == "train" else set()))
+    source = "".join((ROOT / f"{n}.py").read_text() for n in {name, "tasks"} | ({"pretrain", "starting", "checkpoints", "heldout", "transcripts"} if name == "train" else set()))
     for field in dataclasses.fields(config):
         used = re.search(rf"\b(c|config)\.{field.name}\b|\"{field.name}\"", source)
         assert used, f"--{field.name} of {name}.py is read nowhere"
@@ -41,10 +43,10 @@ def test_every_flag_is_used_and_explained(name):
 
 
 def test_own_flags_come_first():
-    """Catches a wall of flags: train.py's own are 37, in the order of the dataclass, and the base model's follow under a heading of their own."""
+    """Catches a wall of flags: train.py's own, in the order of the dataclass, and the base model's follow under a heading of their own."""
     own, base = help_text(train.Config, train.__doc__).split("Flags of pretrain.py, taken here too:")
     listed = [re.findall(r"^  --([\w-]+) ", part, re.M) for part in (own, base)]
-    assert [len(names) for names in listed] == [40, 11]
+    assert [len(names) for names in listed] == [45, 11]
     assert [name.replace("-", "_") for name in listed[1] + listed[0]] == [field.name for field in dataclasses.fields(train.Config)]
 
 
