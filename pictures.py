@@ -112,7 +112,7 @@ def seeds(runs, arm, key):
 # ------------------------------------------------------------------------------------------------------------------ the page
 
 def page_picture(results, path):
-    """The page of the MGRPO run in a browser without a window, its transcripts tinted; nothing where there is no browser."""
+    """The page of the MGRPO run in a browser without a window: the first table, two curves, transcripts tinted; nothing without a browser."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     try:
         from playwright.sync_api import sync_playwright
@@ -127,7 +127,7 @@ def page_picture(results, path):
         tab = browser.new_page(viewport=dict(width=1040, height=1150))
         tab.goto(f"file://{page}")
         tab.click("[data-tint=entropy]")
-        tab.evaluate("document.querySelectorAll('figure').forEach((figure, i) => figure.hidden = i > 2)")
+        tab.evaluate("document.querySelectorAll('figure, #table .wide').forEach((part, i) => part.hidden = ![0, 3, 4].includes(i))")
         tab.evaluate("window.scrollTo(0, 0)")
         tab.screenshot(path=str(path))
         browser.close()
@@ -141,8 +141,9 @@ def main():
     if not (results / RUNS[1] / "rollouts.jsonl").exists():
         raise BadInput(f"--results {results}: {RUNS[1]}/rollouts.jsonl is not there; the repository has it")
     docs.mkdir(parents=True, exist_ok=True)
-    trees = list(lines_of(results / RUNS[1] / "rollouts.jsonl"))
-    (docs / "tree.svg").write_text(tree_picture(trees[0]), encoding="utf-8")
+    trees = lines_of(results / RUNS[1] / "rollouts.jsonl")
+    mixed = next(tree for tree in trees if len({attempt["right"] for attempt in tree["attempts"]}) == 2)       # right attempts and wrong ones
+    (docs / "tree.svg").write_text(tree_picture(mixed), encoding="utf-8")
     runs_picture(results, docs / "runs.svg")
     arms_picture(results, docs / "arms.svg")
     page_picture(results, docs / "report.png")
