@@ -17,8 +17,8 @@ double-check that."; the policy gives H corrections c_ij of it, scored by the sa
 The copied attempt and the phrase are prompt: no loss on them. Mending errors is rewarded by the final answer alone, and in that
 sense supervises the process without a process reward model.
 
-Deviations from the paper, and what is not known of it (no full text or official code was at hand; the seven phrases and
-the settings come from public re-implementations):
+Deviations from the paper, and what is not known of it (this was written without the full text or official code; the seven
+phrases and the settings come from public re-implementations):
  1. The layer-2 prompt is the model's own turn continued (phrases 5 and 6 stop in mid-sentence and fit nowhere else). The
     paper's template is unknown. For our tiny model the layer-1 template is the question and a newline; a real one has its own (prompts.py).
  2. The formula of J_2, the weight w and the order of updates are unknown: the same form, w = 1, one joint step;

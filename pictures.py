@@ -9,6 +9,7 @@ as a browser shows it. SVGs come out the same to the byte wherever the same matp
 to it.
 """
 import html
+import io
 import json
 import shutil
 import statistics
@@ -112,9 +113,10 @@ def seeds(runs, arm, key):
 # ------------------------------------------------------------------------------------------------------------------ the page
 
 def page_picture(results, path):
-    """The page of the MGRPO run in a browser without a window: the first table, two curves, transcripts tinted; nothing without a browser."""
+    """The page of the MGRPO run as a browser shows it: the first table, two curves, transcripts, tinted. Nothing without a browser."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     try:
+        from PIL import Image
         from playwright.sync_api import sync_playwright
     except ImportError:
         chromium = None
@@ -124,12 +126,12 @@ def page_picture(results, path):
         page = Path(folder) / "report.html"
         report.write_page([report.open_run(results / RUNS[1])], lambda text: None, output=str(page))
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport=dict(width=1040, height=1150))
+        tab = browser.new_page(viewport=dict(width=1040, height=1500))
         tab.goto(f"file://{page}")
         tab.click("[data-tint=entropy]")
         tab.evaluate("document.querySelectorAll('figure, #table .wide').forEach((part, i) => part.hidden = ![0, 3, 4].includes(i))")
         tab.evaluate("window.scrollTo(0, 0)")
-        tab.screenshot(path=str(path))
+        Image.open(io.BytesIO(tab.screenshot())).quantize(128).save(path, optimize=True)        # 128 colours: a third of the size
         browser.close()
 
 
@@ -142,7 +144,7 @@ def main():
         raise BadInput(f"--results {results}: {RUNS[1]}/rollouts.jsonl is not there; the repository has it")
     docs.mkdir(parents=True, exist_ok=True)
     trees = lines_of(results / RUNS[1] / "rollouts.jsonl")
-    mixed = next(tree for tree in trees if len({attempt["right"] for attempt in tree["attempts"]}) == 2)       # right attempts and wrong ones
+    mixed = next(tree for tree in trees if len({attempt["right"] for attempt in tree["attempts"]}) == 2)       # right ones and wrong ones
     (docs / "tree.svg").write_text(tree_picture(mixed), encoding="utf-8")
     runs_picture(results, docs / "runs.svg")
     arms_picture(results, docs / "arms.svg")

@@ -109,7 +109,7 @@ def tables_part(runs):
                          "it is rather too large; over seeds, compare.py pairs them.</p>")
     for run in runs:
         if len(run.result) == 1:
-            parts.append(f"<p>{html.escape(run.name)} has not reached its end: there is no table of afterwards yet. {so_far(run)}</p>")
+            parts.append(f"<p>{html.escape(run.name)} has not finished, so there is no table for after training yet. {so_far(run)}</p>")
         parts += [table(title, [(run.name, found)]) for title, found in evaluated(run.evals).items()]
     return "\n".join(parts) or "<p>No table yet: it is made before the first step.</p>"
 
@@ -185,11 +185,13 @@ def curves_part(runs):
         return NO_CURVES
     figures = [f'<figure role="img" aria-label="{html.escape(chart.name)}, {html.escape(chart.unit)}"><h3>{html.escape(chart.name)}</h3>'
                f"{svg}</figure>" for chart, svg in curves.charts([(run.name, run.metrics, run.result) for run in runs])]
-    note = "" if any(run.config.get("kl_coef") for run in runs) else " No KL: no reference was asked for (<code>--kl-coef</code> 0)."
-    return (f"<p class=soft>Below each curve the generated tokens, above it the steps{' of the first run' if len(runs) > 1 else ''}. Thin: "
-            f"each step (of more than {curves.POINTS} means of neighbours, of a largest gauge the largest); thick: running mean; points: "
-            "held-out questions, with standard errors, the first and the last of them from the tables above, which ask more questions."
-            f"{note}</p><div class=grid>{''.join(figures)}</div>")
+    whose = " of the first run" if len(runs) > 1 else ""
+    kl = any(run.config.get("kl_coef") for run in runs)
+    without = "" if kl else " There is no KL, since there was no reference (<code>--kl-coef</code> 0)."
+    return (f"<p class=soft>Lower axis: generated tokens; upper axis: steps{whose}. Thin line: every step (of more than {curves.POINTS}, "
+            "neighbours are averaged; of the largest gauge the largest is kept). Thick line: running mean. Points: held-out questions with "
+            "standard errors; the first and the last come from the tables above, which ask more questions."
+            f"{without}</p><div class=grid>{''.join(figures)}</div>")
 
 
 # -------------------------------------------------------------------------------------------------------------- transcripts
@@ -230,8 +232,8 @@ def transcripts_part(kept, total):
     some = (f"Here are {len(kept):,} of the {total:,} trees that were kept, evenly chosen ({shown})." if len(kept) < total
             else f"All {total:,} trees that were kept ({shown}).")
     return (f"<p class=soft>{some} Each is a question, the attempts at it, and behind each attempt the guiding phrase and the corrections. "
-            "R is the reward, A the advantage over the siblings; numbers have four decimals. Of training the first questions of every step "
-            "are kept, a fair sample.</p>")
+            "R is the reward, A the advantage over the siblings; numbers have four decimals. From training, the first questions of every "
+            "step are kept: questions are drawn at random, so this is a fair sample.</p>")
 
 
 # -------------------------------------------------------------------------------------------------------- how it was made
@@ -240,7 +242,7 @@ def made_part(runs):
     """Wall time by phase, what made each run, and all settings, those that differ first."""
     runs = [run for run in runs if run.config]
     if not runs:
-        return "<p>These dialogues are of no run of train.py.</p>"
+        return "<p>These dialogues come from eval.py alone; there is no run to describe.</p>"
     settings = [{k: v for k, v in run.config.items() if k not in ("made_by", "resume")} for run in runs]
     return (compared("Wall time", runs, [phases(run) for run in runs])
             + compared("Versions and machine", runs, [run.config.get("made_by", {}) for run in runs])

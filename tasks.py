@@ -56,7 +56,7 @@ def prompt_text(problem):
 
 
 def phrase_text(phrase):
-    """What layer 2 appends to the attempt: design's "\\n" + guiding phrase, and the model goes on in its own turn."""
+    """What layer 2 appends to the attempt: "\\n" and the guiding phrase; the model goes on in its own turn."""
     return "\n" + phrase
 
 

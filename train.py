@@ -2,7 +2,7 @@
 
     python train.py                          # no GPU, no download: a base model, then MGRPO, then the table; minutes on 2 cores
     python train.py --layers 1 --attempts 16 # plain GRPO with as many rollouts per question
-    python train.py --preset smoke           # the same in under a minute, on a toy size
+    python train.py --preset smoke           # the same in about a minute, on a toy size
     python train.py --init path/to/Qwen2.5-Math-1.5B --data gsm8k/train.jsonl --eval-data gsm8k/test.jsonl
     python train.py --resume                 # goes on with the newest run, exactly where it was (checkpoints.py)
     torchrun --nproc_per_node=8 train.py     # eight GPUs (parallel.py)

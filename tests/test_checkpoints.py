@@ -219,7 +219,7 @@ def test_a_run_that_goes_on_has_no_table_of_after(undisturbed):
     assert json.loads((folder / "result.json").read_text()).keys() == {"base"}
     config, page = json.loads((folder / "config.json").read_text()), (folder / "report.html").read_text()
     assert config["tokens"] == 9_000_000 and [part["after_step"] for part in config["made_by"]["resumed"]] == [steps] and "--resume out/further" in config["made_by"]["resumed"][0]["command"]
-    assert "has not reached its end" in page and "tokens generated of 9,000,000; it was stopped" in page
+    assert "has not finished" in page and "tokens generated of 9,000,000; it was stopped" in page
 
 
 def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):

@@ -80,7 +80,7 @@ def test_one_step_is_that_of_one_process(runs):
 
 @pytest.mark.parametrize("name", ["few", "hard"])
 def test_the_same_trees_are_kept(runs, name):
-    """Catches a rank that does not join the pass for the entropies (a hang), trees of another rank, and entropies of weights that have moved on."""
+    """Catches a rank that does not join the pass for the entropies (a hang), and trees of another rank."""
     ours, theirs = (list(lines_of(runs / f"out/{name}{n}/rollouts.jsonl")) for n in (2, 1))
     assert len(ours) == len(theirs) == 2 * len(lines(runs, f"{name}1"))
     for mine, tree in zip(ours, theirs):

@@ -15,12 +15,14 @@ import train
 from checkpoints import Progress
 from flags import BadInput
 from journal import rollout_metrics, tree_text
-from mgrpo import Sampling, collect
+from mgrpo import Sampling, collect, completion_logprobs, pad_rows
+from model import load_checkpoint
 from pretrain import learning_rate
 from sample import Sampler
-from tasks import draw, make_task
+from tasks import Problem, draw, make_task, prompts_and_golds
 from tokenizer import build_encoding
 from train import SUMS, Config, Trees, accumulate, learn, optimiser_steps
+from transcripts import lines_of
 
 
 @pytest.fixture
@@ -288,6 +290,18 @@ def test_every_switch_runs(smoke):
            "--format-weight", "0.2", "--layer2-weight", "0.5", "--tokens-per-microbatch", "400", "--pack", "rows", "--temperature", "0.9")
     lines = [json.loads(line) for line in (folder / "out/switches/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["updates"] == 8 and lines[-1]["kl"] > 0 and lines[0]["reward1"] > lines[0]["accuracy1"]
+
+
+def test_kept_entropies_are_those_of_the_policy_that_sampled(smoke):
+    """Catches entropies taken after the step has moved the weights: those of the first step's trees are the base's."""
+    run = smoke[0] / "out/solve-mgrpo-0"
+    base, _ = load_checkpoint(smoke[0] / json.loads((run / "config.json").read_text())["made_by"]["base"])
+    encoding, tree = build_encoding(), next(lines_of(run / "rollouts.jsonl"))
+    prompt = prompts_and_golds(encoding, [Problem(tree["question"], tree["gold"], None)])[0][0]
+    for attempt in tree["attempts"]:
+        ids = [encoding.eot_token if piece == "<|endoftext|>" else encoding.encode_single_token(piece) for piece in attempt["tokens"]]
+        logp, entropy = completion_logprobs(base, pad_rows([prompt], [ids], "cpu"))
+        assert attempt["entropy"] == pytest.approx(entropy[0].tolist(), abs=2e-4) and attempt["logprobs"] == pytest.approx(logp[0].tolist(), abs=2e-4)
 
 
 def test_every_field_of_the_log_is_explained(smoke):
