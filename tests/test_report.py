@@ -344,6 +344,9 @@ def test_running_means_by_hand():
     import numpy as np
     assert curves.running_mean(np.array([1.0, 2.0, 6.0]), 3).tolist() == pytest.approx([1.5, 3.0, 4.0])
     assert curves.thinned(np.arange(800.0)).tolist()[:2] == [0.5, 2.5] and len(curves.thinned(np.arange(1201.0))) == curves.POINTS
+    assert curves.thinned(np.arange(800.0), np.max).tolist()[:2] == [1, 3]
+    few = curves.some(np.arange(200))
+    assert (few[0], few[-1], len(few)) == (0, 199, curves.LOOKS) and curves.some(np.arange(9)).tolist() == list(range(9))
 
 
 def test_held_out_points_begin_and_end_with_the_tables():
