@@ -308,8 +308,8 @@ def write_page(runs, say=print, output=""):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written ({error.strerror})") from None
-    say(f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser"
-        f"{'' if curves.available() else ' (without curves: pip install matplotlib)'}")
+    missing = any(run.metrics for run in runs) and not curves.available()
+    say(f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser{' (without curves: pip install matplotlib)' if missing else ''}")
 
 
 @rank0
