@@ -26,7 +26,7 @@ STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11.5,
          "grid.color": GRID, "figure.facecolor": PAPER, "axes.facecolor": PAPER, "legend.frameon": False, "axes.spines.right": False,
          "axes.spines.top": False, "axes.grid": True, "axes.axisbelow": True, "axes.labelsize": 11, "legend.fontsize": 10}
 POINTS = 400              # of a curve, at most; a longer run is drawn as means of neighbouring steps
-LOOKS = 60                # at held-out questions, at most; of more every so many-th is drawn
+LOOKS = 60                # at held-out questions, at most; of more, evenly spaced ones are drawn
 
 
 class Chart(NamedTuple):
@@ -76,6 +76,7 @@ def charts(runs):
 
 
 def shown(chart, metrics):
+    """Whether these lines have anything for a Chart."""
     values = [line.get(field) for line in metrics for field in {**chart.fields, **chart.looks}]
     return any(value is not None and (value or chart.name != "KL from the reference") for value in values)
 
@@ -101,11 +102,11 @@ def draw(chart, runs, size=(5.4, 3.3)):
     return figure
 
 
-def new_figure(size, columns=1):
-    """-> matplotlib figure and its axes, side by side; no window is opened, whatever the machine has."""
+def new_figure(size):
+    """-> matplotlib figure and its axes; no window is opened, whatever the machine has."""
     from matplotlib.figure import Figure
     figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots()
 
 
 def fill(axes, chart, runs):
@@ -178,7 +179,7 @@ def finish(axes, chart, metrics):
 # ------------------------------------------------------------------------------------------------------------- into a file
 
 def svg(figure, salt):
-    """A figure as the text of an SVG element, the same for the same figure; ids begin with `salt`, so that several fit into one page."""
+    """A figure as the text of an SVG element, the same for the same figure; `salt` goes into its ids, so that several fit into one page."""
     import matplotlib
     file = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):

@@ -16,10 +16,9 @@ from journal import say, write_json
 from tables import as_look, percent, table
 
 
-def due(progress, before, c):
-    """Whether a step that went from `before` generated tokens to progress.generated is followed by a look: after each tenth of the run, or
-    each `--eval-every` steps; not after the last, which the table follows."""
-    tenth = 10 * progress.generated // c.tokens > 10 * before // c.tokens
+def due(progress, tenth, c):
+    """Whether a step is followed by a look: if it completed a `tenth` of the run, or each `--eval-every` steps; not after the last, which
+    the table follows."""
     return bool(c.look_questions) and progress.generated < c.tokens and (progress.step % c.eval_every == 0 if c.eval_every else tenth)
 
 

@@ -77,7 +77,8 @@ def log(folder, metrics, board=None, quiet=False):
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({k: plain(v) for k, v in metrics.items()}) + "\n")
     for name, value in metrics.items() if board else ():
-        board.add_scalar(name, value, metrics["step"])
+        if value is not None:                                # an error that a single question does not give
+            board.add_scalar(name, value, metrics["step"])
     if quiet:
         return
     if metrics["step"] % 20 == 1:

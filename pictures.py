@@ -136,6 +136,7 @@ def page_picture(results, path):
 
 
 def main():
+    """Draws all of them, and says how large they are."""
     c = parse_flags(Config, __doc__)
     results, docs = Path(c.results), Path(c.docs)
     if not curves.available():

@@ -67,17 +67,18 @@ def open_run(path):
     if not (path / "config.json").exists():
         raise BadInput(f"{path} is no run (it has no config.json) and no eval-....jsonl of eval.py: name a folder like out/solve-mgrpo-0")
     result, rollouts = path / "result.json", path / "rollouts.jsonl"
-    return Run(path.resolve().name, of_kind(dict, read_json(path / "config.json", "a run has one"), path / "config.json"),
+    return Run(path.resolve().name, object_in(path / "config.json"),
                [line for line in lines_of(path / "metrics.jsonl") if "step" in line and "generated" in line],
-               of_kind(dict, read_json(result, "") if result.exists() else {}, result), [rollouts] if rollouts.exists() else [],
+               object_in(result) if result.exists() else {}, [rollouts] if rollouts.exists() else [],
                sorted(path.glob("*eval-*.jsonl")), path / "report.html")
 
 
-def of_kind(kind, value, path):
-    """The value, if it is of this kind; BadInput for a file that holds something else."""
-    if not isinstance(value, kind):
+def object_in(path):
+    """The JSON object in a file that is there; BadInput if it holds something else."""
+    found = read_json(path, "a run has one")
+    if not isinstance(found, dict):
         raise BadInput(f"{path} is damaged, or not what it should be: it holds no JSON object")
-    return value
+    return found
 
 
 def evaluation(paths):
@@ -178,6 +179,7 @@ def columns(questions):
 # ------------------------------------------------------------------------------------------------------------------- curves
 
 def curves_part(runs):
+    """The curves of one run or two as HTML, with a line on how to read them; or why there are none."""
     runs = [run for run in runs if run.metrics]
     if not runs:
         return "<p>No step has been made.</p>"
@@ -226,6 +228,7 @@ def as_json(trees):
 
 
 def transcripts_part(kept, total):
+    """What stands above the trees: how many there are, and what they show."""
     if not total:
         return "<p>None were kept (<code>--transcripts 0</code>, or no step has been made).</p>"
     shown = f"{sum(map(answers, kept)):,} answers"
@@ -326,8 +329,8 @@ def at_the_end(folder, say, files=(), elsewhere=False):
 
 
 def main():
-    words, value_of = sys.argv[1:], ("--output",)
-    names = [word for before, word in zip(["", *words], words) if not word.startswith("-") and before not in value_of]
+    words = sys.argv[1:]
+    names = [word for before, word in zip(["", *words], words) if not word.startswith("-") and before != "--output"]
     c = parse_flags(Config, __doc__, argv=[word for word in words if word not in names])
     if not 1 <= len(names) <= 2:
         raise BadInput(f"{len(names)} runs given: name one, say out/solve-mgrpo-0, or two to see them side by side")

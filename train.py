@@ -187,14 +187,15 @@ def rollouts_and_steps(setup, planned):
             while progress.generated < c.tokens and not stopping:
                 before = progress.generated
                 metrics, trees = one_step(policy, reference, optimizer, sampler, setup, progress, folder)
-                if heldout.due(progress, before, c):
+                tenth = 10 * progress.generated // c.tokens > 10 * before // c.tokens
+                if heldout.due(progress, tenth, c):
                     metrics |= heldout.look(sampler, setup, progress)
                 progress.seconds = time.time() - start
                 metrics |= dict(seconds=progress.seconds, peak_gb=parallel.most(memory.peak(c.device) / memory.GB))
                 log(folder, metrics, board, c.quiet)
                 watch(folder, progress, metrics, trees, c)
                 bar.update(progress.generated - before)
-                tenth, stopping = 10 * progress.generated // c.tokens > 10 * before // c.tokens, parallel.most(stop.asked)
+                stopping = parallel.most(stop.asked)
                 if progress.step == 1 or stopping or (progress.step % c.save_every == 0 if c.save_every else tenth):
                     write_samples(folder / "samples.md", progress.step, trees[0].layers, trees[0].problems, setup.encoding)
                     save(folder, policy, optimizer, progress, c)

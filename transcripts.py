@@ -28,7 +28,6 @@ import parallel
 from flags import make_folder
 from mgrpo import completion_logprobs, draw_phrases, pad_rows
 from packing import batch_of, leaf, logprobs, row_packs, tree_packs
-from parallel import rank0
 from reward import extract_answer
 from tokenizer import PHRASES
 
@@ -66,7 +65,6 @@ def entropies(policy, leaves, c):
     return found
 
 
-@rank0
 def write_trees(path, tree, encoding, entropy, count, about):
     """Appends the trees of the first `count` questions, a line each. about: what every line says besides."""
     first, second = tree.layers[0], tree.layers[1] if len(tree.layers) > 1 else None
@@ -118,9 +116,10 @@ def pieces(encoding, ids):
 
 
 def bytes_of(encoding, token):
+    """The bytes of a token, special ones included; those of U+FFFD for an id that no token has."""
     try:
         return encoding.decode_single_token_bytes(token)
-    except (KeyError, OverflowError):                         # a row of the logits that no token has
+    except (KeyError, OverflowError):
         return REPLACEMENT
 
 
@@ -207,6 +206,7 @@ def set_of(path, temperature):
 
 
 def evaluation_of(path):
+    """The name of a file of dialogues without the number of the process that wrote it."""
     return re.sub(r"-rank\d+(?=(\.\d+)?$)", "", path.stem)
 
 
