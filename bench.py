@@ -17,7 +17,11 @@ Two tables. The ladder adds one idea a line to a naive sampler, on rows that end
 the end only. Against `generate`, which pays for ended rows as long as one is alive, all rows run the full length, so that nothing is
 compared but the work of a step.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import gc
+import os
 import platform
 import re
 import statistics
@@ -392,8 +396,10 @@ def main():
     c = parse_flags(Config, __doc__, argv=words)
     if c.rows < 1 or c.group < 1 or c.rows % c.group:
         raise BadInput(f"--rows {c.rows} must be a multiple of --group {c.group}")
-    if min(c.prompt, c.new, c.rounds, c.threads + 1, c.corrections, c.tokens_per_microbatch) < 1:
-        raise BadInput("--prompt, --new, --rounds, --corrections and --tokens-per-microbatch must be at least 1, --threads at least 0")
+    if min(c.prompt, c.new, c.rounds, c.corrections, c.tokens_per_microbatch) < 1:
+        raise BadInput("--prompt, --new, --rounds, --corrections and --tokens-per-microbatch must be at least 1")
+    if not 0 <= c.threads <= os.cpu_count():                 # thousands end in a crash of OpenMP
+        raise BadInput(f"--threads {c.threads}: choose 1 to {os.cpu_count()}, the cores of this machine, or 0 for all")
     {"sampler": bench_sampler, "train": bench_train, "kernels": bench_kernels, "verifier": bench_verifier}[c.what](c)
 
 

@@ -10,10 +10,12 @@ the first one's cache, and the phrase is keyed by the seed and the question's nu
 limits, gives the same answers. Only the way to the screen is new. The sampler calls `Stream` after every token; a character whose bytes
 are split over tokens waits until it is whole; and since what a model writes is anybody's text, control characters are shown, not obeyed.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import codecs
 import contextlib
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import memory
 from eval import load_policy, make_verifier, max_new_tokens
-from flags import BadInput, guarded, parse_flags, read_json
+from flags import BadInput, guarded, inert, parse_flags, read_json
 from mgrpo import Sampling, draw_phrases, expand
 from model import compute_dtype
 from pretrain import pick_device
@@ -34,8 +36,6 @@ from transcripts import bytes_of
 
 PROMPT = "question> "
 SHOWN = 80                # characters of an answer that a verdict quotes
-# All that moves a cursor, rings, starts an escape sequence or turns the direction of writing, but for newline and tab.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------------- the screen
-
-def inert(text):
-    """Model text for a terminal: control characters as Python writes them (\\x1b), so that they do nothing; newline and tab stay."""
-    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-
 
 def say(text):
     """Prints at once. All that goes to the screen goes through here."""
@@ -265,6 +260,8 @@ def main():
     """Flags, the model, and lines until there are no more."""
     c = parse_flags(Config, __doc__)
     validate(c)
+    if sys.stdin is None:
+        raise BadInput("standard input is closed, and questions come from there: leave out <&-, or pipe some in with echo ... |")
     typed = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")                      # what cannot be read or shown is no traceback
     sys.stdout.reconfigure(errors="replace")

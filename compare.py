@@ -13,6 +13,9 @@ Every run adds a JSON line to results/compare-<name>.jsonl. Runs already there a
 (comments aside) are what they were. The table shows mean ± standard error over seeds, and paired differences (same seed) with a
 95 % interval from Student's t.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import collections
 import datetime
 import functools
@@ -37,7 +40,7 @@ import pretrain
 import starting
 import train
 from eval import held_out_questions, load_policy
-from flags import BadInput, guarded, parse_flags
+from flags import BadInput, file_name, guarded, parse_flags
 from mgrpo import Sampling, expand
 from reward import extract_answer
 from sample import Sampler
@@ -58,6 +61,8 @@ ARMS = {  # name -> what it adds to train.py's defaults
 }
 KEYS = {"greedy": "greedy", "T=1": "temperature 1"}         # what the table calls it -> what result.json calls it
 VOTES = 3
+OURS = dict.fromkeys(("name", "seed", "resume"), "compare.py gives it to each run") | dict.fromkeys(
+    ("init", "data", "eval_data", "template", "prompt_tokens", "verifier"), "compare.py compares runs on built-in tasks")
 LOCK = threading.Lock()
 # Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
@@ -77,7 +82,17 @@ class Config:
 @functools.cache
 def settled(c):
     """train.py's config for these flags, with device and compute type chosen once, here, and so alike for all runs."""
-    return pretrain.resolve(parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), shlex.split(c.flags)))
+    config = parse_flags(train.Config, "", lambda given: pretrain.pick_preset(given, train.PRESETS), split_flags(c), OURS)
+    starting.validate(config)
+    return pretrain.resolve(config)
+
+
+def split_flags(c):
+    """--flags as a list of words. BadInput for a quotation mark without its other one."""
+    try:
+        return shlex.split(c.flags)
+    except ValueError as error:
+        raise BadInput(f"--flags {c.flags!r} cannot be split into words ({error}): quotation marks come in pairs") from None
 
 
 def version(config):
@@ -89,7 +104,7 @@ def version(config):
 def words_for(c, arm, seed):
     """The flags of one run, all of them."""
     config = settled(c)
-    words = shlex.split(f"{c.flags} {ARMS[arm]}") + ["--seed", str(seed), "--name", f"compare-{c.name}-{arm}-{seed}"]
+    words = split_flags(c) + shlex.split(ARMS[arm]) + ["--seed", str(seed), "--name", f"compare-{c.name}-{arm}-{seed}"]
     if arm == "grpo":
         words += ["--attempts", str(config.attempts * (1 + config.corrections))]
     return [*words, "--device", config.device, "--dtype", config.dtype]
@@ -234,7 +249,8 @@ def main():
             raise BadInput(f"--arms: there is no arm {arm!r}; choose from {', '.join(ARMS)}")
     if c.jobs < 1 or not 0 <= c.seeds <= len(T95) + 1:
         raise BadInput(f"--jobs must be at least 1 and --seeds 0 to {len(T95) + 1}")
-    path = Path("results") / f"compare-{c.name}.jsonl"
+    settled(c)                                               # what is wrong with --flags is said before anything else is looked at
+    path = Path("results") / f"compare-{file_name('name', c.name)}.jsonl"
     todo = missing_runs(c, read_lines(path))
     if todo:
         path.parent.mkdir(exist_ok=True)

@@ -10,6 +10,9 @@ pass@k and maj@n with several samples of a question.
 Questions are held out: a task's cannot be drawn in training, and of a data set those that the run was trained on are left out, and
 counted. Errors are standard errors over questions. Every dialogue goes to a JSONL file, and report.html shows them with the table.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import dataclasses
 import functools
 import math
@@ -175,7 +178,8 @@ def open_subject(c):
         model, trained = load_policy(path, c.dtype, c.device)
         task = task_of(trained)
         prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
-        new = c.max_new_tokens or trained.get("max_new_tokens") or token_limits(task)[1]
+        new = task_completion(task, c.max_new_tokens or trained.get("max_new_tokens") or 0)
+        check_cache(c.cache_tokens, model.config.context)
         return Subject(model, build_encoding(), {str(task): task}, new, model.config.context, path.parent, prefix)
     if not c.data:
         raise BadInput("--data is missing: a real model is asked questions of files, say --data gsm8k/test.jsonl (data.py)")
@@ -193,10 +197,11 @@ def real_subject(c, folder):
     new = max_new_tokens(shape, encoding, prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
     known = learnt_questions(trained, encoding)
     sets = {name: DataSet([], encoding, prompt_tokens, [name], print, known) for name in names(c.data)}
+    row = prompt_tokens + 2 * new + longest_phrase(encoding)
+    check_cache(c.cache_tokens, row)
     library()                                                # missing? say so before the weights are needed
     device = pick_device(c.device)
     model = open_weights(path, shape, encoding, parallel.from_rank0(lambda: compute_dtype(c.dtype, device)), device)
-    row = prompt_tokens + 2 * new + longest_phrase(encoding)
     return Subject(model, encoding, sets, new, row, run or Path("out"), "" if run else f"{folder.resolve().name}-")
 
 
@@ -223,12 +228,24 @@ def max_new_tokens(shape, encoding, prompt_tokens, asked):
     return asked or min(1024, room)
 
 
-def make_sampler(model, cache_tokens, row, wanted=0, reserved=0):
-    """A sampler whose cache holds at least one row of `row` tokens; BadInput for a limit below that. wanted: tokens that a call would have
-    cached; if a CPU has no room for them rows wait their turn, in one process. reserved: bytes of CUDA memory that the cache must leave to
-    others."""
+def task_completion(task, asked):
+    """Tokens of a completion for a built-in task: as many as its longest right answer may take, or fewer if `asked`. BadInput for more."""
+    longest = token_limits(task)[1]
+    if asked > longest:
+        raise BadInput(f"--max-new-tokens {asked}: a question and two such completions may not fit the context of this task's model; use "
+                       f"at most {longest}, or 0 for that")
+    return asked or longest
+
+
+def check_cache(cache_tokens, row):
+    """BadInput for a --cache-tokens that does not hold a row of `row` tokens."""
     if 0 < cache_tokens < row:
         raise BadInput(f"--cache-tokens {cache_tokens}: a row may need {row}; use that or more, or 0")
+
+
+def make_sampler(model, cache_tokens, row, wanted=0, reserved=0):
+    """A sampler whose cache holds at least one row of `row` tokens (`check_cache`). wanted: tokens that a call would have cached; if a CPU
+    has no room for them rows wait their turn, in one process. reserved: bytes of CUDA memory that the cache must leave to others."""
     if not cache_tokens and model.embed.weight.device.type == "cpu":
         room = memory.cache_room(model.config, model.compute)
         cache_tokens = max(room, row) if wanted > room else 0

@@ -8,17 +8,25 @@ The idea. A script's settings are one dataclass, read top to bottom:
 
 From that line come the flag `--attempts`, its type, its default and its line of help; nothing is said twice, so nothing can
 disagree. A bool is a flag without a value, there or not; a Maybe has one or not. A flag that does not exist is answered with the
-nearest one that does; whatever else is wrong with the input is said in one sentence on stderr, with exit code 2 and no traceback.
+nearest one that does.
+
+However a script ends early, `last_words` makes one sentence of the exception, and the exit code tells them apart: 2 for bad input and for
+disks that are full or cannot be written, 70 for a fault of this code, 130 for Ctrl-C. --debug prints the traceback besides.
 """
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
+import math
 import os
 import re
+import select
 import sys
+import tempfile
 import textwrap
+import traceback
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -29,6 +37,9 @@ class Maybe(str):
 
 class BadInput(Exception):
     """Something the user gave cannot be used. The message names the thing and the remedy; `guarded` prints it."""
+
+
+OWN_FLAGS = "Flags (--name value or --name=value; --debug shows the traceback of an error besides its sentence):"
 
 
 def comments(config):
@@ -45,7 +56,7 @@ def help_text(config, doc):
     lines, fields = [doc.strip()], {field.name: field for field in dataclasses.fields(config)}
     for cls in config.__mro__[:-1]:
         here = cls.__module__ == config.__module__
-        lines += ["", "Flags (--name value or --name=value):" if here else f"Flags of {cls.__module__}.py, taken here too:", ""]
+        lines += ["", OWN_FLAGS if here else f"Flags of {cls.__module__}.py, taken here too:", ""]
         lines += [line for name in inspect.get_annotations(cls) for line in help_lines(config, fields[name])]
     return "\n".join(lines)
 
@@ -70,9 +81,14 @@ def convert(name, text, kind):
         guess = f"; did you mean {near[0]!r}?" if near else ""
         raise BadInput(f"--{name} {text!r}: choose one of {', '.join(get_args(kind))}{guess}")
     try:
-        return kind(text)
+        value = kind(text)
+        if kind is float and math.isnan(value):              # every comparison with it is false, so no range would refuse it
+            raise ValueError
     except ValueError:
         raise BadInput(f"--{name} {text!r} is not {accepted[kind]}") from None
+    if kind is int and abs(value) >= 1 << 53:                # more fits no tensor's size, and no float that it is divided by
+        raise BadInput(f"--{name} {text}: whole numbers here have at most 15 digits")
+    return value
 
 
 def parse(config, argv, refused=()):
@@ -112,7 +128,7 @@ def parse_flags(config, doc, presets=None, argv=None, refused=()):
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(config, doc))
+        print(help_text(config, doc), flush=True)            # here, where `guarded` sees a reader that has left
         sys.exit(0)
     given = parse(config, argv, refused)
     return config(**{**(presets(given) if presets else {}), **given})
@@ -129,12 +145,14 @@ def read_json(path, hint):
 
 
 def make_folder(path):
-    """Makes a folder and those above it, unless they exist -> its Path. BadInput when that cannot be."""
+    """Makes a folder and those above it, unless they exist -> its Path. BadInput when that cannot be, or no file can be written there."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()             # asking for permissions instead would miss read-only and full disks
         return Path(path)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be made ({error.strerror}): there must be a folder that can be written to") from None
+    except (OSError, ValueError) as error:                   # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path} cannot be made or written to ({reason}): name a folder that can be, or free some space") from None
 
 
 @contextlib.contextmanager
@@ -146,24 +164,129 @@ def reading(path):
         raise BadInput(f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})") from None
 
 
+@contextlib.contextmanager
+def writing(path, kept="what was there before is whole"):
+    """Around the writing of a file: names it when the disk is full or cannot be written (Python does not), and says what was `kept`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}); {kept}") from None
+
+
+def file_name(flag, name):
+    """A name for files of a script, as it was given. BadInput for one that would lead out of their folder, or that cannot be shown."""
+    if "/" in name or "\\" in name or name.startswith(".") or len(name.encode(errors="replace")) > 200 or not name.isprintable():
+        raise BadInput(f"--{flag} {name!r} is to name a file or folder, and not a way to one: no slashes or control characters, no dot in "
+                       "front, at most 200 bytes")
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------------- last words
+
+# What moves a cursor, rings, starts an escape sequence or turns the direction of writing, but for newline and tab.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}     # what writing fails with when a disk is full, or not well
+
+
+def inert(text):
+    """Text of others for a terminal: control characters as Python writes them (\\x1b), so that they do nothing; newline and tab stay."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def processes():
     """How many of them torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
-def guarded(main, first=None):
-    """Runs a script's main: bad input, or a disk that is full or cannot be written, is one sentence and exit code 2; Ctrl-C is 130.
+def last_words(error):
+    """What ended a script -> (a sentence for stderr, exit code). Nothing is said of a reader that has left, as in `| head`."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, BrokenPipeError) and reader_has_left():
+        return "", 141                                       # as a program that SIGPIPE ends
+    if isinstance(error, BadInput):
+        return f"error: {error}", 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"error: {error.filename}: {error.strerror}", 2
+    if isinstance(error, OSError) and (error.errno in DISK or error.errno is None):
+        return f"error: {error}", 2
+    if isinstance(error, ModuleNotFoundError) and not (Path(__file__).parent / f"{error.name}.py").exists():
+        return f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I):
+        return f"error: out of memory ({str(error).split('.')[0]}); lower the sizes that were asked for", 2
+    return f"error: {type(error).__name__}: {error} ({place(error)}): a fault of this code, not of your input; {evidence(error)}", 70
 
-    first(): of several processes (parallel.run), whether this one is to say it.
+
+def reader_has_left():
+    """Whether stdout is what a BrokenPipeError came from; the pipe of another process may be too, and that is a fault. If so nothing more
+    goes there, or Python would complain of the same at its end."""
+    try:
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), 0)
+        if not any(found & select.POLLERR for _, found in asked.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    except (OSError, ValueError):                            # no pipe at all
+        return False
+
+
+def place(error):
+    """"train.py:231", the innermost line of this project that an exception came through."""
+    here = Path(__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == here]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "outside of it"
+
+
+def evidence(error):
+    """Keeps the traceback in a file, since a run of hours is not made again for --debug -> where to find it."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="nano-mgrpo-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.writelines(traceback.format_exception(error))
+        return f"its traceback is in {file.name}"
+    except OSError:
+        return "--debug prints its traceback"
+
+
+def at_the_end(error, debug, first=None, lost=lambda error: ""):
+    """Says why a script ends early -> its exit code. first, lost: as in `guarded`."""
+    said, code = (lost(error), 1) if lost(error) else last_words(error)
+    if said and (first is None or first()):
+        if debug:
+            print("".join(traceback.format_exception(error)), end="", file=sys.stderr)
+        print(inert(" ".join(said.split("\n"))), file=sys.stderr, flush=True)
+    return code
+
+
+def guarded(main, first=None, lost=lambda error: ""):
+    """Runs a script's main; whatever goes wrong is one sentence and an exit code (`last_words`).
+
+    Of several processes (parallel.run): first() tells whether this one is to say it, and lost(error) is the sentence for an error whose
+    cause lies in another process, which exits with 1.
     """
-    speak = lambda text: print(text, file=sys.stderr) if first is None or first() else None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                       # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
+    debug, sys.argv[1:] = "--debug" in sys.argv, [word for word in sys.argv[1:] if word != "--debug"]
     try:
         if first is None and processes() > 1:
             raise BadInput("this script runs in one process, without torchrun, which is for train.py and eval.py")
         main()
-    except (BadInput, OSError) as error:
-        speak(f"error: {error}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        speak("interrupted")
-        sys.exit(130)
+        sys.stdout.flush()                                   # here, where a reader that has left is no traceback
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(at_the_end(error, debug, first, lost))
+
+
+def while_importing(kind, error, trace):
+    """sys.excepthook of our scripts, whose imports stand outside of `guarded`: Ctrl-C and missing packages are sentences there too."""
+    code = at_the_end(error, "--debug" in sys.argv)
+    os._exit(code)                                           # threads of torch, half imported, may abort when Python ends under them
+
+
+def is_ours(module):
+    """Whether the file of a module stands beside this one."""
+    return Path(getattr(module, "__file__", None) or "/").resolve().parent == Path(__file__).resolve().parent
+
+
+if is_ours(sys.modules["__main__"]) and not sys.flags.interactive:           # not where somebody imports this at a prompt
+    sys.excepthook = while_importing

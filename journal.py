@@ -25,14 +25,14 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from flags import BadInput, make_folder, read_json
+from flags import BadInput, inert, make_folder, read_json, writing
 from parallel import rank0
 from tasks import phrase_text
 
 
 def say(text):
-    """Prints beside a progress bar without tearing it."""
-    tqdm.write(text)
+    """Prints beside a progress bar without tearing it; what comes from files cannot steer the terminal."""
+    tqdm.write(inert(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------- a step
@@ -74,7 +74,8 @@ LINE = (("step", "step", "{:5.0f}"), ("reward1", "  R1", "{:4.2f}"), ("reward2",
 def log(folder, metrics, board=None, quiet=False):
     """One line on the screen (unless quiet), one line of JSON in metrics.jsonl, and the same numbers to `board` (open_board)."""
     metrics = metrics | dict(cut=max(metrics["cut1"], metrics.get("cut2", 0.0)))
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+    path = folder / "metrics.jsonl"
+    with writing(path, "its lines before are whole"), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({k: plain(v) for k, v in metrics.items()}) + "\n")
     for name, value in metrics.items() if board else ():
         if value is not None:                                # an error that a single question does not give
@@ -103,9 +104,11 @@ def cut_log(folder, step):
         if path.exists():
             temporary = Path(f"{path}.{os.getpid()}.tmp")
             try:
-                with open(path, "rb") as old, open(temporary, "wb") as new:          # bytes: half a line may end within a character
+                # in bytes, since half a line may end within a character
+                with writing(path), open(path, "rb") as old, open(temporary, "wb") as new:
                     new.writelines(line for line in old if step_of(line) <= step)
-                os.replace(temporary, path)
+                    new.flush()
+                    os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -120,10 +123,17 @@ def step_of(line):
 
 @rank0
 def note_resume(folder, settings, step):
-    """Writes into config.json what a run that goes on was given, and by whom: the settings that may differ, and a list of such parts."""
-    stored = read_json(folder / "config.json", "a run has one")
+    """Writes into config.json what a run that goes on was given, and by whom: the settings that may differ, and a list of such parts. What
+    decides how sums are rounded, and is not what it was, is said."""
+    stored, now = read_json(folder / "config.json", "a run has one"), versions()
     made_by = stored.get("made_by", {})
-    parts = [*made_by.get("resumed", []), dict(after_step=step) | versions()]
+    earlier = made_by.get("resumed", [])
+    before = {**made_by, **earlier[-1]} if earlier else made_by
+    moved = [f"{name} {now[name]} (was {before[name]})" for name in ("threads", "processes", "processor", "torch")
+             if before.get(name, now[name]) != now[name]]
+    if moved:
+        say(f"resume: {', '.join(moved)}: sums are rounded otherwise, so that this run will not be bit for bit the one that was stopped")
+    parts = [*earlier, dict(after_step=step) | now]
     write_json(folder / "config.json", stored | settings | dict(made_by=made_by | dict(resumed=parts)))
 
 
@@ -134,7 +144,8 @@ def post_mortem(folder, step, layers):
                  lengths=layer.lengths, rewards=layer.rewards, advantages=layer.advantages, parents=layer.parents) for layer in layers]
     number = f"-rank{parallel.rank()}" if parallel.size() > 1 else ""
     path = make_folder(folder) / f"not-finite-{step}{number}.pt"
-    torch.save(kept, path)
+    with writing(path), open(path, "wb") as file:            # given a name instead, torch makes a RuntimeError of a full disk
+        torch.save(kept, file)
     say(f"step {step}: a gradient is not finite; its optimiser step is skipped, and the rollout kept in {path}")
 
 
@@ -149,7 +160,7 @@ def plain(value):
 def write_samples(path, step, layers, problems, encoding):
     """Appends the trees of the best and the worst question of this rollout, by the sum of rewards of all their nodes."""
     total = sum(torch.zeros(len(problems)).index_add_(0, layer.questions, layer.rewards) for layer in layers)
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         for name, question in (("best", int(total.argmax())), ("worst", int(total.argmin()))):
             file.write(f"## Step {step}, {name} tree\n\n```\n{tree_text(layers, problems[question], question, encoding)}\n```\n\n")
 
@@ -178,7 +189,11 @@ def run_folder(run, settings, base_path, seconds):
     model. A run that exists is never written over, nor one that another process makes at this moment."""
     folder = parallel.from_rank0(lambda: new_folder(Path("out") / run))
     made_by = dict(base=str(base_path), seconds_base=round(seconds, 1)) | versions()
-    write_json(folder / "config.json", settings | dict(made_by=made_by))
+    try:
+        write_json(folder / "config.json", settings | dict(made_by=made_by))
+    except OSError:
+        folder.rmdir()                                       # a run without its settings is none
+        raise
     say(f"run: {folder}" + (f" (there is an out/{run}, which is not written over)" if folder.name != run else ""))
     return folder
 
@@ -220,10 +235,14 @@ def processor():
 
 @rank0
 def write_json(path, what):
-    """Writes JSON in one move: who reads it, and who is interrupted, has the old file or the new one."""
+    """Writes JSON in one move: a reader, and a disk that fills up meanwhile, has the old file or the new one. OSError names the file."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def commit():

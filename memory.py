@@ -20,6 +20,9 @@ context, its graphs, and what an allocator cannot use for being in pieces.
 
 Letters: L layers, N query heads, K key/value heads, C head size, D width, V vocabulary.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import os
 import re
 import resource

@@ -16,6 +16,7 @@ With one process each of these does nothing, and train.py is plain torch.
 
 Letters: W ranks (processes).
 """
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -23,7 +24,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 
 import torch
 import torch.distributed as dist
@@ -211,16 +211,12 @@ def run(main):
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     try:
-        guarded(main, first)
-        most(0)                                                   # together, so that nobody's end looks like a failure
+        guarded(lambda: [main(), most(0)], first, lost)           # most: together, so that nobody's end looks like a failure
     except SystemExit as end:
         code = end.code or 0
-    except BaseException as error:
-        code = 1
-        if first():
-            print(lost(error) or traceback.format_exc(), file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):                        # a reader that has left
+            stream.flush()
     if code:
         time.sleep(1)                                             # others look twice a second who has failed
     os._exit(code)                                                # threads of torch's may abort when Python ends under them
@@ -240,7 +236,7 @@ def key(name):
 
 
 def lost(error):
-    """What to say of an exception of a collective, whose cause lies with others; nothing for any other."""
+    """What to say of an exception of a collective, whose cause lies in another process; nothing for any other."""
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return (f"error: rank {rank()} lost another process, which the system may have ended (memory?), or its way to it: {error}. "
                 "What was saved is intact")

@@ -8,6 +8,9 @@ step, the curves of one GRPO and one MGRPO run from the same base, the compariso
 as a browser shows it. SVGs come out the same to the byte wherever the same matplotlib is installed, and a test holds the committed ones
 to it.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import html
 import io
 import json

@@ -20,6 +20,9 @@ setting never meets a wrong base.
 With --data it learns worked solutions of a data set instead, in the format that the paper's template asks for, and is saved as others save
 theirs. Such a model is far too small to solve anything; it is there so that the way from files to files can be walked without a download.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import ast
 import collections
 import dataclasses

@@ -11,6 +11,9 @@ SmolLM2), <|eot_id|> is Llama-3's. A base model ends texts, not turns; for it th
 
 Layer 2 needs no template of its own: it continues the model's turn (mgrpo.py, deviation 1).
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import functools
 import sys
 from dataclasses import replace

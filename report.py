@@ -13,6 +13,9 @@ that a large page opens at once. A run with more trees than fit into `ROOM` show
 What a model writes may be anything, also HTML. It reaches the page as JSON in which no "<" stands, is put there as text nodes, and the
 page's policy names the one script that may run by its hash, and no source to load anything from.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import base64
 import hashlib
 import html

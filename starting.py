@@ -17,13 +17,13 @@ import memory
 import parallel
 import pretrain
 from data import DataSet, names
-from eval import ROWS, make_verifier, max_new_tokens
-from flags import BadInput, make_folder
+from eval import ROWS, check_cache, make_verifier, max_new_tokens, task_completion
+from flags import BadInput, file_name, make_folder
 from journal import say
 from model import ModelConfig
 from pretrain import base_model, pick_device, resolve
 from prompts import model_folder, open_shape, open_weights
-from tasks import longest_phrase, task_of, token_limits
+from tasks import longest_phrase, task_of
 from tokenizer import build_encoding
 from weights import library
 
@@ -71,8 +71,9 @@ def validate(c):
         raise BadInput("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out (report.html has its curves)")
     if not 0 <= c.format_weight <= 0.5:
         raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
-    if not 0 < c.clip_low < 1 or c.clip_high <= 0:
+    if not 0 < c.clip_low < 1 or not 0 < c.clip_high < math.inf:
         raise BadInput(f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0")
+    file_name("name", c.name)
 
 
 def method(c):
@@ -88,6 +89,7 @@ def prepare(c):
         c.recompute, c.recompute))
     say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
     setup = (real_model if c.init else tiny_model)(c)
+    check_cache(c.cache_tokens, row_tokens(setup))
     parallel.agree("settings", setup.c)
     parallel.agree("questions to learn from", [problem.question for problem in getattr(setup.task, "splits", dict(train=()))["train"]])
     say(str(setup.task))
@@ -97,11 +99,8 @@ def prepare(c):
 
 def tiny_model(c):
     """A built-in task, and its base from out/ or yet to be made -> Setup."""
-    task, encoding, longest = task_of(c), build_encoding(), token_limits(task_of(c))[1]
-    if c.max_new_tokens > longest:
-        raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
-                       f"model; use at most {longest}, or 0 for that")
-    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
+    task, encoding = task_of(c), build_encoding()
+    c = dataclasses.replace(c, max_new_tokens=task_completion(task, c.max_new_tokens))
     shape = pretrain.shape_for(c, encoding, task)
     return Setup(c, encoding, task, shape, lambda: base_of_rank0(c, shape), None)
 

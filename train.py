@@ -16,6 +16,9 @@ A run leaves in out/<run>/: report.html (open it: table, curves, trees), config.
 rollouts.jsonl and samples.md (trees, token by token and as text), result.json (the table), state/ (to go on from, 12 bytes a parameter
 each), and checkpoint.pt or, from --init, model/ in Hugging Face's format (eval.py reads both). README explains every column of the log.
 """
+import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+
+# isort: split
 import dataclasses
 import math
 import time
@@ -32,7 +35,7 @@ import parallel
 import pretrain
 import report
 import transcripts
-from checkpoints import FREE, Progress, Stop, alone_in, fitting, go_on, resumed_run, resumed_settings, resumed_state, save_state
+from checkpoints import FREE, Progress, Stop, alone_in, fitting, go_on, resumed_run, resumed_settings, resumed_state, save_state, saved
 from eval import make_sampler
 from flags import BadInput, Maybe, parse_flags
 from journal import log, note_resume, open_board, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
@@ -208,6 +211,10 @@ def rollouts_and_steps(setup, planned):
             save(folder, policy, optimizer, progress, c)
             heldout.table_of(method(c), sampler, setup, progress)
             progress.seconds = time.time() - start
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or not saved(folder / "state"):
+            raise
+        raise OSError(f"{error}; python train.py --resume {folder} goes on from the last saved state") from None
     except KeyboardInterrupt:
         say(f"stopped at once after step {progress.step}: {how_to_evaluate(folder, c)} shows the last state that was saved, "
             f"python train.py --resume {folder} goes on from it")

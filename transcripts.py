@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from flags import make_folder
+from flags import make_folder, writing
 from mgrpo import completion_logprobs, draw_phrases, pad_rows
 from packing import batch_of, leaf, logprobs, row_packs, tree_packs
 from reward import extract_answer
@@ -80,7 +80,7 @@ def write_trees(path, tree, encoding, entropy, count, about):
                 attempts[-1] |= dict(phrase=phrase_of(second, below[0], encoding), corrections=corrections)
         line = about | dict(question=problem.question, gold=str(problem.gold), attempts=attempts)
         lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(lines)
 
 
@@ -149,7 +149,7 @@ class Dialogues:
                                            undecided=bool(layer.undecided[row]), tokens=int(layer.lengths[row]),
                                            cut=not bool(layer.completions.ended[row])) | (dict(phrase=phrases[row]) if turn == 2 else {})
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(lines)
 
 

@@ -15,13 +15,14 @@ from tokenizer import build_encoding
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+PATIENCE = 1800           # seconds after which a test takes something for hung; never how fast it should be, as the machine may be busy
 VOCABULARY = build_encoding().n_vocab
 END = build_encoding().eot_token
 
 
 def script(cwd, *words):
     """Runs a script in a process of its own, in folder cwd -> what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

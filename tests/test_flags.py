@@ -1,12 +1,14 @@
 """The command line: what is wrong is said in one sentence, and nothing is a flag that nobody reads."""
 import dataclasses
+import errno
+import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE, ROOT
 
 import bench
 import chat
@@ -17,9 +19,8 @@ import pretrain
 import report
 import tasks
 import train
-from flags import BadInput, comments, guarded, help_text, parse, parse_flags
+from flags import BadInput, comments, guarded, help_text, parse, parse_flags, writing
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = dict(train=train, eval=evaluation, pretrain=pretrain, compare=compare, bench=bench, tasks=tasks, memory=memory, report=report, chat=chat)
 
 
@@ -79,7 +80,7 @@ def test_bad_flags(words, says):
     (["train.py", "--clip-low", "1"], "must lie in (0, 1)"),
     (["train.py", "--tokens-per-microbatch", "0"], "at least 1"),
     (["train.py", "--modulus", "98"], "choose 3 to 97"),
-    (["train.py", "--lr", "nan"], "--lr nan"),
+    (["train.py", "--lr", "nan"], "--lr 'nan' is not a number"), (["train.py", "--clip-high", "nan"], "--clip-high 'nan' is not a number"), (["train.py", "--tokens", "9" * 30], "at most 15 digits"),
     (["train.py", "--eval-questions", "1"], "--eval-questions 1"),
     (["train.py", "--failed", "raw", "--group", "question"], "would change nothing"),
     (["train.py", "--top-p", "0.9"], "the gradient is biased"),
@@ -114,7 +115,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(words, says, tmp_path, monkey
 
 def test_the_exit_code_reaches_the_shell(tmp_path):
     """Catches a script that is guarded in tests and not when run: the same through a real process."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--attemps", "3"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--attemps", "3"], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 2 and done.stderr == "error: unknown flag '--attemps': did you mean --attempts?\n" and not done.stdout
 
 
@@ -125,3 +126,92 @@ def test_help(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         guarded(SCRIPTS[name].main)
     assert stop.value.code == 0 and "Flags" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------------- last words
+
+@pytest.mark.parametrize("error, code, says", [
+    (BadInput("no"), 2, "error: no\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "a\x1b[2Jb"), 2, "error: a\\x1b[2Jb: No such file or directory\n"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left"),
+    (OSError("s: step 3 could not be saved"), 2, "error: s: step 3 could not be saved\n"),
+    (MemoryError(), 2, "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 2, "error: out of memory (CUDA out of memory)"),
+    (ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken"), 2, "pip install -r requirements.txt"),
+    (ModuleNotFoundError("No module named 'mgrpo'", name="mgrpo"), 70, "a fault of this code"),
+    (OSError(errno.EBADF, "Bad file descriptor"), 70, "a fault of this code"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 70, "a fault of this code"),           # stdout is well: it was another pipe
+    (ValueError("two\nlines"), 70, "error: ValueError: two lines ("),
+    (KeyError("x"), 70, "a fault of this code, not of your input; its traceback is in "),
+])
+def test_last_words(error, code, says, tmp_path, monkeypatch, capsys):
+    """Catches bugs that look like bad input, disks that look like bugs, two lines, and a traceback that is lost."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        guarded(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == code and says in said and said.count("\n") == 1 and "\x1b" not in said
+    kept = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(kept) == (code == 70) and all("Traceback" in text and "raise error" in text for text in kept)
+
+
+def test_debug_prints_the_traceback(monkeypatch, capsys):
+    """Catches --debug unknown to a script, or known and idle; and a sentence that it replaces."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--attemps", "3", "--debug"])
+    with pytest.raises(SystemExit) as stop:
+        guarded(train.main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("Traceback") and said.endswith("did you mean --attempts?\n")
+
+
+@pytest.mark.parametrize("name", sorted({*SCRIPTS, "prompts", "pictures"} - {"tasks"}))
+@pytest.mark.parametrize("body, code, says", [
+    ("raise KeyboardInterrupt", 130, "interrupted\n"),
+    ("raise ModuleNotFoundError('No module named', name='torch')", 2, "error: the package torch is missing: pip install -r requirements.txt\n"),
+], ids=["Ctrl-C", "missing"])
+def test_while_it_imports(name, body, code, says, tmp_path):
+    """Catches a traceback of Ctrl-C in the seconds that importing torch takes, or without torch: a torch that raises stands before the real one."""
+    (tmp_path / "torch.py").write_text(body)
+    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=PATIENCE, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_a_reader_that_leaves():
+    """Catches a traceback, or Python's own complaint at its end, when what reads the output has left, as in `| head`."""
+    running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    assert running.stderr.read() == "" and running.wait(PATIENCE) == 141
+
+
+@pytest.mark.parametrize("closed, code, says", [("<&-", 2, "error: standard input is closed"), (">&-", 2, "error: --ckpt nowhere"), ("2>&-", 2, "")])
+def test_closed_streams(closed, code, says):
+    """Catches a traceback (AttributeError of None) where the shell has closed a stream."""
+    done = subprocess.run(f"{sys.executable} {ROOT / 'chat.py'} --ckpt nowhere {closed}", shell=True, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == code and done.stderr.startswith(says) and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------- disks
+
+def test_a_full_disk_is_named(tmp_path):
+    """Catches Python's "No space left on device" that names no file: /dev/full takes nothing."""
+    (tmp_path / "log").symlink_to("/dev/full")
+    says = "log could not be written (No space left on device); what was there before is whole"
+    with pytest.raises(OSError, match=re.escape(says)), writing(tmp_path / "log"), open(tmp_path / "log", "w") as file:
+        file.write("line")
+
+
+def test_a_folder_that_takes_no_files_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    """Catches minutes of a base model that then cannot be kept: nobody, not even root, can write into /proc."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to("/proc")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "smoke", "--dtype", "float32"])
+    monkeypatch.setattr("pretrain.pretrain", None)
+    with pytest.raises(SystemExit) as stop:
+        guarded(train.main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: out cannot be made or written to") and said.count("\n") == 1

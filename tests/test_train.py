@@ -1,13 +1,18 @@
 """The loop, end to end and in parts: invariance to micro-batches, determinism, and a run that learns in both layers."""
 import copy
 import dataclasses
+import errno
 import json
+import os
 import re
+import resource
+import subprocess
+import sys
 from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import PATIENCE, ROOT, script
 from test_mgrpo import scripted_rollout
 
 import journal
@@ -355,3 +360,39 @@ def test_the_log_is_json_whatever_happens(tmp_path):
     journal.log(tmp_path, dict(step=2, cut1=0.0, loss=float("nan"), lr=5.4321987e-7, skipped=1))
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert line == dict(step=2, cut1=0.0, loss=None, lr=5.4322e-7, skipped=1, cut=0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- disks
+
+def test_a_full_disk_ends_a_run_in_one_sentence(smoke):
+    """Catches a traceback of a disk that fills up in the middle of a run, and temporary files that it leaves: files may grow to 100 kB only."""
+    folder, limit = smoke[0], lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    words = [sys.executable, str(ROOT / "train.py"), "--preset", "smoke", *SMOKE, "--tokens", "20000", "--eval-questions", "16", "--name", "full"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: out/full/state: step 1 could not be saved (") and not list((folder / "out").rglob("*.tmp"))
+    assert len((folder / "out/full/metrics.jsonl").read_text().splitlines()) == 1 and "resume" not in done.stderr
+
+
+def test_no_half_made_run_folder(tmp_path, monkeypatch):
+    """Catches a run's folder that stays behind without settings, and a temporary file, when the disk is full at the start."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=re.escape("config.json could not be written (No space left on device)")):
+        journal.run_folder("run", dict(seed=0), "", 0.0)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_other_threads_are_said_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    """Catches a run that goes on with sums rounded otherwise, and no word of it; and a word where nothing has changed."""
+    here = journal.versions()
+    journal.write_json(tmp_path / "config.json", dict(made_by=here))
+    journal.note_resume(tmp_path, {}, 3)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(journal, "versions", lambda: here | dict(threads=here["threads"] + 1))
+    for _ in range(2):                                       # the second time they are what they were
+        journal.note_resume(tmp_path, {}, 4)
+    said = capsys.readouterr().out
+    assert said.count("resume: ") == 1 and f"threads {here['threads'] + 1} (was {here['threads']})" in said and "bit for bit" in said
