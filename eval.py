@@ -43,6 +43,7 @@ from transcripts import Dialogues
 from weights import library
 
 ROWS = 1024               # sampled at a time
+MOST = 1 << 24            # questions, samples or rows that flags may ask for: more end in memory that runs out, or never
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,13 @@ def task_completion(task, asked):
     return asked or longest
 
 
+def check_counts(counts):
+    """BadInput for a {field: value} above MOST."""
+    for name, value in counts.items():
+        if value > MOST:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: at most {MOST:,}")
+
+
 def check_cache(cache_tokens, row):
     """BadInput for a --cache-tokens that does not hold a row of `row` tokens."""
     if 0 < cache_tokens < row:
@@ -260,6 +268,7 @@ def make_verifier(name):
 def validate(c):
     if (c.questions != 0 and c.questions < 2) or c.samples < 1 or not 0 <= c.temperature < math.inf or c.cache_tokens < 0:
         raise BadInput("--questions must be at least 2 (or 0: all), --samples at least 1, --temperature and --cache-tokens at least 0")
+    check_counts(dict(questions=c.questions, samples=c.samples))
     if c.top_k < 0 or not 0 < c.top_p <= 1 or not 0 <= c.min_p < 1:
         raise BadInput("--top-k must be at least 0, --top-p above 0 and at most 1, --min-p at least 0 and below 1")
     if c.max_new_tokens < 0 or c.prompt_tokens < 0:

@@ -17,7 +17,7 @@ import memory
 import parallel
 import pretrain
 from data import DataSet, names
-from eval import ROWS, check_cache, make_verifier, max_new_tokens, task_completion
+from eval import MOST, ROWS, check_cache, check_counts, make_verifier, max_new_tokens, task_completion
 from flags import BadInput, file_name, make_folder
 from journal import say
 from model import ModelConfig
@@ -40,14 +40,18 @@ class Setup(NamedTuple):
 
 def validate(c):
     """BadInput for values that cannot work together, with the consequence and the way out."""
-    for name in ("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "tokens_per_microbatch", "keep"):
-        if getattr(c, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name, least in (("eval_questions", 2), ("prompt_tokens", 1), ("cache_tokens", 0), ("max_new_tokens", 0), ("lr", 0), ("kl_coef", 0),
-                        ("layer2_weight", 0), ("save_every", 0), ("resample", 0), ("look_questions", 0), ("eval_every", 0),
-                        ("transcripts", 0)):
-        if not least <= getattr(c, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {least}")
+    least = dict.fromkeys(("cache_tokens", "max_new_tokens", "lr", "kl_coef", "layer2_weight", "save_every", "resample", "look_questions",
+                           "eval_every", "transcripts"), 0) | dict(eval_questions=2)
+    least |= dict.fromkeys(("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "tokens_per_microbatch", "keep",
+                            "prompt_tokens"), 1)
+    for name, smallest in least.items():
+        if not smallest <= getattr(c, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {smallest}")
+    check_counts(dict(eval_questions=c.eval_questions, look_questions=c.look_questions, resample=c.resample, epochs=c.epochs))
+    rows = c.prompts * c.attempts * (1 + c.corrections)
+    if rows > MOST:
+        raise BadInput(f"--prompts {c.prompts}, --attempts {c.attempts} and --corrections {c.corrections} make {rows:,} rows a step: "
+                       f"lower them to {MOST:,} at most")
     if c.layers not in (1, 2):
         raise BadInput(f"--layers {c.layers}: 1 is GRPO, 2 is MGRPO")
     if c.layers == 2 and c.corrections == 1 and c.group == "attempt" and c.failed != "raw":
