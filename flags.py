@@ -23,6 +23,7 @@ import math
 import os
 import re
 import select
+import signal
 import sys
 import tempfile
 import textwrap
@@ -267,6 +268,8 @@ def guarded(main, first=None, lost=lambda error: ""):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                       # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
+    if signal.getsignal(signal.SIGINT) is stop_at_once:      # the imports are over
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     debug, sys.argv[1:] = "--debug" in sys.argv, [word for word in sys.argv[1:] if word != "--debug"]
     try:
         if first is None and processes() > 1:
@@ -277,8 +280,14 @@ def guarded(main, first=None, lost=lambda error: ""):
         sys.exit(at_the_end(error, debug, first, lost))
 
 
+def stop_at_once(number, frame):
+    """Ctrl-C while a script imports: a KeyboardInterrupt there may end in the middle of torch's C++, which aborts."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
 def while_importing(kind, error, trace):
-    """sys.excepthook of our scripts, whose imports stand outside of `guarded`: Ctrl-C and missing packages are sentences there too."""
+    """sys.excepthook of our scripts, whose imports stand outside of `guarded`: a missing package is a sentence there too."""
     code = at_the_end(error, "--debug" in sys.argv)
     os._exit(code)                                           # threads of torch, half imported, may abort when Python ends under them
 
@@ -290,3 +299,5 @@ def is_ours(module):
 
 if is_ours(sys.modules["__main__"]) and not sys.flags.interactive:           # not where somebody imports this at a prompt
     sys.excepthook = while_importing
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell has Ctrl-C ignored, as behind `nohup`
+        signal.signal(signal.SIGINT, stop_at_once)

@@ -171,7 +171,7 @@ def test_debug_prints_the_traceback(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", sorted({*SCRIPTS, "prompts", "pictures"} - {"tasks"}))
 @pytest.mark.parametrize("body, code, says", [
-    ("raise KeyboardInterrupt", 130, "interrupted\n"),
+    ("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", 130, "interrupted\n"),
     ("raise ModuleNotFoundError('No module named', name='torch')", 2, "error: the package torch is missing: pip install -r requirements.txt\n"),
 ], ids=["Ctrl-C", "missing"])
 def test_while_it_imports(name, body, code, says, tmp_path):
