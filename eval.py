@@ -25,7 +25,7 @@ import parallel
 import report
 from data import DataSet, names
 from flags import BadInput, make_folder, parse_flags, read_json
-from journal import versions, write_json
+from journal import say, versions, write_json
 from mathverify import MathVerify
 from mgrpo import Sampling, expand, second_look
 from model import compute_dtype, load_checkpoint
@@ -67,8 +67,10 @@ class Config:
     quiet: bool = False       # no bars
 
 
+@functools.lru_cache(4)
 def held_out_questions(task, count, seed=0):
-    """`count` DIFFERENT held-out problems; fewer when 20 x count draws do not bring as many (Countdown has few). Of a data set 0 is all."""
+    """`count` DIFFERENT held-out problems; fewer, and said, when 20 x count draws do not bring as many (Countdown has few). Of a data set 0
+    is all."""
     if isinstance(task, DataSet):
         return task.some("held out", count, seed)
     found = {}
@@ -77,6 +79,8 @@ def held_out_questions(task, count, seed=0):
         found.setdefault(task.canonical(problem), problem)
         if len(found) == count:
             break
+    if len(found) < count:
+        say(f"held out: {len(found):,} different questions are asked, not {count:,}: this task has hardly more")
     return list(found.values())
 
 

@@ -8,11 +8,11 @@ import torch
 from test_mgrpo import scripted_rollout
 
 import eval as evaluation
-from eval import Config, evaluate, majority, max_new_tokens, open_subject
+from eval import Config, evaluate, held_out_questions, majority, max_new_tokens, open_subject
 from flags import BadInput
 from mgrpo import Sampling
 from tables import details, mean_and_error, pass_at, several, summarise, table
-from tasks import Problem
+from tasks import Problem, make_task
 from transcripts import Dialogues
 
 
