@@ -131,12 +131,10 @@ def difference(runs, label):
 def table(title, rows):
     """[(name, {column: (mean, error), "questions"})] -> HTML."""
     shown = [k for k in COLUMNS if any(k in found for _, found in rows)]
-    counts = [found["questions"] for _, found in rows]
-    alike = len(set(counts)) == 1
-    head = "".join(f"<th scope=col>{html.escape(COLUMNS[k])}</th>" for k in shown) + ("" if alike else "<th scope=col>questions</th>")
+    head = "".join(f"<th scope=col>{html.escape(COLUMNS[k])}</th>" for k in shown) + "<th scope=col>questions</th>"
     body = "".join(f"<tr><th scope=row>{html.escape(name)}</th>" + "".join(f"<td>{cell(found, k)}</td>" for k in shown)
-                   + ("" if alike else f"<td>{found['questions']:,}</td>") + "</tr>" for name, found in rows)
-    caption = f"{html.escape(title)}: percent ± standard error{f', {counts[0]:,} questions' if alike else ''}"
+                   + f"<td>{found['questions']:,}</td></tr>" for name, found in rows)
+    caption = f"{html.escape(title)}: percent ± standard error over questions"
     return (f"<div class=wide><table><caption>{caption}</caption><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
             "</div>")
 

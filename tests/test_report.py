@@ -273,7 +273,14 @@ def test_runs_that_were_asked_other_questions_have_no_difference(run, tmp_path):
     same.result["MGRPO"]["greedy"]["t1"] = (0.6, None)
     (_, row), = report.difference([same, report.open_run(run)], "greedy")
     assert row["t1"] == (0.0, None) and report.cell(row, "t1") == "+0.0 <small>± ?</small>"
-    assert "<th scope=col>questions</th>" in report.table("x", [("a", row), ("b", row | dict(questions=5))])
+
+
+def test_every_row_of_a_page_has_its_number_of_questions(run):
+    """Catches a number of questions that stands for another row's, or for none."""
+    one = dict(t1=(0.5, 0.1))
+    for counts in ((1024, 5), (7, 7)):
+        text = report.table("x", [(name, one | dict(questions=count)) for name, count in zip("ab", counts)])
+        assert re.findall(r"<td>([\d,]+)</td></tr>", text) == [f"{count:,}" for count in counts] and "<th scope=col>questions</th></tr>" in text
 
 
 @pytest.mark.parametrize("what", ["damaged evaluation", "full disk", "broken matplotlib"])
@@ -531,7 +538,7 @@ def test_the_evaluations_of_a_run_are_on_its_page(run, tmp_path):
     shutil.copytree(run, folder)
     write_dialogues(folder / "eval-solve.jsonl", [("a", 0.0, [(False, True)]), ("b", 0.0, [(False, False)])])
     text = page_of(folder)
-    assert "eval-solve, greedy: percent ± standard error, 2 questions" in text and "50.0 <small>± 50.0</small>" in text
+    assert re.search(r"eval-solve, greedy: percent ± standard error over questions<.*?<th scope=col>questions</th>.*?<td>2</td></tr></tbody>", text) and "50.0 <small>± 50.0</small>" in text
     mine = [tree for tree in embedded(text) if tree["set"] == "eval-solve, greedy"]
     assert [tree["question"] for tree in mine] == ["a", "b"] and mine[0]["attempts"][0]["corrections"][0] == dict(right=True, undecided=False, cut=False, text="<answer>1</answer>")
     alone = folder / "eval-solve.jsonl"
