@@ -79,7 +79,8 @@ def runs_picture(results, path):
     """Two runs from one base: held-out accuracy, and what the second look changes in training."""
     runs = []
     for name in RUNS:
-        metrics, result = list(lines_of(results / name / "metrics.jsonl")), json.loads((results / name / "result.json").read_text())
+        metrics = list(lines_of(results / name / "metrics.jsonl", ("step", "generated")))
+        result = json.loads((results / name / "result.json").read_text())
         runs.append((name.split("-")[1].upper(), curves.with_ends(metrics, result)))
     chart = curves.Chart("", "held out, greedy: share right", {}, dict(heldout1=("Acc@t1", 0), heldout2=("Acc@t2", 1)), share=True)
     curves.alone(curves.draw(chart, runs[::-1], (6.4, 3.6)), path)

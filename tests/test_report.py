@@ -190,6 +190,25 @@ def test_a_run_that_was_killed_has_its_page(tmp_path):
 
 def test_without_matplotlib_tables_and_trees_are_there(run, monkeypatch):
     """Catches a page that needs the optional package."""
+@pytest.mark.parametrize("many", [False, True])
+def test_damaged_lines_are_counted_aloud(tmp_path, monkeypatch, capsys, many):
+    """Catches steps or trees that are missing from a page without a word, trees that are counted and not there, and one line counted each time that a file
+    is read: a page of all trees, and one of so many that some are chosen."""
+    folder = write_run(tmp_path / "damaged", [tree_of(step, "fixed") for step in range(1, 5)], steps=5)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join([lines[0], lines[1][:30] + "\n", "[]\n", *lines[2:], '{"step": 6, "que']))
+    write_dialogues(folder / "eval-solve.jsonl", [("a", 0.0, [(True, True)]), ("b", 0.0, [(True, True)])])
+    with open(folder / "eval-solve.jsonl", "a") as file:
+        file.write('{"quest')
+    if many:
+        monkeypatch.setattr(report, "ROOM", 3000)
+    text = page_of(folder)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{folder}/{name} passed over" for name in ("metrics.jsonl: 3 damaged lines are", "rollouts.jsonl: 3 damaged lines are", "eval-solve.jsonl: 1 damaged line is")]
+    assert "5 trees that were kept" in text and (len(embedded(text)) == 5) != many
+
+
     monkeypatch.setattr(curves, "available", lambda: False)
     text = page_of(run)
     assert "pip install matplotlib" in text and "<svg" not in text and "after MGRPO" in text and len(embedded(text)) == 11
