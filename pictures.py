@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import compare
 import curves
 import report
 from curves import COLOURS, INK, LINES
@@ -89,7 +90,8 @@ def runs_picture(results, path):
 def arms_picture(results, path):
     """Acc@t2 of each arm of compare.py, greedy and at temperature 1, mean and standard error over seeds, and GRPO's Acc@t1 as a line."""
     import matplotlib
-    runs = [run for run in lines_of(results / "compare-solve.jsonl") if run["arm"] in ARMS]
+    runs = [run for run in compare.read_lines(results / "compare-solve.jsonl") if run["arm"] in ARMS and not run["flags"]]
+    runs = compare.one_version(runs)
     with matplotlib.rc_context(curves.STYLE):
         figure, axes = curves.new_figure((6.4, 2.8))
         for mark, (label, key) in enumerate((("greedy", "greedy"), ("temperature 1", "temperature 1"))):
