@@ -20,8 +20,8 @@ END = build_encoding().eot_token
 
 
 def script(cwd, *words):
-    """Runs a script in a process of its own, in folder cwd -> what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=280)
+    """Runs a script in a process of its own, in folder cwd -> what it printed. The deadline is for one that hangs: cores may be taken."""
+    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

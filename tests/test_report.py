@@ -29,6 +29,8 @@ from transcripts import Dialogues, answers, pieces, read_trees
 
 HOSTILE = ('<script>window.hacked = 1</script>', '</script><img src=x onerror="window.hacked = 2">', "<!--@data--> \u2028 \x1b[31m \x00 \u202egnp.exe", '"; window.hacked = 3; //', "${window.hacked = 4}")
 
+PATIENCE = 600_000        # milliseconds that a browser may take for anything
+
 
 # ------------------------------------------------------------------------------------------------- a run that nobody had to train
 
@@ -188,8 +190,6 @@ def test_a_run_that_was_killed_has_its_page(tmp_path):
     assert "No table yet" in text and "No step has been made" in text and embedded(text) == []
 
 
-def test_without_matplotlib_tables_and_trees_are_there(run, monkeypatch):
-    """Catches a page that needs the optional package."""
 @pytest.mark.parametrize("many", [False, True])
 def test_damaged_lines_are_counted_aloud(tmp_path, monkeypatch, capsys, many):
     """Catches steps or trees that are missing from a page without a word, trees that are counted and not there, and one line counted each time that a file
@@ -209,6 +209,8 @@ def test_damaged_lines_are_counted_aloud(tmp_path, monkeypatch, capsys, many):
     assert "5 trees that were kept" in text and (len(embedded(text)) == 5) != many
 
 
+def test_without_matplotlib_tables_and_trees_are_there(run, monkeypatch):
+    """Catches a page that needs the optional package."""
     monkeypatch.setattr(curves, "available", lambda: False)
     text = page_of(run)
     assert "pip install matplotlib" in text and "<svg" not in text and "after MGRPO" in text and len(embedded(text)) == 11
@@ -414,16 +416,23 @@ def browser():
     if path is None:
         pytest.skip("needs a Chromium: apt-get install chromium")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=PATIENCE)
         yield browser
         browser.close()
+
+
+def new_page(browser, **more):
+    """A page of the browser that waits for minutes, as on a machine whose cores are all taken."""
+    opened = browser.new_page(**more)
+    opened.set_default_timeout(PATIENCE)
+    return opened
 
 
 @pytest.fixture
 def page(browser, run):
     """The hostile run's page, opened from disk; at the end nothing may have run that should not, nor been asked for."""
     page_of(run)
-    opened, wrong, asked = browser.new_page(), [], []
+    opened, wrong, asked = new_page(browser), [], []
     opened.on("console", lambda message: wrong.append(message.text))
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("request", lambda request: asked.append(request.url))
@@ -509,7 +518,7 @@ def test_the_page_is_readable_small_and_dark(browser, run):
     image = pytest.importorskip("PIL.Image", reason="needs pillow, which comes with matplotlib")
     page_of(run)
     for width, scheme in ((400, "light"), (400, "dark"), (1200, "dark")):
-        page = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
+        page = new_page(browser, viewport=dict(width=width, height=900), color_scheme=scheme)
         page.goto(f"file://{run}/report.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert min(page.evaluate("[...document.querySelectorAll('#curves text')].map(e => e.getBoundingClientRect().height)")) >= 8
@@ -525,7 +534,7 @@ def test_a_large_page_is_drawn_in_parts(browser, tmp_path):
     """Catches a page that draws ten thousand answers at once: those that fit a screen or two, more at a click, and j goes on into them."""
     folder = write_run(tmp_path / "many", [tree_of(step, "plain", "x" * 50) for step in range(1, 2001)])
     page_of(folder)
-    page = browser.new_page()
+    page = new_page(browser)
     page.goto(f"file://{folder}/report.html")
     first = page.locator("#trees > article").count()
     assert 10 < first < 500 and f"{first} of 2000 trees" in page.inner_text("#count")
