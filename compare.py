@@ -10,13 +10,14 @@ of the guiding phrase ("intrinsic" correction, never trained). Since MGRPO spend
 more of them: a second fresh sample in place of the second look, and the majority of three.
 
 Every run adds a JSON line to results/compare-<name>.jsonl. Runs already there are not run again, as long as flags, base and code
-(comments aside) are what they were. The table shows mean ± standard error over seeds, and paired differences (same seed) with a
-95 % interval from Student's t.
+(comments aside; of all files that a run goes through) are what they were. An arm that only has runs from before a change is printed
+from them, and its row says so. The table shows mean ± standard error over seeds, and paired differences (same seed) with a 95 % interval
+from Student's t.
 """
 import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
-import collections
+import ast
 import datetime
 import functools
 import hashlib
@@ -35,18 +36,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import eval as evaluation
 import pretrain
 import starting
 import train
-from eval import held_out_questions, load_policy
-from flags import BadInput, file_name, guarded, parse_flags
+from eval import held_out_questions, load_policy, majorities
+from flags import BadInput, file_name, guarded, parse_flags, writing
 from mgrpo import Sampling, expand
-from reward import extract_answer
 from sample import Sampler
 from tables import COLUMNS, mean_and_error
 from tasks import prompts_and_golds, task_of
 from tokenizer import build_encoding
+from transcripts import lines_of
 
 ARMS = {  # name -> what it adds to train.py's defaults
     "grpo": "--layers 1",                                       # and as many attempts as the tree has nodes, G + G x H (see `words`)
@@ -63,6 +63,8 @@ KEYS = {"greedy": "greedy", "T=1": "temperature 1"}         # what the table cal
 VOTES = 3
 OURS = dict.fromkeys(("name", "seed", "resume"), "compare.py gives it to each run") | dict.fromkeys(
     ("init", "data", "eval_data", "template", "prompt_tokens", "verifier"), "compare.py compares runs on built-in tasks")
+FIELDS = ("arm", "seed", "flags", "version", "base", "made_by", "generated", "steps", "seconds", "base_result",
+          "result", "extra")                                # that a line of the result file needs
 LOCK = threading.Lock()
 # Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
@@ -95,19 +97,42 @@ def split_flags(c):
         raise BadInput(f"--flags {c.flags!r} cannot be split into words ({error}): quotation marks come in pairs") from None
 
 
-def version(config):
-    """8 hex digits of the base and of the code that trains and evaluates."""
-    parts = [pretrain.fingerprint(starting.base_config(config)), *map(pretrain.code_of, (train, starting, evaluation))]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+@functools.cache
+def all_code():
+    """{file's name: its code as text} of this file and of every file beside it that it imports, directly or not."""
+    found, todo = {}, [Path(__file__).name]
+    while todo:
+        path = Path(__file__).with_name(todo.pop())
+        if path.name not in found and path.exists():
+            source = path.read_text(encoding="utf-8")
+            found[path.name] = pretrain.code_in(source)
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Import):
+                    todo += [f"{name.name}.py" for name in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    todo.append(f"{node.module}.py")
+    return found
+
+
+def version(c, arm):
+    """8 hex digits of all that makes an arm's runs what they are, but for the seed: the base, with its device and compute type, the flags,
+    and the code."""
+    parts = [pretrain.fingerprint(starting.base_config(settled(c))), *arm_words(c, arm), *(text for _, text in sorted(all_code().items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def arm_words(c, arm):
+    """The flags that all runs of an arm share."""
+    config = settled(c)
+    words = split_flags(c) + shlex.split(ARMS[arm])
+    if arm == "grpo":
+        words += ["--attempts", str(config.attempts * (1 + config.corrections))]
+    return [*words, "--device", config.device, "--dtype", config.dtype]
 
 
 def words_for(c, arm, seed):
     """The flags of one run, all of them."""
-    config = settled(c)
-    words = split_flags(c) + shlex.split(ARMS[arm]) + ["--seed", str(seed), "--name", f"compare-{c.name}-{arm}-{seed}"]
-    if arm == "grpo":
-        words += ["--attempts", str(config.attempts * (1 + config.corrections))]
-    return [*words, "--device", config.device, "--dtype", config.dtype]
+    return [*arm_words(c, arm), "--seed", str(seed), "--name", f"compare-{c.name}-{arm}-{seed}"]
 
 
 def run_once(c, arm, seed):
@@ -120,9 +145,9 @@ def run_once(c, arm, seed):
         raise BadInput(f"arm {arm}, seed {seed}: train.py failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
     folder = Path(next(line for line in done.stdout.splitlines() if line.startswith("run: "))[5:].split(" (")[0])
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = list(lines_of(folder / "metrics.jsonl", ("generated", "seconds_sampling", "seconds_training")))
     trained = result["GRPO" if config["layers"] == 1 else "MGRPO"]
-    return dict(arm=arm, seed=seed, flags=c.flags, version=version(settled(c)),
+    return dict(arm=arm, seed=seed, flags=c.flags, version=version(c, arm),
                 command=shlex.join(["python", "train.py", *words]), base=config["made_by"]["base"],
                 date=datetime.date.today().isoformat(), made_by=config["made_by"], generated=steps[-1]["generated"], steps=len(steps),
                 seconds=round(sum(s["seconds_sampling"] + s["seconds_training"] for s in steps), 1),
@@ -132,8 +157,7 @@ def run_once(c, arm, seed):
 def more_answers(checkpoint, config):
     """First answers at temperature 1, `VOTES` per question: accuracy of a second fresh sample and of the majority.
 
-    -> {"fresh": (mean, error), "majority": (mean, error), "tokens": mean tokens of all votes of a question}. Ties go to the answer
-    that was given first; a missing answer has no vote unless all are missing.
+    -> {"fresh": (mean, error), "majority": (mean, error), "tokens": mean tokens of all votes of a question}.
     """
     torch.set_num_threads(1)
     model, _ = load_policy(checkpoint, config["dtype"], config["device"])
@@ -141,22 +165,28 @@ def more_answers(checkpoint, config):
     problems = held_out_questions(task, config["eval_questions"])
     prompts, golds = prompts_and_golds(encoding, problems)
     layer = expand(Sampler(model), encoding, golds, prompts, VOTES, Sampling(config["max_new_tokens"], 1.0, seed=77))
-    right, answers = layer.correct.view(-1, VOTES).float(), [extract_answer(text) for text in layer.texts]
-    groups = [answers[i:i + VOTES] for i in range(0, len(answers), VOTES)]
-    chosen = [group.index(collections.Counter([a for a in group if a] or group).most_common(1)[0][0]) for group in groups]
-    majority = right[torch.arange(len(right)), torch.tensor(chosen)]
-    return dict(fresh=mean_and_error(right[:, 1]), majority=mean_and_error(majority),
+    right, votes = layer.correct.view(-1, VOTES).float(), torch.tensor(majorities([layer], VOTES))
+    return dict(fresh=mean_and_error(right[:, 1]), majority=mean_and_error(votes[:, 0]),
                 tokens=layer.lengths.view(-1, VOTES).sum(1).float().mean().item())
 
 
 def run_and_keep(c, path, arm, seed):
     """run_once, its line added to the result file as soon as it is there, and said aloud."""
     line = run_once(c, arm, seed)
-    with LOCK, open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with LOCK:
+        append(path, line)
     shown = figures(line)
     said = ", ".join(f"{name} {shown[name]:.1f}" for name in list(shown)[:2])
     print(f"{arm} {seed}: {said} ({line['seconds']:.0f} s)", flush=True)
+
+
+def append(path, line):
+    """Adds a line of JSON to a file; on a line of its own, also where the last one was cut short."""
+    with writing(path, "its lines before are whole"), open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        begun = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * begun + json.dumps(line).encode() + b"\n")
 
 
 def make_base(c):
@@ -166,13 +196,23 @@ def make_base(c):
 
 def missing_runs(c, lines):
     """The (arm, seed) pairs asked for that the result file does not hold yet, as this code would run them."""
-    now = version(settled(c))
-    there = {(line["arm"], line["seed"]) for line in lines if (line["flags"], line["version"]) == (c.flags, now)}
+    there = {(line["arm"], line["seed"]) for line in lines if line["flags"] == c.flags and todays(c, line)}
     return [(arm, seed) for seed in range(c.seeds) for arm in c.arms.split(",") if (arm, seed) not in there]
 
 
+def todays(c, line):
+    """Whether a run was made by what would make it today."""
+    return line["arm"] in ARMS and line["version"] == version(c, line["arm"])
+
+
+def one_version(lines, now=lambda line: False):
+    """Of each arm the runs that were made alike: those for which now(line) holds, else those of the version of its last line."""
+    latest = {line["arm"]: line["version"] for line in lines} | {line["arm"]: line["version"] for line in lines if now(line)}
+    return [line for line in lines if line["version"] == latest[line["arm"]]]
+
+
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(lines_of(path, FIELDS))
 
 
 # ----------------------------------------------------------------------------------------------------------------- table
@@ -198,16 +238,20 @@ def interval(differences):
     return statistics.mean(differences), half
 
 
-def main_table(lines, label):
+def main_table(lines, label, old=()):
     """Markdown: the paper's columns at one temperature ("greedy" or "T=1"); the base and a row per arm, mean ± standard error over
-    seeds."""
+    seeds. Rows of the arms in `old` say that other code made them; arms with different bases have a row for each."""
     arms = {arm: [figures(line) for line in lines if line["arm"] == arm] for arm in dict.fromkeys(line["arm"] for line in lines)}
+    bases = {line["base"]: line["base_result"][KEYS[label]] for line in lines}
     columns = [column for column in figures(lines[0]) if column.startswith(label)]
     rows = [f"| {label} | " + " | ".join(column.removeprefix(label + " ") for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    base = lines[0]["base_result"][KEYS[label]]
-    rows.append("| base | " + " | ".join(f"{100 * base[name][0]:.1f}" for name in COLUMNS) + " |" + " |" * (len(columns) - len(COLUMNS)))
+    for path, base in bases.items():
+        whose = " of " + ", ".join(dict.fromkeys(line["arm"] for line in lines if line["base"] == path)) if len(bases) > 1 else ""
+        rows.append(f"| base{whose} | " + " | ".join(f"{100 * base[name][0]:.1f}" for name in COLUMNS) + " |"
+                    + " |" * (len(columns) - len(COLUMNS)))
     for arm, runs in arms.items():
-        rows.append(f"| {arm} ({len(runs)} seeds) | " + " | ".join(mean_error([run[column] for run in runs]) for column in columns) + " |")
+        how = f"{len(runs)} seeds{', other code' if arm in old else ''}"
+        rows.append(f"| {arm} ({how}) | " + " | ".join(mean_error([run[column] for run in runs]) for column in columns) + " |")
     return "\n".join(rows)
 
 
@@ -241,6 +285,13 @@ def footnotes(lines):
     return "\n".join(rows)
 
 
+def remark(lines, old):
+    """How many of the runs are not today's, in a line; empty when all are."""
+    stale = sum(line["arm"] in old for line in lines)
+    return (f"{stale} of these {len(lines)} runs ({', '.join(old)}) were made by other code, from another base or with "
+            "another compute type than a run of today; --arms with --seeds makes new ones") if stale else ""
+
+
 def main():
     """Flags, the runs that are missing, the tables."""
     c = parse_flags(Config, __doc__)
@@ -257,11 +308,12 @@ def main():
         make_base(c)
         with ThreadPoolExecutor(c.jobs) as pool:
             list(tqdm(pool.map(lambda pair: run_and_keep(c, path, *pair), todo), total=len(todo), unit="run", disable=None))
-    lines = [line for line in read_lines(path) if line["flags"] == c.flags]
-    lines = [line for line in lines if line["version"] == lines[-1]["version"]]          # never two versions in one table
+    lines = one_version([line for line in read_lines(path) if line["flags"] == c.flags], lambda line: todays(c, line))
     if not lines:
         raise BadInput(f"{path} holds no runs with these flags; use --seeds 1 or more")
-    print("\n\n".join(filter(None, (*(main_table(lines, label) for label in KEYS), paired_table(lines), footnotes(lines)))))
+    old = list(dict.fromkeys(line["arm"] for line in lines if not todays(c, line)))
+    tables = [main_table(lines, label, old) for label in KEYS]
+    print("\n\n".join(filter(None, (*tables, paired_table(lines), footnotes(lines), remark(lines, old)))))
 
 
 if __name__ == "__main__":

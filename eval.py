@@ -28,7 +28,7 @@ import parallel
 import report
 from data import DataSet, names
 from flags import BadInput, make_folder, parse_flags, read_json
-from journal import versions, write_json
+from journal import say, versions, write_json
 from mathverify import MathVerify
 from mgrpo import Sampling, expand, second_look
 from model import compute_dtype, load_checkpoint
@@ -71,8 +71,10 @@ class Config:
     quiet: bool = False       # no bars
 
 
+@functools.lru_cache(4)
 def held_out_questions(task, count, seed=0):
-    """`count` DIFFERENT held-out problems; fewer when 20 x count draws do not bring as many (Countdown has few). Of a data set 0 is all."""
+    """`count` DIFFERENT held-out problems; fewer, and said, when 20 x count draws do not bring as many (Countdown has few). Of a data set 0
+    is all."""
     if isinstance(task, DataSet):
         return task.some("held out", count, seed)
     found = {}
@@ -81,6 +83,8 @@ def held_out_questions(task, count, seed=0):
         found.setdefault(task.canonical(problem), problem)
         if len(found) == count:
             break
+    if len(found) < count:
+        say(f"held out: {len(found):,} different questions are asked, not {count:,}: this task has hardly more")
     return list(found.values())
 
 
@@ -254,6 +258,7 @@ def check_cache(cache_tokens, row):
 def make_sampler(model, cache_tokens, row, wanted=0, reserved=0):
     """A sampler whose cache holds at least one row of `row` tokens (`check_cache`). wanted: tokens that a call would have cached; if a CPU
     has no room for them rows wait their turn, in one process. reserved: bytes of CUDA memory that the cache must leave to others."""
+    check_cache(cache_tokens, row)
     if not cache_tokens and model.embed.weight.device.type == "cpu":
         room = memory.cache_room(model.config, model.compute)
         cache_tokens = max(room, row) if wanted > room else 0

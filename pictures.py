@@ -20,6 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import compare
 import curves
 import report
 from curves import COLOURS, INK, LINES
@@ -82,7 +83,8 @@ def runs_picture(results, path):
     """Two runs from one base: held-out accuracy, and what the second look changes in training."""
     runs = []
     for name in RUNS:
-        metrics, result = list(lines_of(results / name / "metrics.jsonl")), json.loads((results / name / "result.json").read_text())
+        metrics = list(lines_of(results / name / "metrics.jsonl", ("step", "generated")))
+        result = json.loads((results / name / "result.json").read_text())
         runs.append((name.split("-")[1].upper(), curves.with_ends(metrics, result)))
     chart = curves.Chart("", "held out, greedy: share right", {}, dict(heldout1=("Acc@t1", 0), heldout2=("Acc@t2", 1)), share=True)
     curves.alone(curves.draw(chart, runs[::-1], (6.4, 3.6)), path)
@@ -91,7 +93,8 @@ def runs_picture(results, path):
 def arms_picture(results, path):
     """Acc@t2 of each arm of compare.py, greedy and at temperature 1, mean and standard error over seeds, and GRPO's Acc@t1 as a line."""
     import matplotlib
-    runs = [run for run in lines_of(results / "compare-solve.jsonl") if run["arm"] in ARMS]
+    runs = [run for run in compare.read_lines(results / "compare-solve.jsonl") if run["arm"] in ARMS and not run["flags"]]
+    runs = compare.one_version(runs)
     with matplotlib.rc_context(curves.STYLE):
         figure, axes = curves.new_figure((6.4, 2.8))
         for mark, (label, key) in enumerate((("greedy", "greedy"), ("temperature 1", "temperature 1"))):

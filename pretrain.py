@@ -271,7 +271,12 @@ def fingerprint(config):
 
 def code_of(module):
     """A module's syntax tree as text, without docstrings."""
-    tree = ast.parse(inspect.getsource(module))
+    return code_in(inspect.getsource(module))
+
+
+def code_in(source):
+    """The same for a file's text."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             del node.body[0]

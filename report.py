@@ -36,7 +36,7 @@ import curves
 from flags import BadInput, guarded, parse_flags, read_json, reading
 from parallel import rank0
 from tables import COLUMNS, percent, summarise
-from transcripts import answers, dialogues, evaluation_of, lines_of, read_trees, set_of
+from transcripts import answers, complain, dialogues, evaluation_of, lines_of, read_trees, set_of
 
 ROOM = 9_000_000          # bytes of trees on a page, about
 ASKED = ("task", "data", "eval_data", "eval_questions", "candidates", "operations", "modulus", "numbers")      # they make the questions
@@ -71,7 +71,7 @@ def open_run(path):
         raise BadInput(f"{path} is no run (it has no config.json) and no eval-....jsonl of eval.py: name a folder like out/solve-mgrpo-0")
     result, rollouts = path / "result.json", path / "rollouts.jsonl"
     return Run(path.resolve().name, object_in(path / "config.json"),
-               [line for line in lines_of(path / "metrics.jsonl") if "step" in line and "generated" in line],
+               list(lines_of(path / "metrics.jsonl", ("step", "generated"))),
                object_in(result) if result.exists() else {}, [rollouts] if rollouts.exists() else [],
                sorted(path.glob("*eval-*.jsonl")), path / "report.html")
 
@@ -134,12 +134,10 @@ def difference(runs, label):
 def table(title, rows):
     """[(name, {column: (mean, error), "questions"})] -> HTML."""
     shown = [k for k in COLUMNS if any(k in found for _, found in rows)]
-    counts = [found["questions"] for _, found in rows]
-    alike = len(set(counts)) == 1
-    head = "".join(f"<th scope=col>{html.escape(COLUMNS[k])}</th>" for k in shown) + ("" if alike else "<th scope=col>questions</th>")
+    head = "".join(f"<th scope=col>{html.escape(COLUMNS[k])}</th>" for k in shown) + "<th scope=col>questions</th>"
     body = "".join(f"<tr><th scope=row>{html.escape(name)}</th>" + "".join(f"<td>{cell(found, k)}</td>" for k in shown)
-                   + ("" if alike else f"<td>{found['questions']:,}</td>") + "</tr>" for name, found in rows)
-    caption = f"{html.escape(title)}: percent ± standard error{f', {counts[0]:,} questions' if alike else ''}"
+                   + f"<td>{found['questions']:,}</td></tr>" for name, found in rows)
+    caption = f"{html.escape(title)}: percent ± standard error over questions"
     return (f"<div class=wide><table><caption>{caption}</caption><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
             "</div>")
 
@@ -207,21 +205,30 @@ def chosen_trees(runs):
     every, kept, total = max(1.0, sum(path.stat().st_size for _, path in sources) / ROOM), [], 0
     for run, path in sources:
         with reading(path):
-            count = sum(1 for _ in (open_lines(path) if path in run.rollouts else dialogues(path)))
-            chosen = {round((i + 0.5) * every) for i in range(max(1, int(count / every)))} if every > 1 else range(count)
-            for tree in read_trees(path, chosen.__contains__):
+            count, chosen = 0, None
+            if every > 1:
+                count = sum(1 for _ in (open_lines(path) if path in run.rollouts else dialogues(path)))
+                chosen = {round((i + 0.5) * every) for i in range(max(1, int(count / every)))}.__contains__
+            trees = list(read_trees(path, chosen))
+            for tree in trees:
                 tree["set"] = ", ".join(filter(None, (run.name if len(runs) > 1 else "", tree.get("set", "training"))))
-                kept.append(tree)
-            total += count
+            kept += trees
+            total += count or len(trees)
     while len(kept) > 1 and len(as_json(kept)) > 1.5 * ROOM:         # a few are far longer than others
         kept = kept[1::2]
     return kept, total
 
 
 def open_lines(path):
-    """The whole lines of a file, as bytes."""
+    """The lines of a file that look whole, as bytes, unparsed: there may be gigabytes. How many do not is said."""
+    damaged = 0
     with open(path, "rb") as file:
-        yield from (line for line in file if line.endswith(b"\n"))
+        for line in file:
+            if line.startswith(b"{") and line.endswith(b"}\n"):
+                yield line
+            else:
+                damaged += 1
+    complain(str(path), damaged)
 
 
 def as_json(trees):

@@ -68,13 +68,13 @@ def percent(pair, sign=""):
 
 
 def table(rows, what="held-out questions"):
-    """{name: result of evaluate} -> the paper's table as text, in percent."""
+    """{name: result of evaluate} -> the paper's table as text, in percent. Rows may have been asked different numbers of them."""
     shown = {k: v for k, v in COLUMNS.items() if all(k in result for result in rows.values())}
-    lines = [f"{'':24}" + "".join(f"{title:>15}" for title in shown.values())]
+    lines = [f"{'':24}" + "".join(f"{title:>15}" for title in shown.values()) + f"{'questions':>12}"]
     for name, result in rows.items():
-        lines.append(f"{name:24}" + "".join(f"{percent(result[k], '+' if k == 'delta' else ''):>15}" for k in shown))
-    one = next(iter(rows.values()))
-    return "\n".join([*lines, f"(percent ± standard error; {one['questions']} {what})"])
+        lines.append(f"{name:24}" + "".join(f"{percent(result[k], '+' if k == 'delta' else ''):>15}" for k in shown)
+                     + f"{result['questions']:>12,}")
+    return "\n".join([*lines, f"(percent ± standard error over {what})"])
 
 
 def details(rows, verifier):

@@ -308,12 +308,19 @@ def watch(folder, progress, metrics, trees, c):
 
 
 def learn(policy, reference, optimizer, trees, c):
-    """Epochs x minibatches of optimiser steps on one rollout -> diagnostics, means over its steps or over the tokens trained on."""
-    sums, norms, skipped = dict.fromkeys(SUMS, 0.0), [], 0
+    """Epochs x minibatches of optimiser steps on one rollout -> diagnostics, means over its steps or over the tokens trained on; of the
+    loss, over minibatches, each of which has all of J, also where its layers have a step each."""
+    sums, norms, skipped, seen = dict.fromkeys(SUMS, 0.0), [], 0, set()
+    if c.update == "alternating":                                     # the gauge is of both layers, and layer 1's step moves the policy
+        found, both = dict(sums), optimiser_steps(trees, dataclasses.replace(c, update="joint"))
+        any(accumulate(policy, reference, trees, parts, c, found, True) for parts in both)
+        optimizer.zero_grad(set_to_none=True)
+        sums |= {name: value for name, value in found.items() if name.startswith("gauge")}
     for epoch in range(c.epochs):
-        for parts in optimiser_steps(trees, c):
-            first = epoch == 0 and not norms                          # the policy still is the one that sampled
+        for number, parts in enumerate(optimiser_steps(trees, c)):
+            first = c.update == "joint" and epoch == 0 and not norms             # the policy still is the one that sampled
             if accumulate(policy, reference, trees, parts, c, sums, first):      # else no advantages: momentum is no reason to move
+                seen.add((epoch, number if c.update == "joint" else number // c.layers))
                 norm = parallel.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)).item()
                 if math.isfinite(norm):
                     norms.append(norm)
@@ -324,7 +331,7 @@ def learn(policy, reference, optimizer, trees, c):
     sums = {name: float(value) for name, value in sums.items()}
     gauge_max, sums = parallel.most(sums.pop("gauge_max")), parallel.total(sums)
     tokens = max(sums["tokens"], 1)
-    return dict(loss=sums["loss"] / max(len(norms), 1), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms), skipped=skipped,
+    return dict(loss=sums["loss"] / max(len(seen), 1), grad_norm=sum(norms) / max(len(norms), 1), updates=len(norms), skipped=skipped,
                 **{name: sums[name] / tokens for name in ("clipped", "entropy", "kl", "ratio")},
                 gauge_max=gauge_max, gauge_mean=sums["gauge"] / max(sums["gauge_tokens"], 1),
                 packed=int(sums["packed"]), padding=sums["padding"] / max(sums["packed"], 1))

@@ -16,13 +16,16 @@ reward, advantage, trained, tokens | text, logprobs, entropy} and, in an attempt
 there.
 """
 import codecs
+import functools
 import itertools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import parallel
 from flags import make_folder, writing
@@ -155,21 +158,35 @@ class Dialogues:
 
 # ------------------------------------------------------------------------------------------------------------------ reading
 
-def lines_of(path):
-    """The objects of a JSONL file, one by one; a line that was cut short when a run was killed is passed over."""
+def lines_of(path, fields=(), wanted=None):
+    """The objects of a JSONL file that have these fields, one by one; none where there is no file. Other lines, like one that was cut short
+    when a run was killed, are passed over, and their number is said at the end. wanted(number): which lines to look at; nothing is said
+    then, since only some are seen."""
+    damaged = 0
     if Path(path).exists():
         with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                found = parsed(line)
-                if found is not None:
-                    yield found
+            for number, line in enumerate(file):
+                if wanted is None or wanted(number):
+                    found = parsed(line)
+                    if found is not None and found.keys() >= set(fields):
+                        yield found
+                    else:
+                        damaged += 1
+        complain(str(path), damaged if wanted is None else 0)
+
+
+@functools.cache                                              # a page reads its files several times
+def complain(path, damaged):
+    """Says on stderr, once, how many lines of a file are passed over."""
+    if damaged:
+        tqdm.write(f"{path}: {damaged:,} damaged line{'s are' if damaged > 1 else ' is'} passed over", file=sys.stderr)
 
 
 def parsed(line):
     """A line of JSONL as an object, None for what is none; a number that is not finite becomes None."""
     try:
         found = json.loads(line, parse_constant=lambda name: None)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -178,9 +195,7 @@ def read_trees(path, chosen=None):
     """A file of either kind -> iterator of trees, as this file's opening describes them; chosen(number): whether the number'th is wanted.
     It is read line by line, and of rollouts.jsonl only what is wanted is parsed: it may be far larger than what is to be shown."""
     if path.name == "rollouts.jsonl":
-        with open(path, encoding="utf-8", errors="replace") as file:
-            wanted = (parsed(line) for number, line in enumerate(file) if chosen is None or chosen(number))
-            yield from (tree for tree in wanted if tree is not None)
+        yield from lines_of(path, ("question", "attempts"), chosen)
         return
     for number, some in enumerate(dialogues(path)):
         if chosen is None or chosen(number):

@@ -8,11 +8,11 @@ import torch
 from test_mgrpo import scripted_rollout
 
 import eval as evaluation
-from eval import Config, evaluate, majority, max_new_tokens, open_subject
+from eval import Config, evaluate, held_out_questions, majority, max_new_tokens, open_subject
 from flags import BadInput
 from mgrpo import Sampling
 from tables import details, mean_and_error, pass_at, several, summarise, table
-from tasks import Problem
+from tasks import Problem, make_task
 from transcripts import Dialogues
 
 
@@ -36,7 +36,21 @@ def test_table_has_the_papers_columns():
     result = dict(t1=(0.6, 0.015), t2=(0.7, 0.014), delta=(0.1, 0.01), i2c=(0.2, 0.01), c2i=(0.1, 0.01), questions=1024)
     text = table({"base": result, "MGRPO": result})
     assert [w for w in ("Acc@t1", "Acc@t2", "Δ(t1,t2)", "Δ i→c", "Δ c→i") if w not in text] == []
-    assert "+10.0 ± 1.0" in text and "1024 held-out" in text and text.count("\n") == 3
+    assert "+10.0 ± 1.0" in text and "over held-out questions" in text and text.count("\n") == 3
+
+
+def test_every_row_has_its_number_of_questions():
+    """Catches the first row's number of questions printed for all."""
+    rows = {name: dict(t1=(0.6, 0.015), questions=questions) for name, questions in (("greedy", 1024), ("temperature 1", 565))}
+    lines = table(rows).splitlines()
+    assert [line.split()[-1] for line in lines[:3]] == ["questions", "1,024", "565"] and "1024" not in lines[3] and len({len(line) for line in lines[:3]}) == 1
+
+
+def test_too_few_questions_are_said(capsys):
+    """Catches a table over fewer questions than were asked for, without a word: 2 numbers make less than 100 held-out questions."""
+    found = len(held_out_questions(make_task("countdown", numbers=2), 100))
+    assert f"held out: {found} different questions are asked, not 100" in capsys.readouterr().out and 2 < found < 100
+    assert len(held_out_questions(make_task("countdown"), 100)) == 100 and capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ several samples

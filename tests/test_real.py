@@ -1,5 +1,6 @@
 """Real models end to end, as far as that goes without a download: files in, files out, each step by one command."""
 import json
+import re
 import subprocess
 import sys
 
@@ -106,7 +107,7 @@ def test_transcripts_are_kept(walked):
     printed = script(folder, "eval.py", "--init", "out/r", "--data", "test.jsonl,x/test.jsonl,y/test.jsonl", "--questions", "2", "--temperature", "0", *SMALL, *FLOAT)
     there = {path.name for path in (folder / "out/r").glob("eval-*")}
     assert {"eval-test.jsonl", "eval-test.2.jsonl", "eval-x-test.jsonl", "eval-y-test.jsonl"} <= there and before == (folder / "out/r/eval-test.jsonl").read_bytes()
-    assert "2 questions)" in printed and "held-out" not in printed
+    assert re.search(r"± [?\d.]+ +2\n\(percent ± standard error over questions\)", printed) and "held-out" not in printed
 
 
 @pytest.mark.extra
@@ -124,7 +125,7 @@ def test_a_run_from_a_run(walked):
     for init, data, count in (("out/again", "train.jsonl", held), ("out/again/model", "copy.jsonl", held + 1)):
         found = script(folder, "eval.py", "--init", init, "--data", data, "--temperature", "0", *FLOAT)
         assert f"{40 - held} of these" in found and "were trained on by this run, and are left out" in found
-        assert f"(percent ± standard error; {count} questions)" in found
+        assert re.search(rf" {count}\n\(percent ± standard error over questions\)", found)
     assert (folder / "out/again/eval-copy.jsonl").exists()
 
 

@@ -29,6 +29,8 @@ from transcripts import Dialogues, answers, pieces, read_trees
 
 HOSTILE = ('<script>window.hacked = 1</script>', '</script><img src=x onerror="window.hacked = 2">', "<!--@data--> \u2028 \x1b[31m \x00 \u202egnp.exe", '"; window.hacked = 3; //', "${window.hacked = 4}")
 
+PATIENCE = 600_000        # milliseconds that a browser may take for anything
+
 
 # ------------------------------------------------------------------------------------------------- a run that nobody had to train
 
@@ -188,6 +190,25 @@ def test_a_run_that_was_killed_has_its_page(tmp_path):
     assert "No table yet" in text and "No step has been made" in text and embedded(text) == []
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_damaged_lines_are_counted_aloud(tmp_path, monkeypatch, capsys, many):
+    """Catches steps or trees that are missing from a page without a word, trees that are counted and not there, and one line counted each time that a file
+    is read: a page of all trees, and one of so many that some are chosen."""
+    folder = write_run(tmp_path / "damaged", [tree_of(step, "fixed") for step in range(1, 5)], steps=5)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join([lines[0], lines[1][:30] + "\n", "[]\n", *lines[2:], '{"step": 6, "que']))
+    write_dialogues(folder / "eval-solve.jsonl", [("a", 0.0, [(True, True)]), ("b", 0.0, [(True, True)])])
+    with open(folder / "eval-solve.jsonl", "a") as file:
+        file.write('{"quest')
+    if many:
+        monkeypatch.setattr(report, "ROOM", 3000)
+    text = page_of(folder)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{folder}/{name} passed over" for name in ("metrics.jsonl: 3 damaged lines are", "rollouts.jsonl: 3 damaged lines are", "eval-solve.jsonl: 1 damaged line is")]
+    assert "5 trees that were kept" in text and (len(embedded(text)) == 5) != many
+
+
 def test_without_matplotlib_tables_and_trees_are_there(run, monkeypatch):
     """Catches a page that needs the optional package."""
     monkeypatch.setattr(curves, "available", lambda: False)
@@ -273,7 +294,14 @@ def test_runs_that_were_asked_other_questions_have_no_difference(run, tmp_path):
     same.result["MGRPO"]["greedy"]["t1"] = (0.6, None)
     (_, row), = report.difference([same, report.open_run(run)], "greedy")
     assert row["t1"] == (0.0, None) and report.cell(row, "t1") == "+0.0 <small>± ?</small>"
-    assert "<th scope=col>questions</th>" in report.table("x", [("a", row), ("b", row | dict(questions=5))])
+
+
+def test_every_row_of_a_page_has_its_number_of_questions(run):
+    """Catches a number of questions that stands for another row's, or for none."""
+    one = dict(t1=(0.5, 0.1))
+    for counts in ((1024, 5), (7, 7)):
+        text = report.table("x", [(name, one | dict(questions=count)) for name, count in zip("ab", counts)])
+        assert re.findall(r"<td>([\d,]+)</td></tr>", text) == [f"{count:,}" for count in counts] and "<th scope=col>questions</th></tr>" in text
 
 
 @pytest.mark.parametrize("what", ["damaged evaluation", "full disk", "broken matplotlib"])
@@ -388,16 +416,23 @@ def browser():
     if path is None:
         pytest.skip("needs a Chromium: apt-get install chromium")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=PATIENCE)
         yield browser
         browser.close()
+
+
+def new_page(browser, **more):
+    """A page of the browser that waits for minutes, as on a machine whose cores are all taken."""
+    opened = browser.new_page(**more)
+    opened.set_default_timeout(PATIENCE)
+    return opened
 
 
 @pytest.fixture
 def page(browser, run):
     """The hostile run's page, opened from disk; at the end nothing may have run that should not, nor been asked for."""
     page_of(run)
-    opened, wrong, asked = browser.new_page(), [], []
+    opened, wrong, asked = new_page(browser), [], []
     opened.on("console", lambda message: wrong.append(message.text))
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("request", lambda request: asked.append(request.url))
@@ -483,7 +518,7 @@ def test_the_page_is_readable_small_and_dark(browser, run):
     image = pytest.importorskip("PIL.Image", reason="needs pillow, which comes with matplotlib")
     page_of(run)
     for width, scheme in ((400, "light"), (400, "dark"), (1200, "dark")):
-        page = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
+        page = new_page(browser, viewport=dict(width=width, height=900), color_scheme=scheme)
         page.goto(f"file://{run}/report.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert min(page.evaluate("[...document.querySelectorAll('#curves text')].map(e => e.getBoundingClientRect().height)")) >= 8
@@ -499,7 +534,7 @@ def test_a_large_page_is_drawn_in_parts(browser, tmp_path):
     """Catches a page that draws ten thousand answers at once: those that fit a screen or two, more at a click, and j goes on into them."""
     folder = write_run(tmp_path / "many", [tree_of(step, "plain", "x" * 50) for step in range(1, 2001)])
     page_of(folder)
-    page = browser.new_page()
+    page = new_page(browser)
     page.goto(f"file://{folder}/report.html")
     first = page.locator("#trees > article").count()
     assert 10 < first < 500 and f"{first} of 2000 trees" in page.inner_text("#count")
@@ -531,7 +566,7 @@ def test_the_evaluations_of_a_run_are_on_its_page(run, tmp_path):
     shutil.copytree(run, folder)
     write_dialogues(folder / "eval-solve.jsonl", [("a", 0.0, [(False, True)]), ("b", 0.0, [(False, False)])])
     text = page_of(folder)
-    assert "eval-solve, greedy: percent ± standard error, 2 questions" in text and "50.0 <small>± 50.0</small>" in text
+    assert re.search(r"eval-solve, greedy: percent ± standard error over questions<.*?<th scope=col>questions</th>.*?<td>2</td></tr></tbody>", text) and "50.0 <small>± 50.0</small>" in text
     mine = [tree for tree in embedded(text) if tree["set"] == "eval-solve, greedy"]
     assert [tree["question"] for tree in mine] == ["a", "b"] and mine[0]["attempts"][0]["corrections"][0] == dict(right=True, undecided=False, cut=False, text="<answer>1</answer>")
     alone = folder / "eval-solve.jsonl"

@@ -4,6 +4,11 @@ import importlib.util
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +22,7 @@ import training_speed
 
 def line(arm, seed, t2, t1=0.6):
     result = {k: dict(t1=(t1, 0.01), t2=(t2, 0.01), delta=(t2 - t1, 0.01), i2c=(0.2, 0.01), c2i=(0.1, 0.01), tokens=50.0) for k in ("greedy", "temperature 1")}
-    return dict(arm=arm, seed=seed, flags="", version="v", generated=1e6, steps=10, seconds=9.0, made_by=dict(threads=1), base_result=result, result=result,
+    return dict(arm=arm, seed=seed, flags="", version="v", base="out/base-1.pt", generated=1e6, steps=10, seconds=9.0, made_by=dict(threads=1), base_result=result, result=result,
                 extra=dict(fresh=(0.6, 0.01), majority=(0.61, 0.01), tokens=75.0))
 
 
@@ -38,9 +43,85 @@ def test_differences_are_paired_by_seed():
 def test_runs_that_are_there_are_not_run_again():
     """Catches a comparison that repeats, or mixes runs made with other flags."""
     c = compare.Config(seeds=2, flags="--dtype float32")
-    now = dict(flags=c.flags, version=compare.version(compare.settled(c)))
-    lines = [line("grpo", 0, 0.6) | now, line("mgrpo", 1, 0.6) | now | dict(flags="--task chain"), line("grpo", 1, 0.6) | now | dict(version="old")]
+    now = {arm: dict(flags=c.flags, version=compare.version(c, arm)) for arm in ("grpo", "mgrpo")}
+    lines = [line("grpo", 0, 0.6) | now["grpo"], line("mgrpo", 1, 0.6) | now["mgrpo"] | dict(flags="--task chain"), line("grpo", 1, 0.6) | now["grpo"] | dict(version="old")]
     assert compare.missing_runs(c, lines) == [("mgrpo", 0), ("grpo", 1), ("mgrpo", 1)]
+
+
+def test_the_version_is_of_all_code_and_the_arms_flags(tmp_path, monkeypatch):
+    """Catches runs of other code taken for today's: a change in any file that a run goes through gives another version (found here by what torch and
+    Python have loaded after train.py), comments and docstrings aside; so does an arm's flag."""
+    program = "import sys, os, compare; print(*{os.path.basename(m.__file__) for m in list(sys.modules.values()) if os.path.dirname(getattr(m, '__file__', '') or '') == os.getcwd()})"
+    loaded = set(subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    assert {"compare.py", "train.py", "packing.py", "memory.py", "heldout.py", "tables.py", "parallel.py"} <= loaded <= set(compare.all_code())
+    for name in loaded:
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "compare.py"))
+    monkeypatch.setattr(compare, "all_code", compare.all_code.__wrapped__)           # which is cached otherwise
+    version = lambda: compare.version(compare.Config(flags="--dtype float32"), "keep")
+    before = version()
+    for name in ("compare.py", "heldout.py", "packing.py", "tables.py"):
+        source = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(source + "\nCHANGED = 1\n")
+        assert version() != before, name
+        (tmp_path / name).write_text(source + "# a comment\n")
+    assert version() == before
+    monkeypatch.setitem(compare.ARMS, "keep", "--failed keep --clip-high 0.28")
+    assert version() != before
+
+
+def test_runs_of_other_code_are_printed_with_a_remark(tmp_path, monkeypatch, capsys):
+    """Catches tables of other code printed as today's, two versions in one row, and old runs that hide new ones: grpo has old runs and a new one, keep two
+    kinds of old ones, mgrpo old ones of another base."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "version", lambda c, arm: f"now of {arm}")
+    lines = [line("grpo", 0, 0.5), line("grpo", 0, 0.7) | dict(version="now of grpo"), line("grpo", 1, 0.5), line("keep", 0, 0.5) | dict(version="older"), line("keep", 0, 0.8),
+             *(line("mgrpo", seed, 0.9) | dict(base="out/base-2.pt") for seed in (0, 1))]
+    Path("results").mkdir()
+    Path("results/compare-t.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--name", "t", "--seeds", "0"])
+    compare.main()
+    printed = capsys.readouterr().out
+    for row in ("| grpo (1 seeds) | 60.0 | 70.0 |", "| keep (1 seeds, other code) | 60.0 | 80.0 |", "| mgrpo (2 seeds, other code) | 60.0 ± 0.0 | 90.0 ± 0.0 |", "| base of grpo, keep |", "| base of mgrpo |"):
+        assert printed.count(row) == 2, row
+    assert printed.splitlines()[-1].startswith("3 of these 4 runs (keep, mgrpo) were made by other code, ")
+    assert compare.missing_runs(compare.Config(seeds=2), lines) == [("mgrpo", 0), ("grpo", 1), ("mgrpo", 1)]
+    today = [one | dict(version=f"now of {one['arm']}") for one in lines[-2:]]
+    Path("results/compare-t.jsonl").write_text("".join(json.dumps(one) + "\n" for one in today))
+    compare.main()
+    assert "other code" not in capsys.readouterr().out
+
+
+def test_half_a_line_costs_no_more_than_itself(tmp_path, monkeypatch, capsys):
+    """Catches a traceback at every later call, after a run was killed while it wrote its line; and a next line that is appended to the half one, and lost."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("results/compare-t.jsonl")
+    path.parent.mkdir()
+    path.write_text(json.dumps(line("grpo", 0, 0.6)) + "\n" + '{"arm": "gr\n{}\n' + json.dumps(line("mgrpo", 0, 0.8))[:99])
+    monkeypatch.setattr(compare, "run_once", lambda c, arm, seed: line(arm, seed, 0.9))
+    compare.run_and_keep(compare.Config(), path, "mgrpo", 1)
+    compare.run_and_keep(compare.Config(), path, "mgrpo", 2)
+    assert [(one["arm"], one["seed"]) for one in compare.read_lines(path)] == [("grpo", 0), ("mgrpo", 1), ("mgrpo", 2)] and path.read_text().endswith("}\n")
+    assert capsys.readouterr().err == "results/compare-t.jsonl: 3 damaged lines are passed over\n"
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--name", "t", "--seeds", "0"])
+    compare.main()
+    assert "| mgrpo (2 seeds" in capsys.readouterr().out
+    new = tmp_path / "new.jsonl"
+    compare.append(new, dict(a=1))
+    assert new.read_text() == '{"a": 1}\n'
+
+
+def test_votes_count_by_value_and_ties_are_shared(monkeypatch):
+    """Catches a majority by spelling, in which 0.5 and 1/2 lose to two equal wrong answers or to nobody, and one that differs from eval.py's."""
+    said = [r"0.5", r"\frac{1}{2}", "3", "4", "4", "7", "1", "2", "3"]                     # right; wrong; a tie of three
+    layer = SimpleNamespace(correct=torch.tensor([True, True, False, False, False, True, True, False, False]), texts=[f"<answer>{text}</answer>" for text in said], lengths=torch.full((9,), 5))
+    monkeypatch.setattr(compare, "load_policy", lambda *_: (None, None))
+    monkeypatch.setattr(compare, "Sampler", lambda model: None)
+    monkeypatch.setattr(compare, "expand", lambda *_: layer)
+    threads = torch.get_num_threads()
+    found = compare.more_answers("x", dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4, eval_questions=3, max_new_tokens=9, dtype="float32", device="cpu"))
+    torch.set_num_threads(threads)
+    assert found["majority"][0] == pytest.approx((1 + 0 + 1 / 3) / 3) and found["fresh"][0] == pytest.approx(1 / 3) and found["tokens"] == 15
 
 
 def test_grpo_gets_as_many_rollouts_as_the_tree_has_nodes():
