@@ -12,7 +12,8 @@ Policies, where a gold leaves it open:
 - 3:2 is 3/2, but 3:30 is a time, not 1:10. The base of a numeral may be missing, but 1011_2 is not 11.
 - x=5 is 5 and f(x)=2x is 2x; x=5 is not y=5. Of a chain x=10/2=5 all values must be equal.
 - {1,2} is the list 1,2, not the tuple (1,2); repeated elements count. x=1,y=2 is (1,2). (1,2) is 1<x<2. \pm 2 is 2,-2.
-- a sum or product of plain numbers (17 \times 23) restates the question: wrong for a number. 6/2, 2^{10} and 10! are accepted.
+- arithmetic left undone (17 \times 23, (3-1, 2), 2 \cdot 3x) restates the question: wrong, unless the gold leaves some undone too.
+  What that is, and that 6/2, 2^{10} and 10! are not, is defined in algebra.is_unfinished.
 - 1,234 is a number, 1, 234 a list, 1.234 a decimal. What follows \approx is not looked at. Words: case and a leading article do
   not count; a single letter keeps its case, with or without brackets; five is 5. nan is the answer to nothing.
 """
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import algebra
 from latex import Expression, Unreadable, clean, parse
-from units import PERCENT, Unit, with_unit
+from units import NO_UNIT, PERCENT, SMALL, TENS, Unit, with_unit
 
 MANY = 40                # elements of a list or a matrix; golds have fewer
 DEEP = 6                 # sets of tuples of ...
@@ -49,6 +50,7 @@ class Interval(NamedTuple):
 
 class Matrix(NamedTuple):
     rows: tuple
+    scale: Any = None        # a Scalar before it
 
 
 class Equation(NamedTuple):
@@ -86,9 +88,6 @@ NAME = re.compile(r"(?:[A-Za-z]|\\(?!frac|sqrt|pi|infty|text)[a-zA-Z]+)(?:_(?:\w
 MEMBER = re.compile(r"[A-Za-z](?:_\w)?\s*\\in(?![a-zA-Z])\s*")
 NUMERAL = re.compile(r"\(?([0-9A-F]+)\)?_(?:\{?\s*([0-9]{1,2})\s*\}?|\{\s*\\text ?\{\s*([a-z]+)\s*\}\s*\})")
 ENVIRONMENT = re.compile(r"(.*?)\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\}(.*)", re.S)
-SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-         "nineteen")
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 COUNTS = {word: n for n, word in enumerate(SMALL.split())} | {
     f"{ten}-{one}".removesuffix("-zero"): 10 * n + m for n, ten in enumerate(TENS.split(), 2) for m, one in enumerate(SMALL.split()[:10])}
 
@@ -234,10 +233,13 @@ def read_matrix(text, depth):
         before, after = before[:-1], after[1:]
     if after.strip() or r"\begin" in inner or kind in ("vmatrix", "Vmatrix"):
         return None
-    scale = f"({before.strip()})" if before.strip() not in ("", "-") else before.strip()
+    scale = before.strip() if before.strip() != "-" else "-1"
     lines = [line for line in re.split(r"\\\\(?:\[[^\]]*\])?", inner.replace(r"\hline", "")) if line.strip()]
-    cells = [[read(f"{scale}({cell.strip()})" if scale else cell.strip(), depth) for cell in line.split("&")] for line in lines[:MANY]]
-    return Matrix(tuple(map(tuple, cells)))
+    rows = tuple(tuple(read(cell.strip(), depth) for cell in line.split("&")) for line in lines[:MANY])
+    if not scale:
+        return Matrix(rows)
+    scale = read_scalar(scale, depth)
+    return Matrix(rows, scale) if scale and all(isinstance(cell, Scalar) for row in rows for cell in row) else None
 
 
 def read_scalar(text, depth):
@@ -299,7 +301,7 @@ def alike(value, other):
         if value.kind == "set" and len(value.items) == 1 and isinstance(other, Scalar):
             return value.items[0]
     if isinstance(value, Matrix) and getattr(other, "kind", "") == "tuple" and 1 in (len(value.rows), max(map(len, value.rows), default=0)):
-        return Sequence("tuple", tuple(cell for row in value.rows for cell in row))
+        return Sequence("tuple", tuple(cell for row in entries(value) for cell in row))
     if isinstance(value, Numeral) and isinstance(other, Scalar):
         return Words(value.digits.lower())
     return value
@@ -326,18 +328,17 @@ def match_equation(answer, gold):
 
 
 def match_scalar(answer, gold):
-    """Values and units; a unit of one side only does not count, but percent and million are factors."""
+    """Values and units; a unit of one side only does not count, but percent and million do."""
     a, b = answer.expression, gold.expression
     if ":" in answer.text and ":" in gold.text and re.search(r":\s*[0-9]{2}\b", answer.text + " " + gold.text):
         return a.text == b.text and match_units(answer.unit, gold.unit)          # times, not ratios: 3:30 is not 1:10
-    if answer.unit and gold.unit:
-        same = answer.unit.dimension == gold.unit.dimension
-        return same and algebra.equal(scaled(a, answer.unit.factor), scaled(b, gold.unit.factor))
-    unit = answer.unit or gold.unit
-    if unit and not unit.dimension and unit.factor != 1:
-        x, y = (scaled(side.expression, side.unit.factor if side.unit else 1) for side in (answer, gold))
-        return algebra.equal(x, y) or (unit == PERCENT and algebra.equal(a, b))
-    return algebra.equal(a, b)
+    first, second = answer.unit or NO_UNIT, gold.unit or NO_UNIT
+    x, y = first.count, second.count
+    if first.dimension and second.dimension:
+        if first.dimension != second.dimension:
+            return False
+        x, y = x * first.factor, y * second.factor
+    return algebra.equal(scaled(a, x), scaled(b, y)) or ({first, second} == {PERCENT, NO_UNIT} and algebra.equal(a, b))
 
 
 def match_units(first, second):
@@ -377,7 +378,17 @@ def match_interval(answer, gold):
 def match_matrix(answer, gold):
     """Shape and entries."""
     shapes = [list(map(len, value.rows)) for value in (answer, gold)]
-    return shapes[0] == shapes[1] and all(match(a, b) for row, other in zip(answer.rows, gold.rows) for a, b in zip(row, other))
+    pairs = [pair for rows in zip(entries(answer), entries(gold)) for pair in zip(*rows)]
+    return shapes[0] == shapes[1] and all(match(a, b) for a, b in pairs)
+
+
+def entries(matrix):
+    """Its rows, multiplied by what stands before it."""
+    if matrix.scale is None:
+        return matrix.rows
+    tree, names, text = matrix.scale.expression
+    return [[cell._replace(expression=Expression(("*", tree, cell.expression.tree), names | cell.expression.names,
+                                                 f"({text})({cell.expression.text})")) for cell in row] for row in matrix.rows]
 
 
 def match_inequality(answer, gold):
@@ -404,11 +415,20 @@ def key(text):
     return re.sub(r" *(?<![0-9A-Za-z]) | (?![0-9A-Za-z]) *", "", text)
 
 
+def expressions(value):
+    """All expressions in a value, as they are written."""
+    if isinstance(value, Expression):
+        yield value
+    elif isinstance(value, tuple):           # one of the types above, or a tuple of them
+        for part in value:
+            yield from expressions(part)
+
+
 def restates(answer, gold):
-    """Whether the gold is a number and the answer a bare sum or product of numbers, which is the question again."""
-    answer, gold = (value.right if isinstance(value, Equation) else value for value in (answer, gold))
-    both = isinstance(answer, Scalar) and isinstance(gold, Scalar)
-    return both and algebra.plain(gold.expression.tree) and algebra.is_unfinished(answer.expression)
+    """Whether arithmetic is left undone in the answer (algebra.is_unfinished) that the gold has not left undone either."""
+    answers, golds = list(expressions(answer)), list(expressions(gold))
+    number = golds != [] and all((value := algebra.exact(gold.tree)) is not None and algebra.is_short(value) for gold in golds)
+    return any(algebra.is_unfinished(part.tree, number) for part in answers) and not any(algebra.is_unfinished(part.tree) for part in golds)
 
 
 def same(answer, gold):
@@ -419,7 +439,7 @@ def same(answer, gold):
     if key(answer) == key(gold):
         return True
     answer, gold = read(answer), read(gold)
-    return not restates(answer, gold) and match(answer, gold)
+    return match(answer, gold) and not restates(answer, gold)
 
 
 def main():

@@ -33,7 +33,7 @@ class Expression(NamedTuple):
 # -------------------------------------------------------------------------------------------------------------- cleaning
 
 IGNORED = ("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits mathbf "
-           "boldsymbol bm mathit mathcal mathopen mathclose bf rm hfill phantom !")
+           "boldsymbol bm mathit mathcal mathopen mathclose bf rm hfill !")
 SPACES = "quad qquad thinspace enspace , ; : ( ) [ ]"
 TEXTS = "textbf textrm textnormal textit textsf texttt mathrm mathsf mathtt mbox hbox operatorname"
 MACROS = {"\\" + name: "" for name in IGNORED.split()} | {"\\" + name: " " for name in SPACES.split()} | {
@@ -303,7 +303,7 @@ class Parser:
             tree = factors[0] if len(factors) == 1 else ("*", *factors)
         if power == ("-", ("num", 1)) and name in ("sin", "cos", "tan"):
             return ("call", "arc" + name, tree)
-        tree = ("call", name, tree) if base is None else ("*", ("call", "ln", tree), ("/", ("call", "ln", base)))
+        tree = ("call", name, tree) if base is None else ("call", name, tree, base)
         return tree if power is None else ("^", tree, power)
 
 

@@ -309,7 +309,7 @@ class Script(Config):
 def solution_pair(encoding, problem, rng, review):
     """A worked solution as (prompt ids, target ids), in the format of the paper's template. In a review a solution stands before the
     phrase, half of the time with a wrong answer, and the target is the right one."""
-    steps = re.sub(r"<<.*?>>", "", problem.data.solution).strip()                # GSM8K's notes for a calculator
+    steps = re.sub(r"<<[^<>]*>>", "", problem.data.solution).strip()                # GSM8K's notes for a calculator
     right = f"<think>{steps}</think><answer>{problem.gold}</answer>"
     prompt, target = encoding.template(problem.question), encoding.encode_ordinary(right) + [encoding.eot_token]
     if review:

@@ -8,7 +8,8 @@ policy learns comes through this rule, so a hole in it is what the policy will l
 
 - The LAST complete <answer>...</answer> or \boxed{...} (\fbox too) is the answer, nothing else: not the last number, not a tag left
   open by truncation, not "the gold stands somewhere in the text". Without any, what follows the last `#### ` (GSM8K's form). No
-  answer, or an empty one, scores 0; a box that is cut off leaves an earlier, complete one standing.
+  answer, or an empty one, scores 0; a box that is cut off leaves an earlier, complete one standing. A thought that is not closed
+  was cut off as well: nothing in it is an answer.
 - Numbers are compared exactly, as fractions of integers: 0.5 = 1/2, 1,234 = 1234, +7 = 7; 1234576 is not 1234567. Lists between
   spaces, "8 10 6 4", are compared number by number. Everything else goes on to answers.py (structure) and algebra.py (expressions).
 - Model text is hostile: it is never evaluated by Python, and whatever is longer than a real answer is wrong unread.
@@ -26,9 +27,12 @@ import algebra
 import answers
 
 LONGEST = 1_000          # characters of an answer that are looked at; a real one has tens
-FORM = re.compile(r"\s*<think>(?:(?!</?(?:think|answer)>)[\s\S])*</think>\s*<answer>(?:(?!</?(?:think|answer)>)[\s\S])*</answer>\s*")
-BRACE = re.compile(r"\\[\\{}]|[{}]")                           # escaped ones, of a set, are not counted
-BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{\Z")
+END = 100_000            # characters at the end of a response in which its answer is looked for
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+THOUGHTS = re.compile(r"[\s\S]*</think(?:ing)?\s{0,9}>", re.I)   # up to the end of the last one that is closed
+THOUGHT = re.compile(r"<think(?:ing)?\s{0,9}>", re.I)
+BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
+BRACE = re.compile(BOX.pattern + r"|\\[{}]|\\\\(?!boxed|fbox)|[{}]")        # escaped ones, of a set, are not counted
 HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
 NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)")
 
@@ -58,15 +62,26 @@ class VerifierFailed(Exception):
 def extract_answer(text):
     """-> the content of the last complete <answer>...</answer> or \\boxed{...} in text, stripped; None if there is none.
 
-    "Last" is by where it ends. A box in an answer or in another box is unwrapped. Braces inside \\boxed are matched, so
-    \\boxed{\\frac{1}{2}} comes out whole. One pass each: ten thousand opened boxes cost no more than ten thousand characters.
+    "Last" is by where it ends. What stands in a <think> (or <thinking>) that is not closed does not count. A box in an answer or in
+    another box is unwrapped. Braces inside \\boxed are matched, so \\boxed{\\frac{1}{2}} comes out whole. One pass each: ten thousand
+    opened boxes cost no more than ten thousand characters, and of a very long text only the last END are looked through.
     """
+    text = finished(text)[-END:]
     found = last_answer(text)
     if found is None:
         marked = HASHES.findall(text)
         return marked[-1].strip() if marked else None
     inner = last_answer(found)
     return (found if inner is None else inner).strip()
+
+
+def finished(text):
+    """text up to a thought that is not closed; all of it without one."""
+    if not THOUGHT.search(text):
+        return text
+    closed = THOUGHTS.match(text)
+    opened = THOUGHT.search(text, closed.end() if closed else 0)
+    return text[:opened.start()] if opened else text
 
 
 def last_answer(text):
@@ -79,15 +94,23 @@ def last_answer(text):
 
 def last_box(text):
     """-> (where it ends, content) of the last closed \\boxed{...}, of a box in a box the inner; (-1, None) without one."""
-    opened, found, inner = [], (-1, None), -1
-    for brace in BRACE.finditer(text):
-        if brace[0] == "{":
-            opened.append(brace.end())
-        elif brace[0] == "}" and opened:
-            start = opened.pop()
-            if BOX.search(text, max(0, start - 20), start):
+    opened, found, inner, first = [], (-1, None), -1, BOX.search(text)
+    for brace in BRACE.finditer(text, first.start()) if first else ():
+        if brace[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box:
                 found, inner = (brace.start(), found[1] if inner >= start else text[start:brace.start()]), max(inner, start)
+        elif brace[0] == "{" or len(brace[0]) > 2:
+            opened.append((brace.end(), brace[0] != "{"))
     return found
+
+
+def has_form(response):
+    """Whether the whole response is one <think>...</think> and one <answer>...</answer>, with nothing but space around them."""
+    text = response.strip()
+    if not text.startswith("<think>") or not text.endswith("</answer>") or any(text.count(tag) != 1 for tag in TAGS):
+        return False
+    return text[text.index("</think>") + len("</think>"):].lstrip().startswith("<answer>")
 
 
 # ------------------------------------------------------------------------------------------------------------ comparison
@@ -197,7 +220,7 @@ def score(response, gold, format_weight=0.0, verifier=None):
         accuracy, failed = float(judge(response, gold, verifier)), 0.0
     except VerifierFailed:
         accuracy, failed = 0.0, 1.0
-    form = float(FORM.fullmatch(response) is not None)
+    form = float(has_form(response))
     return Reward(accuracy, form, accuracy + format_weight * form, failed)
 
 

@@ -5,7 +5,21 @@ from fractions import Fraction
 import pytest
 
 import algebra
-from algebra import EXACT, PRIME, OutOfTime, deadline, difference, equal, evaluate, is_unfinished, proportional, values
+from algebra import (
+    EXACT,
+    PRIME,
+    OutOfTime,
+    Undecided,
+    deadline,
+    difference,
+    drawn_prime,
+    equal,
+    evaluate,
+    is_unfinished,
+    proportional,
+    root_of_minus_one,
+    values,
+)
 from latex import Unreadable, clean, parse
 
 
@@ -31,7 +45,7 @@ def test_equal(first, second):
 
 
 @pytest.mark.parametrize("first, second", [
-    ("1234576", "1234567"), ("0.3333", "1/3"), ("3.0000001", "3"), (r"\sqrt2", "1.41421356"), (r"\pi", "3.14159265358"), ("2^{1000000}", "2^{1000001}"),
+    ("1234576", "1234567"), ("0.3333", "1/3"), ("3.0000001", "3"), (r"\sqrt2", "1.41421356"), (r"\sqrt2", "1.41421356237309504880168872420969807857"), (r"\pi", "3.14159265358979323846"), (r"\sqrt2x", "1.4142135623730951x"), ("2^{1000000}", "2^{1000001}"),
     ("3^{2024}", "3^{2023}"), (r"\frac{10^{400}}{10^{400}-1}", "1"), ("6.63e-34", "0"), (r"10^{-20}\sqrt2", r"10^{-20}\sqrt3"), (r"10^{-20}\sqrt2", "0"),
     ("x^2", "x^3"), ("2x", "2y"), ("0x", "0"), ("x^0", "1"), ("x", "-x"), ("x-y", "y-x"), (r"\sqrt{x^2}", "x"), ("X", "x"), ("x_1", "x_2"), ("i", "-i"),
     ("3+4i", "3-4i"), (r"\sin 2x", r"2\sin x"), (r"\ln x", r"\log_2 x"), ("(-1)^n", "1"), ("a/bc", "a/(bc)"), (r"\frac10", r"\infty"), (r"\frac00", "0"),
@@ -93,8 +107,23 @@ def test_points_are_reproducible():
 
 
 def test_the_prime_has_an_i():
-    """Catches a modulus that is not prime, or without a root of -1: Fermat's test to twenty bases."""
-    assert all(pow(base, PRIME - 1, PRIME) == 1 for base in range(2, 22)) and algebra.Modular.i ** 2 % PRIME == PRIME - 1
+    """Catches a modulus that is not prime, without a root of -1, or drawn from Python's salted hash: Fermat's test to twenty bases."""
+    assert drawn_prime("s") == 671760126679764327887313817093 != drawn_prime("t")
+    for prime in (PRIME, *map(drawn_prime, "stuvwxyz")):
+        assert prime.bit_length() == 100 and all(pow(base, prime - 1, prime) == 1 for base in range(2, 22)), prime
+        assert root_of_minus_one(prime) ** 2 % prime == prime - 1
+
+
+def test_no_prime_is_known(monkeypatch):
+    """Catches a verdict that rests on a prime one can look up: the difference is a multiple of it, or an exponent of it less one. And
+    exponents so large that a text could be made for many primes at once: then nothing is proved."""
+    for first, second in ((f"x^2+{PRIME}", "x^2"), (f"x^{{{PRIME}}}", "x"), (rf"5\cdot2^{{{PRIME - 1}}}", "5"), (f"{(PRIME + 1) // 2}x", "x/2"), ("2^{10^{30}+56}+4", "5")):
+        assert not equal(*parsed(first, second)) and not equal(*parsed(second, first))
+    assert not proportional(*parsed(f"x-y+{PRIME}", "x-y"))
+    monkeypatch.setattr(algebra, "drawn_prime", lambda seed: PRIME)
+    assert equal(*parsed(f"x^2+{PRIME}", "x^2"))
+    with pytest.raises(Undecided):
+        equal(*parsed(f"x^{{{PRIME}}}", "x"))
 
 
 def test_equations_and_inequalities():
@@ -110,10 +139,15 @@ def test_equations_and_inequalities():
 
 def test_unfinished_arithmetic():
     """Catches 17 \\times 23 accepted for 391, or a fraction, a power or a scientific number taken for unfinished work."""
-    for text in (r"17\times 23", "2+3", "1/2+1/3", "5-2", "(6)+3"):
-        assert is_unfinished(*parsed(text)), text
-    for text in ("6/2", "-5", "2^{10}", r"4.5\times 10^3", "5!", r"2\frac12", "2x", r"1+\sqrt2", "4.5e3", r"\frac{-1}{2}"):
-        assert not is_unfinished(*parsed(text)), text
+    for text in (r"17\times 23", "2+3", "1/2+1/3", "5-2", "(6)+3", "2+3\\cdot 4", "|2-3|", "2^{1+2}", r"\frac{2+1}{5}", "-(2+3)", "2^4+1", r"\sqrt{4}+1", r"\sqrt2\sqrt8", "9!/7!", "1/2/3", "x+1+1",
+                 r"2\cdot 3x", "2(3x)", r"2\pi\cdot 3", r"\frac{6}{1/2}", r"\frac{4\pi}{2\pi}", r"4.5\times 10^3\times 2", r"10^{40}-10^{40}+1"):
+        assert is_unfinished(*parsed(text)[0][:1]), text
+    for text in ("6/2", "-5", "2^{10}", r"4.5\times 10^3", "5!", r"2\frac12", "2x", r"1+\sqrt2", "4.5e3", r"\frac{-1}{2}", r"\binom{10}{3}", r"\log_2 8", r"\sqrt{81}", "3x+4", "2(3x+4)", r"\frac{3x}{4}", r"2\pi+1", "1/2^{10}",
+                 r"\frac34\sqrt3", r"\frac{\frac12}{3}", r"\sin\frac{\pi}{6}", r"e^{i\pi}", "2^{2021}-1", r"2\cdot 2^{1008}", r"\sqrt{5+2\sqrt6}", "3+4i", r"\frac{1}{2}mv^2"):
+        assert not is_unfinished(*parsed(text)[0][:1]), text
+    for text in (r"e^{\ln 17+\ln 23}", r"2\cdot 2^{1008}", r"391\cdot\frac{2^{99999}}{2^{99999}}"):
+        assert is_unfinished(*parsed(text)[0][:1], number=True), text
+    assert not is_unfinished(*parsed(r"\sin\frac{5\pi}{6}")[0][:1], number=True)
 
 
 def test_the_deadline(monkeypatch):
