@@ -33,6 +33,7 @@ from fractions import Fraction
 
 import mpmath  # which torch brings, for sympy
 
+from flags import BadInput, guarded
 from latex import Expression, Unreadable, clean, parse
 
 BITS = 8_192             # of a numerator or denominator in exact arithmetic
@@ -531,12 +532,12 @@ def is_short(value):
 
 def main():
     if len(sys.argv) != 3:
-        sys.exit("usage: python algebra.py EXPRESSION EXPRESSION")
+        raise BadInput("usage: python algebra.py EXPRESSION EXPRESSION")
     try:
         print("equal" if equal(*(parse(clean(text)) for text in sys.argv[1:])) else "different")
     except Unreadable as error:
-        sys.exit(f"not an expression: {error}")
+        raise BadInput(f"not an expression: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

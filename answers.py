@@ -24,6 +24,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import algebra
+from flags import BadInput, guarded
 from latex import Expression, Unreadable, clean, parse
 from units import NO_UNIT, PERCENT, SMALL, TENS, Unit, with_unit
 
@@ -444,11 +445,11 @@ def same(answer, gold):
 
 def main():
     if len(sys.argv) != 3:
-        sys.exit("usage: python answers.py ANSWER GOLD")
+        raise BadInput("usage: python answers.py ANSWER GOLD")
     for text in sys.argv[1:]:
         print(read(clean(text)))
     print("same" if same(*sys.argv[1:]) else "different")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -17,6 +17,8 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
+from flags import BadInput, guarded
+
 DEPTH = 25               # brackets in brackets
 
 
@@ -316,13 +318,13 @@ def parse(text):
 
 def main():
     if len(sys.argv) != 2:
-        sys.exit("usage: python latex.py EXPRESSION")
+        raise BadInput("usage: python latex.py EXPRESSION")
     print(clean(sys.argv[1]))
     try:
         print(parse(clean(sys.argv[1])).tree)
     except Unreadable as error:
-        sys.exit(f"not an expression: {error}")
+        raise BadInput(f"not an expression: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -122,13 +122,13 @@ def compare(math_verify, answer, gold):
 
 def main():
     if len(sys.argv) != 3:
-        sys.exit("usage: python mathverify.py ANSWER GOLD")
+        raise BadInput("usage: python mathverify.py ANSWER GOLD")
     else:
         verifier = MathVerify()
         try:
             print("same" if verifier.same(*sys.argv[1:]) else "different")
         except VerifierFailed as error:
-            sys.exit(f"undecided: {error}")
+            raise BadInput(f"undecided: {error}") from None
         finally:
             verifier.close()
 

@@ -33,6 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from flags import guarded
+
 CHUNK = 1024              # tokens whose logits exist at a time in training
 
 
@@ -378,4 +380,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

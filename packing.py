@@ -45,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from flags import guarded
 from mgrpo import completion_logprobs, pad_rows, sent
 from model import token_logprobs
 
@@ -325,4 +326,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

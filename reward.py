@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import algebra
 import answers
+from flags import BadInput, guarded
 
 LONGEST = 1_000          # characters of an answer that are looked at; a real one has tens
 END = 100_000            # characters at the end of a response in which its answer is looked for
@@ -226,9 +227,9 @@ def score(response, gold, format_weight=0.0, verifier=None):
 
 def main():
     if len(sys.argv) != 3:
-        sys.exit("usage: python reward.py RESPONSE GOLD")
+        raise BadInput("usage: python reward.py RESPONSE GOLD")
     print(f"answer {extract_answer(sys.argv[1])!r}; {score(*sys.argv[1:])}")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 import regex  # which tiktoken cuts with, too
 import tiktoken
 
-from flags import BadInput, read_json, reading
+from flags import BadInput, guarded, read_json, reading
 
 # The seven guiding phrases of MGRPO's layer 2 (as both public re-implementations give them; see mgrpo.py, unknown 1).
 PHRASES = (
@@ -219,4 +219,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

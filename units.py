@@ -20,6 +20,7 @@ import sys
 from fractions import Fraction
 from typing import NamedTuple
 
+from flags import BadInput, guarded
 from latex import clean
 
 
@@ -164,9 +165,9 @@ def unit_of(text, head=""):
 
 def main():
     if len(sys.argv) != 2:
-        sys.exit("usage: python units.py QUANTITY")
+        raise BadInput("usage: python units.py QUANTITY")
     print(*with_unit(clean(sys.argv[1])), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

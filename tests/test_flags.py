@@ -128,6 +128,13 @@ def test_help(name, monkeypatch, capsys):
     assert stop.value.code == 0 and "Flags" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["algebra", "answers", "latex", "mathverify", "reward", "units"])
+def test_usage(name):
+    """Catches a small script that stands outside of `guarded`: without its words it says how it is used, and that is bad input."""
+    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: usage: python {name}.py ") and done.stderr.count("\n") == 1
+
+
 # -------------------------------------------------------------------------------------------------------------- last words
 
 @pytest.mark.parametrize("error, code, says", [
