@@ -91,11 +91,13 @@ class Pool:
         return Level(self, base, T, lengths)
 
     def reserve(self, slots):
-        """Makes the pair at least so long, within the limit, and a quarter longer than it was; what it holds stays."""
+        """Makes the pair at least so long, within the limit, and a quarter longer than it was; what it holds stays. A pair at its limit stays
+        where it is, whatever is asked for (rows will wait): graphs captured on it are as good as they were."""
         there = self.k.shape[1]
-        if not self.shared or slots <= there:
+        more = min(max(slots, there * 5 // 4), math.inf if self.limit is None else self.limit) - there
+        if not self.shared or slots <= there or more <= 0:
             return
-        self.moves, more = self.moves + 1, min(max(slots, there * 5 // 4), math.inf if self.limit is None else self.limit) - there
+        self.moves += 1
         if self.top == 0:                          # it holds nothing: let go of it first
             self.k = self.v = None
             self.k, self.v = self.blank(there + more), self.blank(there + more)

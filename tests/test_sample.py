@@ -3,6 +3,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import END, VOCABULARY
 
 import crew as crew_module
+import kernels
 import sample
 from cache import Pool, Rows, Tables
 from kernels import choose_torch, exponentials, fold, mix, row_keys, waits
@@ -406,6 +408,40 @@ def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cac
         second, second_tight = (s.extend(c, phrases_for(len(rows)), 2, 30, seed=2, rows=rows) for s, c in ((free, first), (tight, first_tight)))
         assert second.tokens.tolist() == second_tight.tokens.tolist() and second.lengths.tolist() == second_tight.lengths.tolist()
         assert second.prompts == second_tight.prompts and worst_gap(gpt, second_tight) < 1e-4
+
+
+def test_a_pool_at_its_limit_stays_where_it_is():
+    """Catches a pool that is moved, and all graphs captured anew, for the sake of no slot more; and one that does not grow while it can."""
+    pool = Pool(ModelConfig(VOCABULARY, depth=1), torch.float32, "cpu", shared=True, limit=100)
+    sizes = []
+    for slots in (60, 60, 61, 76, 90, 1000, 1000, 101, 30):
+        pool.reserve(slots)
+        sizes.append((pool.k.shape[1], pool.moves))
+    assert sizes == [(60, 1), (60, 1), (75, 2), (93, 3), (93, 3), (100, 4), (100, 4), (100, 4), (100, 4)]
+    pool.limit = 80                                # what is there is there
+    pool.reserve(1000)
+    assert pool.k.shape[1] == 100 and pool.moves == 4
+
+
+def test_graphs_outlive_a_call_that_fills_the_cache(gpt, random_prompts, monkeypatch):
+    """Catches graphs captured at every call while rows wait for room (the sampler of CUDA, with stand-ins for a step and its capture):
+    after the first generate and extend there is no other capture, and the pool lies where it lay."""
+    if gpt.embed.weight.is_cuda:
+        pytest.skip("counts stand-ins")
+    captured = []
+
+    def capture(sampler, places):
+        captured.append(places)
+        return SimpleNamespace(replay=lambda: sampler.outputs[:places].fill_(0.0))
+
+    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(kernels, "choose", choose_torch)
+    sampler, seen = Sampler(gpt, fused=True, graph=True, cache_tokens=400), []
+    for seed in range(4):
+        first = sampler.generate(random_prompts, 6, 40, seed=seed)
+        sampler.extend(first, phrases_for(42), 2, 20, seed=seed)
+        seen.append((len(captured), sampler.pool.moves, sampler.pool.k.data_ptr()))
+    assert captured and sampler.pool.k.shape[1] == 400 and first.level is None and len(set(seen)) == 1
 
 
 def test_rows_that_leave_leave_nothing(gpt):
