@@ -301,6 +301,12 @@ def splits_for(rows, kv_heads):
     return max(1, min(16, power_of_2(FILL // (rows * kv_heads))))
 
 
+def members_for(dtype, heads, kv_heads):
+    """How many rows meet a shared segment in one tile: with G queries each, 64 queries on the tensor cores. Products in fp32 are summed in
+    ordinary registers, of which 64 queries want more than there are (5 to 10 kB a thread go to memory): 16 queries then."""
+    return max(1, (16 if dtype.itemsize == 4 else 64) * kv_heads // heads)
+
+
 @jit
 def _attend(q, k, v, rows, starts, lengths, out, lse, first_part, scale, R, N, K, G: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
             MEMBERS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -360,6 +366,9 @@ def attend(q, k, v, groups, splits=1):
     G, parts, first = N // K, splits * len(groups), 0
     check(N % K == 0 and k.shape == v.shape and k.shape[2] == C and k.dtype == v.dtype == q.dtype,
           f"attend: q {tuple(q.shape)} {q.dtype} does not go with keys {tuple(k.shape)} {k.dtype}, values {tuple(v.shape)} {v.dtype}")
+    wide = q.itemsize == 4
+    block = (64 if C <= 64 else 32) // (2 if wide else 1)              # keys at a time: what registers hold
+    registers = 128 if wide else None                                  # without this ptxas saves some and spills 8 or 16 bytes for it
     found = torch.empty(R, N, parts, C, device=q.device)
     lse = torch.empty(R, N, parts, device=q.device)
     for rows, starts, lengths in groups:
@@ -367,7 +376,8 @@ def attend(q, k, v, groups, splits=1):
         check_dense(q=q, k=k, v=v, rows=rows, starts=starts, lengths=lengths)
         _attend[(len(rows), K, splits)](q, k, v, rows, starts, lengths, found, lse, first, C ** -0.5, R, N, K, G=G, C=C, PARTS=parts,
                                         MEMBERS=rows.shape[1], SPLITS=splits, BLOCK_M=max(16, power_of_2(rows.shape[1] * G)),
-                                        BLOCK_N=64 if C <= 64 else 32, BLOCK_C=max(16, power_of_2(C)), WIDE=INTERPRETED, num_warps=4)
+                                        BLOCK_N=block, BLOCK_C=max(16, power_of_2(C)), WIDE=INTERPRETED,
+                                        num_warps=4 if C * q.itemsize <= 256 else 8, maxnreg=registers)
         first += splits
     out = torch.empty_like(q)
     _merge[(R * N,)](found, lse, out, C, PARTS=parts, BLOCK_P=power_of_2(parts), BLOCK_C=power_of_2(C), num_warps=1)

@@ -14,7 +14,7 @@ import crew as crew_module
 import kernels
 import sample
 from cache import Pool, Rows, Tables
-from kernels import choose_torch, exponentials, fold, mix, row_keys, waits
+from kernels import choose_torch, exponentials, fold, members_for, mix, row_keys, waits
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import GPT, ModelConfig
 from sample import Sampler, filtered
@@ -456,9 +456,10 @@ def test_rows_that_leave_leave_nothing(gpt):
 
 def test_tables_by_hand():
     """Catches siblings that do not share a line (their keys would be read once a row), a line with too many, and lines left over from before:
-    7 rows below 3 nodes, 32 query heads a key head, so 2 rows to a line; then 2 rows."""
+    7 rows below 3 nodes, 32 query heads a key head, so in bf16 2 rows to a line; then 2 rows. In fp32 a line has a quarter of that."""
     config = ModelConfig(VOCABULARY, heads=32, kv_heads=1)
-    pool, rows = Pool(config, torch.float32, "cpu", shared=True), Rows.blank(8, 1, (END,), "cpu")
+    assert [members_for(dtype, 14, 2) for dtype in (torch.bfloat16, torch.float32)] == [9, 2] and members_for(torch.float32, 32, 1) == 1
+    pool, rows = Pool(config, torch.bfloat16, "cpu", shared=True), Rows.blank(8, 1, (END,), "cpu")
     level = pool.level(3, 5, torch.tensor([4, 5, 2]))
     tables = Tables(config, pool, rows, 8, 1)
     tables.open([level], pool.level(8, 6, torch.zeros(8)))
