@@ -21,6 +21,7 @@ import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is on
 
 # isort: split
 import gc
+import itertools
 import os
 import platform
 import re
@@ -266,9 +267,10 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, grid, args, options))
 
 
-def launches_of(shape, rows, prompt, own, group):
-    """Every launch of a decode step of this shape -> [(kernel, grid, arguments, options), ...], and {kernel's name: (bytes, flops)}."""
-    m, launches = ModelConfig(**SHAPES[shape]), []
+def launches_of(m, dtype, rows, prompt, own, group):
+    """Every launch of a decode step of a model of this shape (ModelConfig) and compute type -> [(kernel, grid, arguments, options), ...],
+    and {kernel's name: (bytes, flops)}."""
+    launches, byte = [], dtype.itemsize
     names = ("_add_norm", "_swiglu", "_rope_store", "_attend", "_merge", "_choose")
     originals = {name: getattr(kernels, name) for name in names}
     D, size, N, K, C, V, nodes = m.width, m.hidden, m.heads, m.kv_heads, m.head_size, m.vocab_size, rows // group
@@ -276,9 +278,9 @@ def launches_of(shape, rows, prompt, own, group):
     try:
         for name in names:
             setattr(kernels, name, Recorder(originals[name], launches))
-        x = torch.empty(rows, D, dtype=torch.bfloat16)
+        x = torch.empty(rows, D, dtype=dtype)
         k, v = x.new_empty(slots, K, C), x.new_empty(slots, K, C)
-        table, me = torch.zeros(rows, max(1, 64 * K // N), dtype=torch.long), torch.arange(rows)
+        table, me = torch.zeros(rows, kernels.members_for(dtype, N, K), dtype=torch.long), torch.arange(rows)
         kernels.add_norm(x, x, x[0].clone(), 1e-6)
         kernels.swiglu(x.new_empty(rows, 2 * size))
         turn = x.new_empty(rows, C)
@@ -292,10 +294,10 @@ def launches_of(shape, rows, prompt, own, group):
             setattr(kernels, name, originals[name])
     keys, parts = nodes * prompt + rows * own, 2 * kernels.splits_for(rows, K)
     found = rows * N * parts * (C + 1) * 4                       # what the parts of rows take, fp32
-    return launches, dict(_add_norm=(8 * rows * D, 5 * rows * D), _swiglu=(6 * rows * size, 5 * rows * size),
-                          _rope_store=(4 * rows * (N + 2 * K) * C, 8 * rows * (N + K) * C),
-                          _attend=(4 * keys * K * C + 2 * rows * N * C + found, 4 * rows * (prompt + own) * N * C),
-                          _merge=(found + 2 * rows * N * C, 2 * rows * N * parts * C), _choose=(2 * rows * V, 60 * rows * V))
+    return launches, dict(_add_norm=(4 * byte * rows * D, 5 * rows * D), _swiglu=(3 * byte * rows * size, 5 * rows * size),
+                          _rope_store=(2 * byte * rows * (N + 2 * K) * C, 8 * rows * (N + K) * C),
+                          _attend=(2 * byte * keys * K * C + byte * rows * N * C + found, 4 * rows * (prompt + own) * N * C),
+                          _merge=(found + byte * rows * N * C, 2 * rows * N * parts * C), _choose=(byte * rows * V, 60 * rows * V))
 
 
 def compiled(launch, capability):
@@ -324,21 +326,21 @@ def compiled(launch, capability):
 
 
 def bench_kernels(c):
-    """A line for each kernel that a decode step launches, in every shape, compiled for sm_80 and sm_90."""
+    """A line for each kernel that a decode step launches, in every shape and compute type, compiled for sm_80 and sm_90."""
     if kernels.triton is None:
         raise BadInput("bench.py kernels compiles with triton, which is not installed: pip install -r requirements-extra.txt")
     if kernels.INTERPRETED:
         raise BadInput("bench.py kernels compiles kernels, and TRITON_INTERPRET=1 interprets them: unset it")
-    print(f"one decode step of {c.rows} rows ({c.rows // c.group} prompts x {c.group}), {c.prompt} prompt + {c.new} own tokens, bf16\n")
-    print(f"{'shape':9}{'kernel':13}{'warps':>6}{'MB':>10}{'MFLOP':>10}"
+    print(f"one decode step of {c.rows} rows ({c.rows // c.group} prompts x {c.group}), {c.prompt} prompt + {c.new} own tokens\n")
+    print(f"{'shape':9}{'type':10}{'kernel':13}{'warps':>6}{'MB':>10}{'MFLOP':>10}"
           + "".join(f"{f'sm_{sm}: regs':>13}{'spills':>8}{'shared':>8}" for sm in (80, 90)))
-    for shape in SHAPES:
-        launches, needs = launches_of(shape, c.rows, c.prompt, c.new, c.group)
+    for shape, dtype in itertools.product(SHAPES, (torch.bfloat16, torch.float32)):
+        launches, needs = launches_of(ModelConfig(**SHAPES[shape]), dtype, c.rows, c.prompt, c.new, c.group)
         for launch in launches:
             name, warps = launch[0].__name__, launch[3].get("num_warps", 4)
             volume, flops = needs[name]
             found = [compiled(launch, capability) for capability in (80, 90)]
-            print(f"{shape:9}{name[1:]:13}{warps:6}{volume / 1e6:10.3f}{flops / 1e6:10.2f}"
+            print(f"{shape:9}{str(dtype)[6:]:10}{name[1:]:13}{warps:6}{volume / 1e6:10.3f}{flops / 1e6:10.2f}"
                   + "".join(f"{f['registers']:13}{f['spills']:8}{f['shared']:8}" for f in found))
     print("\nattend stands twice: for shared prefixes and for the rows' own segments; its MB and MFLOP are those of both together")
 

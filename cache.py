@@ -29,7 +29,6 @@ import kernels
 from model import causal_attention
 
 WIDEN = 16        # slots by which rows' own segments grow on a CPU: contiguous blocks are what its matrix products want
-TILE = 64         # queries that meet a shared segment together on a GPU: members x g
 EPOCHS = itertools.count()
 
 
@@ -91,11 +90,15 @@ class Pool:
         return Level(self, base, T, lengths)
 
     def reserve(self, slots):
-        """Makes the pair at least so long, within the limit, and a quarter longer than it was; what it holds stays."""
+        """Makes the pair at least so long, within the limit, and a quarter longer than it was; what it holds stays.
+
+        A pair at its limit stays where it is, whatever is asked for: rows will wait, and graphs captured on it go on serving.
+        """
         there = self.k.shape[1]
-        if not self.shared or slots <= there:
+        more = min(max(slots, there * 5 // 4), math.inf if self.limit is None else self.limit) - there
+        if not self.shared or slots <= there or more <= 0:
             return
-        self.moves, more = self.moves + 1, min(max(slots, there * 5 // 4), math.inf if self.limit is None else self.limit) - there
+        self.moves += 1
         if self.top == 0:                          # it holds nothing: let go of it first
             self.k = self.v = None
             self.k, self.v = self.blank(there + more), self.blank(there + more)
@@ -345,13 +348,13 @@ class Grouped:
 # ----------------------------------------------------------------------------------------------- tables, for the kernels
 
 class Tables:
-    """What rows attend to while they decode, for kernels.attend: for each level a table of segments and the rows that see them, TILE
-    queries at most to a line (a node with more rows has more lines). Tables stay where they are, for CUDA graphs."""
+    """What rows attend to while they decode, for kernels.attend: for each level a table of segments and the rows that see them, as many to
+    a line as a tile holds (kernels.members_for; a node with more rows has more lines). Tables stay where they are, for CUDA graphs."""
 
     store = staticmethod(kernels.rope_store)
 
     def __init__(self, config, pool, rows, capacity, levels):
-        self.pool, self.rows, self.members = pool, rows, max(1, TILE * config.kv_heads // config.heads)
+        self.pool, self.rows, self.members = pool, rows, kernels.members_for(pool.dtype, config.heads, config.kv_heads)
         self.moves, self.me = pool.moves, torch.arange(capacity, device=pool.device)
         self.lines = [(torch.full((capacity, self.members), -1, device=pool.device), torch.zeros_like(self.me), torch.zeros_like(self.me))
                       for _ in range(levels)]

@@ -67,7 +67,8 @@ def check_dense(**tensors):
 # ------------------------------------------------------------------------------------------------- keyed random numbers
 
 MULTIPLIER = 0x846CA68B - (1 << 32)         # as the signed number with these 32 bits
-SQUEEZE = 2.0 ** -32 * (1 - 2.0 ** -21)
+TO_1 = 2.0 ** -31 * (1 - 2.0 ** -24)        # scales [0, 2³¹] to below 1: the largest number in fp32 that does
+INSIDE = 2.0 ** -32 * (1 - 2.0 ** -21)      # and [-2³¹, 2³¹] to (-1/2, 1/2), both ends left out in fp32
 
 
 def mix(x):
@@ -121,23 +122,42 @@ def columns(size, device):
     return mix(torch.arange(size, dtype=torch.int32, device=device))
 
 
-def exponentials(keys, size):
-    """keys: int32 [R] -> fp32 [R, size], independent draws from the exponential distribution of mean 1.
+def exponentials(keys, positions, size):
+    """keys: int32 [R] of rows; positions: [R] -> fp32 [R, size], independent draws from the exponential distribution of mean 1.
 
-    Keys and columns are well mixed already, so half of a `mix` joins them. u = bits / 2³² + 1/2 is then squeezed a little, to stay inside
-    (0, 1): at u = 1, to which the largest numbers would round in fp32, E is 0 and its token wins at ANY probability. -log u is exponential.
+    Keys and columns are well mixed already, so half of a `mix` joins them.
     """
-    bits = (keys[:, None] ^ columns(size, keys.device)).mul_(0x7FEB352D)                            # [R, V], the largest tensor of a step:
+    bits = (at_position(keys, positions)[:, None] ^ columns(size, keys.device)).mul_(0x7FEB352D)    # [R, V], the largest tensor of a step:
     bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(MULTIPLIER)     # written in place where it can be
-    return bits.float().mul_(SQUEEZE).add_(0.5).log_().neg_()
+    return waits(bits, keys)
+
+
+def waits(bits, keys):
+    """bits: int32 [R, V], keys: int32 [R] of rows -> fp32 [R, V], E = -log(1 - v) with v uniform on (0, 1).
+
+    A token of probability p is drawn when its E is about p or less, so rare tokens live on the smallest E: v must be fine near 0. (The
+    obvious -log u is fine near u = 0, where E is large; near u = 1 fp32 has steps of 6e-8, and a token of 1e-7 loses nine draws in ten.)
+    v = |bits + r| / 2³¹, and r in (0, 1), from the row's key, fills the step between two integers. With 1/2 for every row, tokens of 1e-9
+    would be drawn 0.991 times as often as they should be, of 1e-10 0.46 times; with r, down to 1e-13, none of them is short of 1 %.
+    v is never 0 (E = 0 would win at ANY probability) nor 1 (E = inf would lose to a token that cannot come).
+    """
+    r = keys[:, None] * INSIDE + 0.5
+    return bits.float().add_(r).abs_().mul_(-TO_1).log1p_().neg_()
 
 
 @jit
-def _exponentials(key, column):
-    bits = (key ^ _mix(column.to(tl.uint32))) * 0x7FEB352D
+def _waits(bits, key):
+    """log(1 - v) keeps too few digits of a small v, and Triton has no log1p: below 1/64 four terms of its series, exact to 2⁻²⁶."""
+    r = key.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283053e-10 + 0.5           # INSIDE, in fp32
+    v = tl.abs(bits.to(tl.int32, bitcast=True).to(tl.float32) + r) * 4.6566126e-10    # TO_1
+    return tl.where(v < 0.015625, v * (1.0 + v * (0.5 + v * (0.33333334 + v * 0.25))), -tl.log(1.0 - v))
+
+
+@jit
+def _exponentials(key, here, column):
+    bits = (here ^ _mix(column.to(tl.uint32))) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    u = bits.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283053e-10 + 0.5          # SQUEEZE, in fp32
-    return tl.maximum(-tl.log(u), 1e-7)                                               # a fast log may round to 0 near u = 1
+    return _waits(bits, key)
 
 
 # ------------------------------------------------------------------------------------------------------------- add, norm
@@ -281,6 +301,12 @@ def splits_for(rows, kv_heads):
     return max(1, min(16, power_of_2(FILL // (rows * kv_heads))))
 
 
+def members_for(dtype, heads, kv_heads):
+    """How many rows meet a shared segment in one tile: with G queries each, 64 queries on the tensor cores. Products in fp32 are summed in
+    ordinary registers, of which 64 queries want more than there are (5 to 10 kB a thread go to memory): 16 queries then."""
+    return max(1, (16 if dtype.itemsize == 4 else 64) * kv_heads // heads)
+
+
 @jit
 def _attend(q, k, v, rows, starts, lengths, out, lse, first_part, scale, R, N, K, G: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
             MEMBERS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -340,6 +366,9 @@ def attend(q, k, v, groups, splits=1):
     G, parts, first = N // K, splits * len(groups), 0
     check(N % K == 0 and k.shape == v.shape and k.shape[2] == C and k.dtype == v.dtype == q.dtype,
           f"attend: q {tuple(q.shape)} {q.dtype} does not go with keys {tuple(k.shape)} {k.dtype}, values {tuple(v.shape)} {v.dtype}")
+    wide = q.itemsize == 4
+    block = (64 if C <= 64 else 32) // (2 if wide else 1)              # keys at a time: what registers hold
+    registers = 128 if wide else None                                  # without this ptxas saves some and spills 8 or 16 bytes for it
     found = torch.empty(R, N, parts, C, device=q.device)
     lse = torch.empty(R, N, parts, device=q.device)
     for rows, starts, lengths in groups:
@@ -347,7 +376,8 @@ def attend(q, k, v, groups, splits=1):
         check_dense(q=q, k=k, v=v, rows=rows, starts=starts, lengths=lengths)
         _attend[(len(rows), K, splits)](q, k, v, rows, starts, lengths, found, lse, first, C ** -0.5, R, N, K, G=G, C=C, PARTS=parts,
                                         MEMBERS=rows.shape[1], SPLITS=splits, BLOCK_M=max(16, power_of_2(rows.shape[1] * G)),
-                                        BLOCK_N=64 if C <= 64 else 32, BLOCK_C=max(16, power_of_2(C)), WIDE=INTERPRETED, num_warps=4)
+                                        BLOCK_N=block, BLOCK_C=max(16, power_of_2(C)), WIDE=INTERPRETED,
+                                        num_warps=4 if C * q.itemsize <= 256 else 8, maxnreg=registers)
         first += splits
     out = torch.empty_like(q)
     _merge[(R * N,)](found, lse, out, C, PARTS=parts, BLOCK_P=power_of_2(parts), BLOCK_C=power_of_2(C), num_warps=1)
@@ -364,27 +394,28 @@ def choose_torch(logits, temperature, rows):
     one, and no longer alive after an end token or at their limit.
     """
     p = scaled(logits, temperature).softmax(-1)                                            # [R, V]
-    token = p.argmax(-1) if temperature == 0 else exponentials(at_position(rows.key, rows.length), p.shape[1]).div_(p).argmin(-1)
+    token = p.argmax(-1) if temperature == 0 else exponentials(rows.key, rows.length, p.shape[1]).div_(p).argmin(-1)
     rows.advance(token, p.gather(1, token[:, None])[:, 0].log())
 
 
 @jit
-def _choose(logits, key, token, position, length, slot, limit, alive, row, tokens, logprobs, V, stride, temperature, noise, ends, most,
-            BLOCK: tl.constexpr):
+def _choose(logits, key, token, position, length, slot, limit, alive, row, tokens, logprobs, V, stride, temperature, ends, most,
+            GREEDY: tl.constexpr, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     if tl.load(alive + r):
         t = tl.load(length + r)
-        here = _mix(tl.load(key + r).to(tl.uint32, bitcast=True) ^ _mix((t + 1).to(tl.uint32)))
-        best, best_z, choice = -float("inf"), -float("inf"), 0
+        mine = tl.load(key + r).to(tl.uint32, bitcast=True)
+        here = _mix(mine ^ _mix((t + 1).to(tl.uint32)))
+        best, best_z, choice = 0.0, -float("inf"), 0                     # best: the largest p / E, as far as p is known
         top, total = -float("inf"), 0.0
         for first in range(0, V, BLOCK):
             v = first + tl.arange(0, BLOCK)
             z = tl.load(logits + r * stride + v, v < V, -float("inf")).to(tl.float32) / temperature
             higher = tl.maximum(top, tl.max(z, 0))
             safe = tl.where(higher == -float("inf"), 0.0, higher)        # a filter may leave nothing of a block
-            total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
-            top = higher
-            race = z - noise * tl.log(_exponentials(here, v))
+            weight, fade = tl.exp(z - safe), tl.exp(top - safe)          # p, but for a factor
+            total, best, top = total * fade + tl.sum(weight, 0), best * fade, higher
+            race = weight if GREEDY else weight / _exponentials(mine, here, v)
             winner = tl.argmax(race, 0)
             high = tl.max(race, 0)
             z_there = tl.sum(tl.where(v == first + winner, z, 0.0), 0)
@@ -408,5 +439,5 @@ def choose(logits, temperature, rows):
     check(logits.stride(1) == 1 and len(rows.token) == R, f"choose: logits {tuple(logits.shape)} for {len(rows.token)} rows")
     check_dense(tokens=rows.tokens, logprobs=rows.logprobs)
     _choose[(R,)](logits, rows.key, rows.token, rows.position, rows.length, rows.slot, rows.limit, rows.alive, rows.row, rows.tokens,
-                  rows.logprobs, V, logits.stride(0), float(temperature or 1), float(temperature > 0), rows.ends,
-                  rows.tokens.shape[1], BLOCK=min(4096, power_of_2(V)), num_warps=8 if V > 4096 else 4)
+                  rows.logprobs, V, logits.stride(0), float(temperature or 1), rows.ends, rows.tokens.shape[1],
+                  GREEDY=temperature == 0, BLOCK=min(4096, power_of_2(V)), num_warps=8 if V > 4096 else 4)

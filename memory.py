@@ -27,6 +27,7 @@ import os
 import re
 import resource
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -189,16 +190,25 @@ class HostAdamW:
 
     def __init__(self, params, lr, **options):
         self.params = list(params)                               # on several ranks slices, of which each has its part
-        pin = self.params[0].is_cuda
-        self.masters = [torch.nn.Parameter(self.host(parallel.local(p.detach()), pin)) for p in self.params]
-        self.grads = [self.host(parallel.local(p.detach()), pin).zero_() for p in self.params]
+        mine = [parallel.local(p.detach()) for p in self.params]
+        buffer = torch.empty(2, sum(x.numel() for x in mine))    # masters, and gradients on their way
+        if self.params[0].is_cuda:
+            self.pin(buffer)
+        masters, self.grads = ([to.view(x.shape) for to, x in zip(part.split([x.numel() for x in mine]), mine)] for part in buffer)
+        self.masters = [torch.nn.Parameter(to.copy_(x)) for to, x in zip(masters, mine)]
         self.adam = torch.optim.AdamW(self.masters, lr, fused=True, **options)
         self.param_groups = self.adam.param_groups
 
-    @staticmethod
-    def host(x, pin):
-        """A copy of x in host memory, always one of its own; pinned, so that the bus runs at full speed, if it comes from CUDA."""
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=pin).copy_(x)
+    def pin(self, buffer):
+        """Locks this memory for as long as the optimiser lives: out of memory that may be paged out, copies are slower and the host waits.
+
+        The obvious pin_memory=True takes a block for each tensor whose size is rounded up to a power of two, so that host memory would be
+        up to twice the plan's. Ordinary memory is as large as was asked for, and one buffer shares no page with another that is locked.
+        RuntimeError with CUDA's reason if that much cannot be locked.
+        """
+        cuda, address = torch.cuda.cudart(), buffer.data_ptr()
+        torch.cuda.check_error(cuda.cudaHostRegister(address, buffer.nbytes, 0))
+        weakref.finalize(self, cuda.cudaHostUnregister, address).atexit = False
 
     @torch.no_grad()
     def step(self):
