@@ -7,6 +7,7 @@ base (`tiny_model`), and a model from --init with files of problems (`real_model
 import dataclasses
 import importlib.util
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from data import DataSet, names
 from eval import ROWS, make_verifier, max_new_tokens
 from flags import BadInput, make_folder
 from journal import say
-from model import ModelConfig
-from pretrain import base_model, pick_device, resolve
+from model import ModelConfig, load_checkpoint
+from pretrain import base_model, base_path, pick_device, resolve
 from prompts import model_folder, open_shape, open_weights
 from tasks import longest_phrase, task_of, token_limits
 from tokenizer import build_encoding
@@ -34,7 +35,7 @@ class Setup(NamedTuple):
     encoding: Any
     task: Any                 # of tasks.py, or a data.DataSet
     shape: ModelConfig
-    load: Any                 # () -> the policy and where it came from
+    load: Any                 # (where a run that goes on had it from, if it does) -> the policy, where it came from
     verifier: Any
 
 
@@ -83,7 +84,7 @@ def prepare(c):
     """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
     validate(c)
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
-    name = Path(c.init).resolve().name if c.init else c.task
+    name = Path(os.path.abspath(c.init)).name if c.init else c.task
     c = dataclasses.replace(c, name=c.name or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
         c.recompute, c.recompute))
     say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
@@ -103,16 +104,27 @@ def tiny_model(c):
                        f"model; use at most {longest}, or 0 for that")
     c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
     shape = pretrain.shape_for(c, encoding, task)
-    return Setup(c, encoding, task, shape, lambda: base_of_rank0(c, shape), None)
+    return Setup(c, encoding, task, shape, lambda began=None: base_of_rank0(c, shape, began), None)
 
 
-def base_of_rank0(c, shape):
-    """The base of a built-in task, made or found by rank 0, on every rank -> model, its path."""
-    if parallel.rank() == 0:
+def base_of_rank0(c, shape, began=None):
+    """The base of a built-in task, made or found by rank 0, on every rank -> model, its path.
+
+    began: of a run that goes on, the path of the base that it began with; "" if it needs none, and any model of this shape will do.
+    BadInput when that base is not there and would not be made by this code.
+    """
+    if began == "" or parallel.rank():
+        model, path = pretrain.new_model(c, shape), began or ""
+    elif began is None or str(base_path(base_config(c))) == began:
         model, _, path = base_model(base_config(c), say)
     else:
-        model, path = pretrain.new_model(c, shape), ""
-    return parallel.broadcast(model), path
+        try:
+            model, path = load_checkpoint(began, getattr(torch, c.dtype), c.device)[0], began
+        except (FileNotFoundError, ValueError) as error:
+            why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise BadInput(f"{began}, the base that this run began with and that its KL term needs: {why}; this code would make "
+                           "another, so bring it back, or start a new run") from None
+    return model if began == "" else parallel.broadcast(model), path
 
 
 def real_model(c):
@@ -123,7 +135,7 @@ def real_model(c):
                             template=encoding.template_name)
     task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
     library()                                                # missing? say so before the weights are needed
-    load = lambda: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
+    load = lambda began=None: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
     return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
 
 
