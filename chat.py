@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import memory
-from eval import load_policy, make_verifier, max_new_tokens
-from flags import BadInput, guarded, inert, parse_flags, read_json
+from eval import load_policy, make_verifier, max_new_tokens, run_config
+from flags import BadInput, guarded, inert, parse_flags
 from mgrpo import Sampling, draw_phrases, expand
 from model import compute_dtype
 from pretrain import pick_device
@@ -222,16 +222,14 @@ def open_ours(c, path):
         if getattr(c, name) != getattr(Config, name):
             raise BadInput(f"--{name}: this model was trained on a built-in task, which has its own; leave it out")
     model, trained = load_policy(path if path.is_file() else path / "checkpoint.pt", c.dtype, c.device)
-    task, encoding = task_of(trained), build_encoding()
-    if encoding.max_token_value >= model.config.vocab_size:
-        raise BadInput(f"--ckpt {path}: its vocabulary of {model.config.vocab_size} is not that of the built-in tasks")
-    return Partner(model, encoding, task, c.max_new_tokens or trained.get("max_new_tokens") or token_limits(task)[1])
+    task = task_of(trained)
+    return Partner(model, build_encoding(), task, c.max_new_tokens or trained.get("max_new_tokens") or token_limits(task)[1])
 
 
 def open_real(c, folder):
     """A folder in Hugging Face's format, or a run that has one as its model/ -> Partner. The weights come last."""
     path, verifier = model_folder(folder), make_verifier(c.verifier)
-    trained = read_json(path.parent / "config.json", "a run has one") if (path.parent / "metrics.jsonl").exists() else {}
+    trained = run_config(path.parent, ("max_new_tokens",)) if (path.parent / "metrics.jsonl").exists() else {}
     shape, encoding = open_shape(path, c.template)
     new = c.max_new_tokens or trained.get("max_new_tokens") or max_new_tokens(shape, encoding, min(512, shape.context // 2), 0)
     device = pick_device(c.device)

@@ -8,28 +8,30 @@ given its name in one move; and the name holds the checksum of the content:
     out/<run>/state/step-0000120-9f86d081884c7d65.pt
 
 A file that was cut short or has a flipped bit does not match its name. It is named, and the one before it is used: the last few are kept,
-and the best. Everything in a file is tensors and plain values; reading one runs no code (torch.load with weights_only).
+and the best. Everything in a file is tensors and plain values; reading one runs no code (torch.load with weights_only). A state holds the
+settings that made it, and `check_state` refuses one that is not of the run that is to go on, or not what save_state was given.
 
 Bit-exact resuming needs little besides, since nothing here depends on what was drawn before: data order and random numbers are functions
 of (seed, step, row, position).
 """
-import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import os
 import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 
 import memory
 import parallel
-from flags import BadInput, read_json
+from flags import BadInput, check_fields, is_a, read_json
 from journal import cut_log, write_json
+from model import GPT, check_weights, checksum
 from parallel import rank0
+from tables import COLUMNS
 
 # Settings that may differ when a run goes on: how it is computed, and how long. Any other would make it another run.
 FREE = ("tokens_per_microbatch", "pack", "compile", "cache_tokens", "recompute", "offload_optimizer", "eval_questions", "keep",
@@ -50,17 +52,10 @@ class Progress:
     skipped: int = 0          # in a row, for gradients that were not finite
     best: int = -1            # the step whose state is the best: by accuracy of the last layer since the state before
     accuracy: float = -1.0    # of the best
+    base: str = ""            # where the run began: a base's file, or the folder of --init
+    reference: str = ""       # checksum of the weights there, with a KL term
     recent: list = dataclasses.field(default_factory=list)     # accuracies since the last state
     results: dict = dataclasses.field(default_factory=dict)    # tables
-
-
-def checksum(path):
-    """16 hex digits of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()[:16]
 
 
 def saved(folder):
@@ -143,7 +138,11 @@ def find_run(resume, run):
         if not found:
             raise BadInput(f"--resume: no run under out/{' called ' + run if run else ''} has a state to go on from; name its folder")
         return found[-1]
-    folder = Path(resume).parents[1] if Path(resume).is_file() else Path(resume)
+    folder = Path(resume)
+    if folder.is_file():
+        if not NAME.fullmatch(folder.name) or folder.absolute().parent.name != "state":
+            raise BadInput(f"--resume {resume} is no state: name a run's folder, or a file state/step-...pt of one")
+        folder = folder.parents[1] if len(folder.parts) > 2 else folder.absolute().parents[1]
     if not saved(folder / "state"):
         raise BadInput(f"--resume {resume}: {folder} holds no state to go on from (state/step-...pt)")
     return folder
@@ -166,34 +165,81 @@ def resumed_settings(given, names, say):
     return old
 
 
-def resumed_state(resume, folder, say):
-    """The state to go on from, the same on all ranks -> what save_state was given."""
+def resumed_state(resume, folder, settings, shape, say):
+    """The state to go on from, checked, the same on all ranks -> what save_state was given."""
     found = {}
     def look():
-        found["state"], path = (load_state(resume), resume) if Path(resume).is_file() else newest_state(folder / "state", say)
+        state, path = (load_state(resume), resume) if Path(resume).is_file() else newest_state(folder / "state", say)
+        check_state(state, path, settings, shape)
+        found["state"] = state
         return path
     path = parallel.from_rank0(look)
     say(f"resume: from {path}")
-    return found.get("state") or load_state(path, known=True)
+    return found["state"] if found else load_state(path, known=True)
 
 
-@contextlib.contextmanager
-def fitting(folder):
-    """Around the loading of a state: one that is not of this model is named."""
+def check_state(state, path, settings, shape):
+    """BadInput, naming the file and what is wrong, unless a state is whole, and one of a run with these settings and a model of this shape
+    (model.ModelConfig). A checksum says that a file is as it was written; this, that it is what was to be written."""
+    kinds = dict(settings=dict, weights=dict, optimizer=dict, best=int, generator=torch.Tensor, progress=dict)
+    if not isinstance(state, dict) or state.keys() != kinds.keys():
+        raise BadInput(f"{path} does not hold {', '.join(kinds)}: it is no state of this version; the code that wrote it can go on with it "
+                       "(config.json names its commit), or start a new run")
+    check_fields(state, kinds, path)
+    for name in sorted((state["settings"].keys() | settings.keys()) - {*FREE, "name", "resume"}, key=str):
+        was, now = (found.get(name) for found in (state["settings"], settings))
+        if type(was) is not type(now) or was != now:
+            raise BadInput(f"{path} was made with {name} = {was!r}, and its run's config.json now says {now!r}: put that back, or start a "
+                           "new run")
     try:
-        yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        check_weights(state["weights"], shape)
+        check_progress(state["progress"], int(NAME.fullmatch(Path(path).name)[1]), state["best"])
+        check_moments(state["optimizer"], shape, state["progress"]["updates"])
+        torch.Generator().set_state(state["generator"])
+    except (ValueError, TypeError, RuntimeError) as error:
         if memory.ran_out(error):
             raise
-        raise BadInput(f"{folder}: its state does not fit this model ({str(error).splitlines()[0]}); is --init another one now?") from None
+        raise BadInput(f"{path} does not fit this model and run ({str(error).splitlines()[0]}); is --init another one now?") from None
+
+
+def check_progress(values, step, best):
+    """ValueError unless `values` are the fields of a Progress that has come to `step` and has its best state at step `best`."""
+    try:
+        check_fields(values, get_type_hints(Progress), "progress")
+    except BadInput as error:
+        raise ValueError(error) from None
+    p, counts = Progress(**values), ("step", "generated", "seconds", "sampling", "training", "looking", "updates", "skipped")
+    if (p.step != step or min(values[name] for name in counts) < 0 or (p.generated > 0) != (step > 0) or not -1 <= p.best == best <= step
+            or not -1 <= p.accuracy <= 1 or p.recent):
+        shown = ", ".join(f"{name} = {values[name]!r:.40}" for name in (*counts, "best", "accuracy", "recent"))
+        raise ValueError(f"progress holds what cannot be: {shown}")
+    base = p.results.get("base") if p.results.keys() == {"base"} else None
+    for row in (base.get(label) if isinstance(base, dict) else None for label in ("greedy", "temperature 1")):
+        pairs = [row.get(column) for column in COLUMNS] if isinstance(row, dict) and type(row.get("questions")) is int else [None]
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and all(is_a(x, float) for x in pair) for pair in pairs):
+            raise ValueError("progress: results do not hold the table of the base")
+
+
+def check_moments(moments, shape, updates):
+    """ValueError unless {number of a parameter: its moments} are those of AdamW after so many updates of a GPT of this shape."""
+    with torch.device("meta"):
+        parameters = list(GPT(shape).parameters())
+    if moments.keys() != set(range(len(parameters) if updates else 0)):
+        raise ValueError(f"after {updates} updates it holds the moments of {len(moments)} parameters, of {len(parameters)}")
+    for i, found in moments.items():
+        likes = dict(step=torch.empty(()), exp_avg=parameters[i], exp_avg_sq=parameters[i])
+        if not isinstance(found, dict) or found.keys() != likes.keys() or not all(
+                isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.shape == likes[name].shape and x.isfinite().all()
+                for name, x in found.items()) or found["step"] != updates or found["exp_avg_sq"].amin() < 0:
+            raise ValueError(f"the moments of parameter {i} are not those after {updates} updates")
 
 
 def go_on(state, folder, policy, optimizer):
     """Puts the rest of a saved state where it belongs -> Progress. The log is cut to it."""
-    with fitting(folder):
-        optimizer.load_state_dict(parallel.scattered_optimizer(state["optimizer"], policy.parameters()))
-        torch.set_rng_state(state["generator"])
-        progress = Progress(**state["progress"])
+    moments = parallel.scattered_optimizer(dict(state=state["optimizer"]), policy.parameters())
+    optimizer.load_state_dict(optimizer.state_dict() | moments)          # its settings are those of the flags, not of a file
+    torch.set_rng_state(state["generator"])
+    progress = Progress(**state["progress"])
     cut_log(folder, progress.step)
     write_json(folder / "result.json", progress.results)     # a table of after is not that of a run that goes on
     return progress

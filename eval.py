@@ -27,7 +27,7 @@ import memory
 import parallel
 import report
 from data import DataSet, names
-from flags import BadInput, make_folder, parse_flags, read_json
+from flags import BadInput, check_fields, make_folder, parse_flags, read_json
 from journal import say, versions, write_json
 from mathverify import MathVerify
 from mgrpo import Sampling, expand, second_look
@@ -37,7 +37,7 @@ from prompts import model_folder, open_shape, open_weights
 from reward import agree, extract_answer
 from sample import Sampler
 from tables import details, several, summarise, table
-from tasks import draw, longest_phrase, prompts_and_golds, task_of, token_limits
+from tasks import TASKS, draw, longest_phrase, prompts_and_golds, task_of, token_limits
 from tokenizer import build_encoding
 from transcripts import Dialogues
 from weights import library
@@ -165,11 +165,37 @@ def load_policy(path, dtype, device):
     device = pick_device(device)
     try:
         model, extra = load_checkpoint(path, compute_dtype(dtype, device), device)
-        return model, extra["config"]
     except FileNotFoundError:
         raise BadInput(f"--checkpoint {path}: there is no such file; `python train.py` makes out/<run>/checkpoint.pt") from None
-    except (ValueError, KeyError) as error:
-        raise BadInput(f"--checkpoint {error}" if isinstance(error, ValueError) else f"--checkpoint {path} does not say its task") from None
+    except ValueError as error:
+        raise BadInput(f"--checkpoint {error}") from None
+    if "config" not in extra:
+        raise BadInput(f"--checkpoint {path} does not say its task")
+    trained, kinds = extra["config"], dict.fromkeys(("candidates", "operations", "modulus", "numbers"), int)
+    check_fields(trained, dict(task=Literal[tuple(TASKS)]) | kinds, f"--checkpoint {path}: what it was trained on")
+    check_limits(trained, f"--checkpoint {path}")
+    try:
+        task_of(trained)
+    except BadInput as error:
+        raise BadInput(f"--checkpoint {path}: what it was trained on: {error}") from None
+    if build_encoding().max_token_value >= model.config.vocab_size:
+        raise BadInput(f"--checkpoint {path}: its vocabulary of {model.config.vocab_size} is not that of the built-in tasks")
+    return model, trained
+
+
+def check_limits(trained, where, needed=()):
+    """BadInput unless a run's config has, of the fields that eval.py and chat.py take from it, those `needed`, and no nonsense in any."""
+    kinds = dict(prompt_tokens=int, max_new_tokens=int, data=str, eval_data=str)
+    check_fields(trained, {name: kind for name, kind in kinds.items() if name in trained or name in needed}, where)
+    if trained.get("prompt_tokens", 1) < 1 or trained.get("max_new_tokens", 0) < 0:
+        raise BadInput(f"{where}: prompt_tokens must be at least 1, and max_new_tokens at least 0")
+
+
+def run_config(run, needed):
+    """config.json of a run on data sets, as a dict that has the fields `needed`."""
+    trained = read_json(run / "config.json", "a run has one")
+    check_limits(trained, run / "config.json", needed)
+    return trained
 
 
 def open_subject(c):
@@ -183,7 +209,11 @@ def open_subject(c):
         model, trained = load_policy(path, c.dtype, c.device)
         task = task_of(trained)
         prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
-        new = task_completion(task, c.max_new_tokens or trained.get("max_new_tokens") or 0)
+        question, completion = token_limits(task)
+        new = c.max_new_tokens or trained.get("max_new_tokens") or completion
+        if question + 2 * new + longest_phrase(build_encoding()) > model.config.context:
+            raise BadInput(f"--checkpoint {path}: a question of {question} tokens, twice {new} for answers and a phrase exceed its model's "
+                           f"context of {model.config.context}; lower --max-new-tokens")
         check_cache(c.cache_tokens, model.config.context)
         return Subject(model, build_encoding(), {str(task): task}, new, model.config.context, path.parent, prefix)
     if not c.data:
@@ -196,7 +226,7 @@ def real_subject(c, folder):
     is said before."""
     path = model_folder(folder)
     run = next((parent for parent in (path.parent, folder) if (parent / "metrics.jsonl").exists()), None)       # out/run and out/run/model
-    trained = read_json(run / "config.json", "a run has one") if run else {}
+    trained = run_config(run, ("data", "eval_data", "prompt_tokens", "max_new_tokens")) if run else {}
     shape, encoding = open_shape(path, c.template)
     prompt_tokens = c.prompt_tokens or trained.get("prompt_tokens", 512)
     new = max_new_tokens(shape, encoding, prompt_tokens, c.max_new_tokens or trained.get("max_new_tokens", 0))
@@ -231,15 +261,6 @@ def max_new_tokens(shape, encoding, prompt_tokens, asked):
         raise BadInput(f"--prompt-tokens {prompt_tokens} and twice --max-new-tokens {asked or 1} do not fit the model's context of "
                        f"{shape.context} with a phrase of {phrase}; lower one of them (completions may have {max(room, 0)} here)")
     return asked or min(1024, room)
-
-
-def task_completion(task, asked):
-    """Tokens of a completion for a built-in task: as many as its longest right answer may take, or fewer if `asked`. BadInput for more."""
-    longest = token_limits(task)[1]
-    if asked > longest:
-        raise BadInput(f"--max-new-tokens {asked}: a question and two such completions may not fit the context of this task's model; use "
-                       f"at most {longest}, or 0 for that")
-    return asked or longest
 
 
 def check_counts(counts):

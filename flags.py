@@ -136,13 +136,38 @@ def parse_flags(config, doc, presets=None, argv=None, refused=()):
 
 
 def read_json(path, hint):
-    """What a JSON file holds. BadInput when it is not there (`hint` says what was expected) or is not JSON."""
+    """The dict that a JSON file holds. BadInput when it is not there (`hint` says what was expected), is not JSON, or holds no dict."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: there is no such file; {hint}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is damaged, or not what it should be: it holds a {type(found).__name__}, not fields with names")
+    return found
+
+
+def is_a(value, kind):
+    """Whether a value from a file has a field's type. A whole number does for a float; True is no number, and NaN is none either."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return isinstance(value, str if kind is Maybe else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_fields(values, kinds, where):
+    """BadInput, which begins with `where`, unless `values` is a dict with every field of `kinds`, {name: type}."""
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Maybe: "a text"}
+    if not isinstance(values, dict):
+        raise BadInput(f"{where} is a {type(values).__name__}, and should hold fields with names")
+    for name, kind in kinds.items():
+        if name not in values:
+            raise BadInput(f"{where} has no field {name!r}")
+        if not is_a(values[name], kind):
+            one = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else wanted.get(kind) or f"a {kind.__name__}"
+            raise BadInput(f"{where}: {name} = {values[name]!r:.60} is not {one}")
 
 
 def make_folder(path):
@@ -161,7 +186,7 @@ def reading(path):
     """Around the reading of a file that may be damaged or of another kind: what is missing or misplaced in it becomes BadInput."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})") from None
 
 

@@ -21,11 +21,12 @@ flattened tokens.
 """
 import copy
 import functools
+import hashlib
 import math
 import os
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from flags import guarded
 
 CHUNK = 1024              # tokens whose logits exist at a time in training
+LARGEST = dict(depth=1024, context=1 << 22)    # of what a file may ask for; of any other size a million
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,28 @@ class ModelConfig:
     tied: bool = True        # the output head is the embedding table
     end_tokens: tuple = ()   # tokens that end a completion, at most 4 (Llama-3 has several)
     rope_scaling: tuple | None = None      # Llama-3.x: factor, low and high frequency factor, original context
+
+    def __post_init__(self):
+        """ValueError for what is no transformer: a shape may come from a file, and files may say anything."""
+        for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "head_size", "hidden", "context"):
+            size, most = getattr(self, name), LARGEST.get(name, 1 << 20)
+            if type(size) is not int or not 1 <= size <= most:
+                raise ValueError(f"{name} = {size!r:.40}, and must be a whole number from 1 to {most:,}")
+        for name, most in dict(rope_theta=math.inf, norm_eps=1).items():
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < most:
+                raise ValueError(f"{name} = {getattr(self, name)!r:.40}, and must be a number above 0{' and below 1' if most == 1 else ''}")
+        for name in ("qkv_bias", "qk_norm", "tied"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} = {getattr(self, name)!r:.40}, and must be true or false")
+        if self.heads % self.kv_heads or self.head_size % 2:
+            raise ValueError(f"{self.heads} heads of size {self.head_size}, {self.kv_heads} key/value heads: these must divide the heads, "
+                             "and the size must be even, since RoPE turns pairs")
+        if type(self.end_tokens) is not tuple or not all(type(end) is int and end >= 0 for end in self.end_tokens):
+            raise ValueError(f"end_tokens = {self.end_tokens!r:.40}, and must be token ids")
+        if self.rope_scaling is not None:
+            _, low, high, _ = self.rope_scaling
+            if not all(type(x) in (int, float) and 0 < x < math.inf for x in self.rope_scaling) or low >= high:
+                raise ValueError(f"rope_scaling = {self.rope_scaling!r:.80}: four numbers above 0, the second below the third")
 
 
 # ------------------------------------------------------------------------------------------------------ building blocks
@@ -347,28 +371,82 @@ def narrow_copy(model):
     return copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
 
 
+def checksum(path, but=0):
+    """16 hex digits of a file's content, without its last `but` bytes."""
+    digest, left = hashlib.sha256(), os.path.getsize(path) - but
+    with open(path, "rb") as file:
+        while piece := file.read(max(0, min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()[:16]
+
+
+def weights_checksum(model):
+    """16 hex digits of a model's weights, wherever they were read from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().flatten().numpy())
+    return digest.hexdigest()[:16]
+
+
+def check_weights(weights, config):
+    """ValueError unless {name: tensor} are the weights of a GPT of this shape: every name, shape and type, and finite numbers."""
+    with torch.device("meta"):                # a model without memory
+        expected = GPT(config).state_dict()
+    if weights.keys() != expected.keys():
+        raise ValueError(f"the weight {min(map(str, weights.keys() ^ expected.keys()))} is there and should not be, or is missing")
+    for name, like in expected.items():
+        found = weights[name]
+        if not isinstance(found, torch.Tensor) or found.dtype != like.dtype or found.shape != like.shape:
+            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
+        if not found.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if config.tied and not torch.equal(weights["head.weight"], weights["embed.weight"]):
+        raise ValueError("head.weight differs from embed.weight, with which it is tied")
+
+
 def save_checkpoint(path, model, weights=None, **extra):
-    """Writes weights (default: the model's), shape and `extra` (plain values) to `path` in one move: a run killed while writing leaves the
-    old file."""
+    """Writes weights (default: the model's), shape and `extra` (plain values) to `path`, and behind them the checksum of it all. The file
+    gets its name when it is whole and on the disk: a run killed while writing leaves the old one."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
-        torch.save(dict(model_config=asdict(model.config), weights=weights or model.state_dict(), extra=extra), temporary)
+        with open(temporary, "wb") as file:
+            torch.save(dict(model_config=asdict(model.config), weights=weights or model.state_dict(), extra=extra), file)
+            file.flush()
+            file.write(checksum(temporary).encode())           # torch.load does not mind what stands behind its data
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (RuntimeError, OSError) as error:   # torch says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is intact") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, compute=torch.float32, device="cpu"):
-    """-> model, extra. Raises FileNotFoundError, or ValueError naming a file that is no checkpoint of ours. Never runs code from it."""
+    """-> model, extra. Never runs code from the file. FileNotFoundError, or ValueError that names the file and why it is no checkpoint of
+    ours: it does not end with its checksum (it is damaged, or of an earlier version, which wrote none), or does not hold a model."""
     try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 16))
+            if file.read() != checksum(path, but=16).encode():
+                raise ValueError("it does not end with its checksum; files of earlier versions have none, and need those versions' code")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(ModelConfig(**saved["model_config"]), compute)
-        model.load_state_dict(saved["weights"])
-    except FileNotFoundError:
+        if not isinstance(saved, dict) or not all(isinstance(saved.get(name), dict) for name in ("model_config", "weights", "extra")):
+            raise ValueError("it does not hold model_config, weights and extra")
+        if saved["model_config"].keys() != {field.name for field in fields(ModelConfig)}:
+            raise ValueError("its model_config has other fields than a model's")
+        config = ModelConfig(**saved["model_config"])
+        check_weights(saved["weights"], config)
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
-    except Exception as error:                 # torch.load raises many types for many kinds of damage
-        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged ({type(error).__name__})") from error
+    except Exception as error:                 # torch.load raises many types for many kinds of files
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from error
+    model = GPT(config, compute)
+    model.load_state_dict(saved["weights"])
     return model.to(device), saved["extra"]
 
 

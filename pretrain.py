@@ -15,7 +15,7 @@ in both turns is the ceiling, and once the model comes near it the learning rate
 is learnt after the arithmetic and suddenly; a base that stops before it leaves layer 2 nothing to strengthen.)
 
 The base is kept under out/, named by a hash of everything that made it: the settings below and the code that ran. A changed
-setting never meets a wrong base.
+setting never meets a wrong base; a file that is damaged, which its checksum shows, is put aside, and the base made anew.
 
 With --data it learns worked solutions of a data set instead, in the format that the paper's template asks for, and is saved as others save
 theirs. Such a model is far too small to solve anything; it is there so that the way from files to files can be walked without a download.
@@ -55,7 +55,7 @@ import tasks
 import tokenizer
 import units
 from data import names, read_problems
-from flags import BadInput, guarded, make_folder, parse_flags
+from flags import BadInput, check_fields, guarded, make_folder, parse_flags
 from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
 from sample import Sampler
@@ -283,13 +283,25 @@ def code_in(source):
     return ast.dump(tree)
 
 
+def base_path(config):
+    return Path("out") / f"base-{fingerprint(config)}.pt"
+
+
 def base_model(config, say=print):
-    """The base model for this (resolved) config, from out/ or made now -> model, what was measured of it, its path."""
-    path = Path("out") / f"base-{fingerprint(config)}.pt"
+    """The base model for this (resolved) config, from out/ or made now -> model, what was measured of it, its path. One that is damaged is
+    put aside, and made anew."""
+    path = base_path(config)
     if path.exists():
-        say(f"base: reusing {path}")
-        gpt, extra = load_checkpoint(path, getattr(torch, config.dtype), config.device)
-        return gpt, extra["measured"], path
+        try:
+            gpt, extra = load_checkpoint(path, getattr(torch, config.dtype), config.device)
+            check_fields(extra.get("measured"), dict(t1=float, t2=float, tokens=int), f"{path}: what was measured of it")
+            if gpt.config != shape_for(config, build_encoding(), task_of(config)):
+                raise BadInput(f"{path} holds a model of another shape")
+            say(f"base: reusing {path}")
+            return gpt, extra["measured"], path
+        except (ValueError, BadInput) as error:
+            os.replace(path, f"{path}.damaged")
+            say(f"base: {error}; it is put aside as {path}.damaged, and made anew")
     gpt, measured = pretrain(config, say)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, gpt, measured=measured, config=dataclasses.asdict(config))

@@ -19,10 +19,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from flags import BadInput, guarded, read_json, reading
+from flags import BadInput, guarded, read_json
 from model import GPT
 from tokenizer import convert
-from weights import FILES, read_config
+from weights import FILES, ids_of, read_config
 
 # The paper's system text (its Table 1) as one public re-implementation has it; the other has the same sentences but for
 # "mathematical" and an ending that names no <answer>.
@@ -111,9 +111,7 @@ def end_tokens(folder):
     found = []
     for name in ("config.json", "generation_config.json"):
         if name == "config.json" or (Path(folder) / name).exists():
-            with reading(Path(folder) / name):
-                ends = read_json(Path(folder) / name, FILES).get("eos_token_id")
-                found += ends if isinstance(ends, list) else [] if ends is None else [ends]
+            found += ids_of(read_json(Path(folder) / name, FILES), "eos_token_id", Path(folder) / name)
     return tuple(dict.fromkeys(found))
 
 
@@ -137,7 +135,9 @@ def open_tokenizer(folder, template="auto"):
     tokenizer.convert refuses, and for a template that the tokenizer has no tokens for."""
     encoding, ends = convert(folder), end_tokens(folder)
     known = read_json(Path(folder) / "config.json", FILES).get("prompt_template")              # which we trained it on, if we did
-    name = template if template != "auto" else known if known in TEMPLATES else choose_template(encoding, ends)
+    if known is not None and known not in list(TEMPLATES):    # a list, since what a file says need not be hashable
+        raise BadInput(f"{folder}/config.json: prompt_template = {known!r:.60} is not one of {', '.join(TEMPLATES)}")
+    name = template if template != "auto" else known or choose_template(encoding, ends)
     turn_end = TEMPLATES[name][1]
     if turn_end in encoding.special_tokens_set:
         ends = tuple(dict.fromkeys((*ends, encoding.encode_single_token(turn_end))))

@@ -7,6 +7,7 @@ base (`tiny_model`), and a model from --init with files of problems (`real_model
 import dataclasses
 import importlib.util
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +18,13 @@ import memory
 import parallel
 import pretrain
 from data import DataSet, names
-from eval import MOST, ROWS, check_cache, check_counts, make_verifier, max_new_tokens, task_completion
+from eval import MOST, ROWS, check_cache, check_counts, make_verifier, max_new_tokens
 from flags import BadInput, file_name, make_folder
 from journal import say
-from model import ModelConfig
-from pretrain import base_model, pick_device, resolve
+from model import ModelConfig, load_checkpoint
+from pretrain import base_model, base_path, pick_device, resolve
 from prompts import model_folder, open_shape, open_weights
-from tasks import longest_phrase, task_of
+from tasks import longest_phrase, task_of, token_limits
 from tokenizer import build_encoding
 from weights import library
 
@@ -34,7 +35,7 @@ class Setup(NamedTuple):
     encoding: Any
     task: Any                 # of tasks.py, or a data.DataSet
     shape: ModelConfig
-    load: Any                 # () -> the policy and where it came from
+    load: Any                 # (where a run that goes on had it from, if it does) -> the policy, where it came from
     verifier: Any
 
 
@@ -88,7 +89,7 @@ def prepare(c):
     """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
     validate(c)
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
-    name = Path(c.init).resolve().name if c.init else c.task
+    name = Path(os.path.abspath(c.init)).name if c.init else c.task
     c = dataclasses.replace(c, name=c.name or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
         c.recompute, c.recompute))
     say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
@@ -103,19 +104,33 @@ def prepare(c):
 
 def tiny_model(c):
     """A built-in task, and its base from out/ or yet to be made -> Setup."""
-    task, encoding = task_of(c), build_encoding()
-    c = dataclasses.replace(c, max_new_tokens=task_completion(task, c.max_new_tokens))
+    task, encoding, longest = task_of(c), build_encoding(), token_limits(task_of(c))[1]
+    if c.max_new_tokens > longest:
+        raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
+                       f"model; use at most {longest}, or 0 for that")
+    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
     shape = pretrain.shape_for(c, encoding, task)
-    return Setup(c, encoding, task, shape, lambda: base_of_rank0(c, shape), None)
+    return Setup(c, encoding, task, shape, lambda began=None: base_of_rank0(c, shape, began), None)
 
 
-def base_of_rank0(c, shape):
-    """The base of a built-in task, made or found by rank 0, on every rank -> model, its path."""
-    if parallel.rank() == 0:
+def base_of_rank0(c, shape, began=None):
+    """The base of a built-in task, made or found by rank 0, on every rank -> model, its path.
+
+    began: of a run that goes on, the path of the base that it began with; "" if it needs none, and any model of this shape will do.
+    BadInput when that base is not there and would not be made by this code.
+    """
+    if began == "" or parallel.rank():
+        model, path = pretrain.new_model(c, shape), began or ""
+    elif began is None or str(base_path(base_config(c))) == began:
         model, _, path = base_model(base_config(c), say)
     else:
-        model, path = pretrain.new_model(c, shape), ""
-    return parallel.broadcast(model), path
+        try:
+            model, path = load_checkpoint(began, getattr(torch, c.dtype), c.device)[0], began
+        except (FileNotFoundError, ValueError) as error:
+            why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise BadInput(f"{began}, the base that this run began with and that its KL term needs: {why}; this code would make "
+                           "another, so bring it back, or start a new run") from None
+    return model if began == "" else parallel.broadcast(model), path
 
 
 def real_model(c):
@@ -126,7 +141,7 @@ def real_model(c):
                             template=encoding.template_name)
     task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
     library()                                                # missing? say so before the weights are needed
-    load = lambda: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
+    load = lambda began=None: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
     return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
 
 

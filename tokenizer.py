@@ -23,7 +23,7 @@ from pathlib import Path
 import regex  # which tiktoken cuts with, too
 import tiktoken
 
-from flags import BadInput, guarded, read_json, reading
+from flags import BadInput, check_fields, guarded, is_a, read_json, reading
 
 # The seven guiding phrases of MGRPO's layer 2 (as both public re-implementations give them; see mgrpo.py, unknown 1).
 PHRASES = (
@@ -119,10 +119,16 @@ def converted(folder):
     if (folder / "tokenizer.json").exists():
         whole = read_json(folder / "tokenizer.json", FILES)
         model, added = whole["model"], {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
-        pattern, nfc = pattern_of(whole.get("pre_tokenizer"), folder), uses_nfc(whole.get("normalizer"), folder)
-        opening = tokens_before(whole.get("post_processor"))
+        pattern = pattern_of(steps_of(whole, "pre_tokenizer", "pretokenizers", folder), folder)
+        nfc = uses_nfc(steps_of(whole, "normalizer", "normalizers", folder), folder)
+        opening = tokens_before(steps_of(whole, "post_processor", "processors", folder), folder)
+        flags = {name: bool for name in ("byte_fallback", "ignore_merges") if name in model}
+        check_fields(model, dict(vocab=dict, merges=list) | flags, f"{folder}/tokenizer.json: its model")
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             raise BadInput(f"{folder}/tokenizer.json: model {model.get('type')} is not byte-level BPE, which is all that is converted here")
+        for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(field):
+                raise BadInput(f"{folder}/tokenizer.json: {field} = {model[field]!r:.60} has no place in tiktoken's way")
         vocabulary, merges = model["vocab"], model["merges"]
     else:
         config = read_json(folder / "tokenizer_config.json", FILES)
@@ -133,6 +139,7 @@ def converted(folder):
         (pattern, nfc), model, opening, vocabulary = CLASSES[kind], {}, (), read_json(folder / "vocab.json", FILES)
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
+    check_ids(vocabulary, added, folder)
     alphabet = byte_of()
     added |= {text: number for text, number in vocabulary.items() if not alphabet.keys() >= set(text)}
     ranks = {bytes(alphabet[c] for c in text): number for text, number in vocabulary.items() if text not in added}
@@ -142,28 +149,49 @@ def converted(folder):
     return Converted(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=added, nfc=nfc, opening=opening)
 
 
-def tokens_before(finisher):
-    """The special tokens that a post-processor puts before a single text: Llama-3's <|begin_of_text|>."""
-    for step in (finisher or {}).get("processors", [finisher] if finisher else []):
+def check_ids(vocabulary, added, folder):
+    """BadInput unless every token, {text: id}, has an id of its own; an added token may stand in the vocabulary too, with the same id."""
+    for text, number in [*vocabulary.items(), *added.items()]:
+        if not text or not is_a(number, int) or not 0 <= number < 1 << 31:
+            raise BadInput(f"{folder}: its tokenizer's token {text!r:.60} has the id {number!r:.60}, which is not a token id")
+    texts = {}
+    for text, number in [*vocabulary.items(), *added.items()]:
+        if texts.setdefault(number, text) != text or vocabulary.get(text, number) != number:
+            raise BadInput(f"{folder}: its tokenizer gives the token {text!r:.60} the id {number}, and also {texts[number]!r:.60}")
+
+
+def steps_of(whole, field, inner, folder):
+    """The steps of a part of tokenizer.json: none, one, or those of a sequence, which stand under `inner` -> [dict with "type", ...]."""
+    part = whole.get(field)
+    steps = [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
+    flags, where = ("add_prefix_space", "use_regex", "individual_digits", "invert"), f"{folder}/tokenizer.json: a step of its {field}"
+    for step in steps:
+        check_fields(step, dict(type=str) | {name: bool for name in flags if name in step}, where)
+    return steps
+
+
+def tokens_before(steps, folder):
+    """The special tokens that post-processors put before a single text: Llama-3's <|begin_of_text|>. BadInput for others than templates."""
+    for step in steps:
+        if step["type"] not in ("ByteLevel", "TemplateProcessing"):          # ByteLevel's is about offsets, which nobody asks for here
+            raise BadInput(f"{folder}/tokenizer.json: the post-processor {step['type']} is not known here; only TemplateProcessing is")
         if step["type"] == "TemplateProcessing":
-            single = [next(iter(piece.items())) for piece in step["single"]]
+            single = [piece.popitem() for piece in step["single"]]
             texts = [i for i, (kind, _) in enumerate(single) if kind == "Sequence"]
             return [token["id"] for kind, token in single[:texts[0]] if kind == "SpecialToken"]
     return []
 
 
-def uses_nfc(normalizer, folder):
+def uses_nfc(steps, folder):
     """Whether text is put into NFC first. BadInput for other normalisers."""
-    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
     for step in steps:
         if step["type"] != "NFC":
             raise BadInput(f"{folder}/tokenizer.json: the normaliser {step['type']} is not known here; only NFC is")
     return bool(steps)
 
 
-def pattern_of(cutter, folder):
-    """The pre-tokenizer -> ONE pattern that cuts text in the same places. BadInput where there is none."""
-    steps = (cutter or {}).get("pretokenizers", [cutter] if cutter else [])
+def pattern_of(steps, folder):
+    """The pre-tokenizer's steps -> ONE pattern that cuts text in the same places. BadInput where there is none."""
     kinds = [step["type"] for step in steps]
     if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
         if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
@@ -187,6 +215,8 @@ def check_merges(ranks, pairs, folder, ignore_merges=False):
     """
     cuts, last = {}, -1
     for a, b in pairs:
+        if not (ignore_merges or (a in ranks and b in ranks)):
+            raise BadInput(f"{folder}: the merge {a!r} + {b!r} is of what its tokenizer has no token for")
         if ranks.get(a + b, -1) < last + (not ignore_merges):
             raise BadInput(f"{folder}: the merge {a!r} + {b!r} has id {ranks.get(a + b)}, after one with id {last}: tiktoken would merge "
                            "in another order")

@@ -24,7 +24,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_type_hints
 
 import torch
 
@@ -35,13 +35,13 @@ import parallel
 import pretrain
 import report
 import transcripts
-from checkpoints import FREE, Progress, Stop, alone_in, fitting, go_on, resumed_run, resumed_settings, resumed_state, save_state, saved
+from checkpoints import FREE, Progress, Stop, alone_in, go_on, resumed_run, resumed_settings, resumed_state, save_state, saved
 from eval import make_sampler
-from flags import BadInput, Maybe, parse_flags
+from flags import BadInput, Maybe, check_fields, parse_flags
 from journal import log, note_resume, open_board, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pad_rows, policy_loss, targets
-from model import narrow_copy, save_checkpoint
+from model import narrow_copy, save_checkpoint, weights_checksum
 from packing import batch_of, by_layer, leaf, logprobs, row_packs, tree_packs
 from pretrain import pick_preset
 from starting import later, method, plan, prepare, row_tokens, wanted_tokens
@@ -153,24 +153,31 @@ def train(c):
 
 def assemble(setup, planned):
     """All that a run works with -> policy, reference or None, optimizer, sampler, progress, folder, and the lock on it."""
-    c = setup.c
-    clock = time.time()
-    policy, base_path = setup.load()
+    c, clock, state, began = setup.c, time.time(), None, None
+    if c.resume:
+        folder = resumed_run(c.resume, c.name)
+        lock = alone_in(folder)
+        state = resumed_state(c.resume, folder, settings(c), setup.shape, say)
+        began = state["progress"]["base"] if c.kl_coef else ""          # the weights are in the state; the reference is not
+    policy, base = setup.load(began)
     policy.recompute = c.recompute == "yes"
+    progress = Progress(base=str(base), reference=weights_checksum(policy) if c.kl_coef and parallel.rank() == 0 else "")
+    if not c.resume:
+        folder = run_folder(c.name, settings(c), base, time.time() - clock)
+        lock = alone_in(folder)
+    elif progress.reference and progress.reference != state["progress"]["reference"]:
+        raise BadInput(f"{base}: its weights are not those that {folder} began with, which its KL term needs: bring them back, or start a "
+                       "new run")
     reference = parallel.shard(narrow_copy(policy)) if c.kl_coef else None     # cast at every use anyway
-    folder = resumed_run(c.resume, c.name) if c.resume else run_folder(c.name, settings(c), base_path, time.time() - clock)
-    lock = alone_in(folder)
-    state = resumed_state(c.resume, folder, say) if c.resume else None
     if state:
-        with fitting(folder):
-            policy.load_state_dict(state["weights"])
+        policy.load_state_dict(state["weights"])
     sampler = make_sampler(policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned))
     if c.compile:
         policy.compile_blocks()
     parallel.shard(policy)                                   # the sampler's copy is whole; the masters are in slices from here on
     optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
-    progress = go_on(state, folder, policy, optimizer) if state else Progress()
     if state:
+        progress = go_on(state, folder, policy, optimizer)
         note_resume(folder, {name: getattr(c, name) for name in FREE}, progress.step)
     return policy, reference, optimizer, sampler, progress, folder, lock
 
@@ -433,7 +440,7 @@ def save(folder, policy, optimizer, progress, c):
     weights, moments = parallel.gathered(policy), parallel.gathered_optimizer(optimizer, policy.parameters())
     if parallel.rank() > 0:
         return
-    save_state(folder / "state", progress.step, dict(weights=weights, optimizer=moments, best=progress.best,
+    save_state(folder / "state", progress.step, dict(settings=settings(c), weights=weights, optimizer=moments["state"], best=progress.best,
                                                      generator=torch.get_rng_state(), progress=dataclasses.asdict(progress)), c.keep)
     if c.init:
         save_pretrained(policy, folder / "model", policy.compute, weights)
@@ -453,6 +460,7 @@ def main():
     bars.quieten(c.quiet)
     if c.resume:
         folder = resumed_run(c.resume, c.name)
+        check_fields(vars(c), get_type_hints(Config), folder / "config.json")
         c = dataclasses.replace(c, name=folder.name, resume=c.resume if Path(c.resume).is_file() else str(folder))
     train(c)
 

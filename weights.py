@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from flags import BadInput, read_json, reading
+from flags import BadInput, check_fields, is_a, read_json, reading
 from model import GPT, ModelConfig, rope_tables
 
 NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the layer
@@ -39,7 +39,7 @@ NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the la
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}     # model_type: architecture
 FILES = "a Hugging Face model is a folder with config.json and *.safetensors"
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-          "chat_template.jinja", "generation_config.json")                 # files that go along, where they exist
+          "chat_template.jinja")                                           # files that go along, where they exist
 
 
 def library():
@@ -67,39 +67,56 @@ def our_config(theirs, path="config.json"):
                                    ("use_sliding_window", False, "attention here reaches back to the first token"),
                                    ("attention_bias", False, "the output projection here has no bias"),
                                    ("mlp_bias", False, "the MLP here has no bias")):
-        if theirs.get(field, allowed) not in (allowed, None):
+        if theirs.get(field, allowed) != allowed and (theirs[field] is not None or allowed):
             refuse(path, field, theirs[field], reason)
-    end = theirs.get("eos_token_id")
-    ends = tuple(end if isinstance(end, list) else [] if end is None else [end])
+    ends = ids_of(theirs, "eos_token_id", path)
     if len(ends) > 4:
-        refuse(path, "eos_token_id", end, "the sampler knows at most 4 tokens that end a completion")
+        refuse(path, "eos_token_id", theirs["eos_token_id"], "the sampler knows at most 4 tokens that end a completion")
+    needed = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                            "max_position_embeddings"), int)
+    optional = dict(num_key_value_heads=int, head_dim=int, tie_word_embeddings=bool, rope_parameters=dict, rope_scaling=dict,
+                    rope_theta=float, layer_types=list)
+    given = {name: kind for name, kind in optional.items() if theirs.get(name) is not None}
+    check_fields(theirs, needed | dict(rms_norm_eps=float) | given, path)
     if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
         refuse(path, "layer_types", theirs["layer_types"], "every layer here attends to everything")
-    try:
-        width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
-        theta, scaling = rope_of(theirs, path)
-        longest = theirs["max_position_embeddings"]
-        return ModelConfig(theirs["vocab_size"], width, theirs["num_hidden_layers"], heads, theirs.get("num_key_value_heads") or heads,
-                           theirs.get("head_dim") or width // heads, theirs["intermediate_size"], longest,
-                           theta, theirs["rms_norm_eps"], qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
-                           tied=bool(theirs.get("tie_word_embeddings", False)), rope_scaling=scaling,
-                           end_tokens=ends)
-    except KeyError as error:
-        raise BadInput(f"{path} has no field {error}") from None
+    width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
+    if heads < 1 or ("head_dim" not in given and width % heads):
+        refuse(path, "num_attention_heads", heads, f"without head_dim it must divide hidden_size = {width}")
+    theta, scaling = rope_of(theirs, path)
+    return ModelConfig(theirs["vocab_size"], width, theirs["num_hidden_layers"], heads,
+                       theirs["num_key_value_heads"] if "num_key_value_heads" in given else heads,
+                       theirs["head_dim"] if "head_dim" in given else width // heads, theirs["intermediate_size"],
+                       theirs["max_position_embeddings"], theta, float(theirs["rms_norm_eps"]), qkv_bias=kind == "qwen2",
+                       qk_norm=kind == "qwen3", tied=bool(theirs.get("tie_word_embeddings")), rope_scaling=scaling, end_tokens=ends)
+
+
+def ids_of(theirs, field, path):
+    """The token ids that a field names: one, a list of them, or none -> tuple."""
+    found = theirs.get(field)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(is_a(number, int) and number >= 0 for number in ids):
+        raise BadInput(f"{path}: {field} = {found!r:.60} is not a token id, or a list of them")
+    return tuple(ids)
 
 
 def rope_of(theirs, path):
     """-> theta, None or Llama-3's (factor, low frequency factor, high frequency factor, original context)."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
+    theta = next((theta for theta in (rope.get("rope_theta"), theirs.get("rope_theta")) if theta is not None), 10_000.0)
+    if not is_a(theta, float):
+        raise BadInput(f"{path}: rope_theta = {theta!r:.60} is not a number")
     if rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) not in (1, 1.0, None):
         refuse(path, "partial_rotary_factor", rope.get("partial_rotary_factor"), "RoPE here turns whole heads")
     if kind == "default":
+        for name in rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor"}:
+            refuse(path, name, rope[name], "RoPE of the type default has no such field")
         return float(theta), None
     if kind != "llama3":
         refuse(path, "rope_type", kind, "of the scalings of RoPE only Llama-3's is known here")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    check_fields(rope, dict.fromkeys(names, float), f"{path}: RoPE's scaling")
     return float(theta), tuple(float(rope[name]) for name in names)
 
 
@@ -160,10 +177,25 @@ class Shards:
         except Exception as error:
             raise BadInput(f"{path} is damaged: {error}") from None
 
-    def get(self, name):
+    def look(self, name, shape):
+        """BadInput unless there is a tensor of this name, of floats, of this shape. Reads no numbers."""
         if name not in self.file_of:
             raise BadInput(f"{self.folder}: the tensor {name} is missing")
-        return self.open(self.file_of[name]).get_tensor(name)
+        file = self.open(self.file_of[name])
+        if name not in file.keys():  # noqa: SIM118 - no dict
+            raise BadInput(f"{self.file_of[name]}: the tensor {name} is missing, which the index says is there")
+        found = file.get_slice(name)
+        if found.get_dtype() not in ("F32", "BF16", "F16"):
+            raise BadInput(f"{self.file_of[name]}: {name} is of type {found.get_dtype()}; weights are F32, BF16 or F16 here")
+        if tuple(found.get_shape()) != tuple(shape):
+            raise BadInput(f"{self.file_of[name]}: {name} has shape {tuple(found.get_shape())}, config.json asks for {tuple(shape)}")
+
+    def get(self, name):
+        """The tensor of a name. BadInput for one with numbers that are not finite."""
+        found = self.open(self.file_of[name]).get_tensor(name)
+        if not found.isfinite().all():
+            raise BadInput(f"{self.file_of[name]}: {name} holds numbers that are not finite: the file is damaged, or its training diverged")
+        return found
 
 
 def read_config(folder):
@@ -181,27 +213,27 @@ def from_pretrained(folder, compute=torch.float32, device="cpu"):
     folder, _ = Path(folder), library()
     config = read_config(folder)
     shards = Shards(folder)
-    with torch.device("meta"):                                # no time for random weights
+    with torch.device("meta"):                                # no time for random weights, and no memory before the files are looked at
         model = GPT(config, compute)
-    model = model.to_empty(device=device)
-    for mine, table in zip((model.cos, model.sin), rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)):
-        mine.copy_(table)
     used = set()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            used |= set(pieces(name))
-            found = torch.cat([shards.get(piece) for piece in pieces(name)])
-            if found.shape != parameter.shape:
-                raise BadInput(f"{folder}: {' + '.join(pieces(name))} together have shape {tuple(found.shape)}, config.json asks for "
-                               f"{tuple(parameter.shape)}")
-            parameter.copy_(found)
+    for name, parameter in model.named_parameters():
+        used |= set(pieces(name))
+        for piece, rows in zip(pieces(name), sizes(name, config) or [len(parameter)]):
+            shards.look(piece, (rows, *parameter.shape[1:]))
     left = [name for name in shards.file_of if name not in used and not name.endswith("inv_freq")]
     if config.tied and "lm_head.weight" in left:
         left.remove("lm_head.weight")                         # some files repeat the embeddings
+        shards.look("lm_head.weight", model.head.weight.shape)
         if not torch.equal(shards.get("lm_head.weight").float(), shards.get("model.embed_tokens.weight").float()):
             refuse(folder / "config.json", "tie_word_embeddings", True, "lm_head.weight is there and differs from the embeddings")
     if left:
         raise BadInput(f"{folder}: the tensor {left[0]} has no place in this transformer ({len(left)} such)")
+    model = model.to_empty(device=device)
+    for mine, table in zip((model.cos, model.sin), rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)):
+        mine.copy_(table)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.cat([shards.get(piece) for piece in pieces(name)]))
     model.source = folder
     return model
 
@@ -228,14 +260,14 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, weights=None):
         (folder / "model.safetensors.tmp").unlink(missing_ok=True)
         raise OSError(f"{folder}/model.safetensors could not be written ({error}); what was there before is intact") from None
     config = their_config(model.config, dtype) | dict(prompt_template=getattr(model, "prompt_template", None))
-    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
+    texts, source = {"config.json": config}, getattr(model, "source", None) or folder
+    if (source / "generation_config.json").exists():          # its end tokens come before config.json's where both are read
+        texts["generation_config.json"] = read_json(source / "generation_config.json", FILES) | dict(eos_token_id=config["eos_token_id"])
+    copied = [name for name in COPIED if source.resolve() != folder.resolve() and (source / name).exists()]
+    for name in copied:
+        shutil.copy(source / name, folder / f"{name}.tmp")
+    for name, content in texts.items():
+        (folder / f"{name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
+    for name in (*copied, *texts.keys() - {"config.json"}, "model.safetensors", "config.json"):      # with which a model is there
         os.replace(folder / f"{name}.tmp", folder / name)
-    source = getattr(model, "source", None)
-    for name in COPIED if source and source.resolve() != folder.resolve() else ():
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
-    generation = folder / "generation_config.json"            # its end tokens come before config.json's where both are read
-    if generation.exists():
-        generation.write_text(json.dumps(read_json(generation, FILES) | dict(eos_token_id=config["eos_token_id"]), indent=2) + "\n")
     return folder

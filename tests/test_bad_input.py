@@ -1,16 +1,20 @@
 """What goes wrong at the command line and on disk: one sentence that names the thing and the remedy, exit code 2, nothing written."""
+import io
 import json
 import os
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import VOCABULARY
 from test_flags import SCRIPTS
 from test_prompts import TOKENS, make_folder
 
 import data
 import prompts
-from flags import guarded
+from flags import BadInput, guarded
 from model import GPT, ModelConfig, save_checkpoint
 
 MAINS = SCRIPTS | dict(data=data, prompts=prompts)
@@ -48,7 +52,7 @@ def ground(tmp_path_factory):
     (folder / "escapes.jsonl").write_text(json.dumps({"\x1b[2J\x07evil": 1}))
     (folder / "latin.jsonl").write_bytes(LINE.encode().replace(b"p\"", b"\xff\""))
     (folder / "folder").mkdir()
-    save_checkpoint(folder / "good.pt", GPT(ModelConfig(vocab_size=20, width=16, depth=1, heads=1, head_size=16, hidden=16)), config=dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4))
+    save_checkpoint(folder / "good.pt", GPT(ModelConfig(vocab_size=VOCABULARY, width=16, depth=1, heads=1, head_size=16, hidden=16)), config=dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4))
     (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:-50])
     torch.save(dict(model_config={}, weights={}, extra={}), folder / "empty.pt")
     save_checkpoint(folder / "taskless.pt", GPT(ModelConfig(vocab_size=20, width=16, depth=1, heads=1, head_size=16, hidden=16)))
@@ -92,7 +96,7 @@ CASES = [
     (["train.py", "--name", "."], "no dot"), (["train.py", "--name", "a" * 300], "at most 200 bytes"), (["train.py", "--clip-high", "inf"], "--clip-high inf"),
     (["train.py", "--init", "good", "--data", ","], "names no file"), ([*EVAL, "good.jsonl,,good.jsonl"], "names no file"),
     ([*EVAL, "good.jsonl", "--cache-tokens", "5"], "a row may need"), ([*EVAL, "escapes.jsonl"], r"\x1b[2J\x07evil"),
-    (["eval.py", "--checkpoint", "good.pt", "--questions", "4", "--max-new-tokens", "200"], "--max-new-tokens 200"),
+    (["eval.py", "--checkpoint", "good.pt", "--questions", "4", "--max-new-tokens", "300"], "exceed its model's context of 512"),
     (["compare.py", "--flags", "'unclosed"], "quotation marks"), (["compare.py", "--flags", "--init x"], "--init is not for this script"), (["compare.py", "--flags", "--tokens 0"], "--tokens 0"),
     (["compare.py", "--flags", "--name x"], "gives it to each run"), (["compare.py", "--name", "../x", "--seeds", "0"], "no slashes"), (["bench.py", "sampler", "--threads", "99999999"], "--threads 99999999"),
     (["compare.py", "--arms", "none"], "'none'"), (["bench.py", "nothing"], "choose one of"), (["bench.py", "--rows", "9"], "multiple of --group"),
@@ -123,3 +127,154 @@ def test_one_sentence(words, says, ground, monkeypatch, capsys):
 def test_there_are_enough():
     """Catches a table that shrinks."""
     assert len(CASES) >= 100
+
+
+# ------------------------------------------------------------------------------------------------------- a model's files, damaged
+
+SILLY = [None, True, -1, 0, 3, 10**9, 10**30, 1.5, float("nan"), "", "x", [], [1], ["a"], {}, {"a": 1}]
+UNREAD = ("decoder", "pair", "special_tokens", "trim_offsets", "type_id", "version", "truncation", "padding")       # of tokenizer.json
+
+
+def places(whole, above=()):
+    """The way to every value in nested dicts and lists, of long ones to the first and the last."""
+    yield above
+    keys = list(whole) if isinstance(whole, dict) else range(len(whole)) if isinstance(whole, list) else ()
+    for key in dict.fromkeys([*keys][:12] + [*keys][-3:]):
+        if key not in UNREAD:
+            yield from places(whole[key], (*above, key))
+
+
+def other(whole, place, value):
+    """A copy in which something else stands at a place; nothing, for `del`."""
+    if not place:
+        return value
+    new = whole.copy()
+    if value == "del" and len(place) == 1:
+        del new[place[0]]
+    else:
+        new[place[0]] = other(whole[place[0]], place[1:], value)
+    return new
+
+
+def as_opened(folder):
+    """What a folder without its weights means: the shape, the template, tokens of a text, the text of tokens."""
+    shape, encoding = prompts.open_shape(folder)
+    ids = encoding.template("6*7? e\u0301 ÀÁ!\"#")
+    return replace(shape, end_tokens=()), shape.end_tokens, encoding.template_name, ids, encoding.decode([0, 1, 2, *ids, 259])
+
+
+# Values that do not look wrong, and then mean what they say: fields of a shape, end tokens, an added token that is not used, no NFC, no opening;
+# and a vocabulary without some byte, as SmolLM2's is.
+MEANS = {"config.json": ("rope_theta", "eos_token_id", "max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_key_value_heads", "head_dim",
+                         "tie_word_embeddings", "model_type"), "generation_config.json": ("eos_token_id",), "tokenizer.json": ("normalizer", "post_processor", "added_tokens")}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_damaged_file_of_a_model_is_refused_or_harmless(name, tmp_path):
+    """Catches a traceback, or another meaning, for config.json, tokenizer.json and generation_config.json in which any one value is of another type, out
+    of range, missing, or stands twice: the file is named in one sentence, or means what it did, or a value that can be meant is."""
+    config = CONFIG | dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, rope_theta=10000.0, rope_scaling=None, layer_types=["full_attention"], hidden_act="silu", use_sliding_window=False)
+    folder = make_folder(tmp_path / "good", TOKENS["chatml"], config, opening="<|endoftext|>", generation=dict(eos_token_id=[256, 258]))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    a, b, c, *_ = letters = list(tokenizer["model"]["vocab"])
+    tokenizer |= dict(normalizer=dict(type="NFC"), model=dict(type="BPE", vocab={letter: i for i, letter in enumerate(letters)} | {a + b: 259, a + b + c: 260}, merges=[f"{a} {b}", f"{a + b} {c}"]))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    meant, whole, counts = as_opened(folder), json.loads((folder / name).read_text()), dict(refused=0, same=0, other=0)
+    for place in dict.fromkeys(places(whole)):
+        for value in [*SILLY, *(["del"] if place else [])]:
+            (folder / name).write_text(json.dumps(other(whole, place, value)))
+            try:
+                found = as_opened(folder)
+            except BadInput as error:
+                said = str(error)
+                assert "\n" not in said and len(said) < 600 and ("good" in said or "--template" in said), (place, value, said)
+                counts["refused"] += 1
+                continue
+            assert found == meant or (place or ("eos_token_id",))[0] in MEANS[name] or (value == "del" and place[1] == "vocab"), (place, value, found, meant)
+            counts["same" if found == meant else "other"] += 1
+    assert counts["refused"] > 4 * counts["other"] and counts["refused"] > counts["same"], counts
+
+
+@pytest.mark.parametrize("fields, says", [
+    (dict(hidden_size="64"), "hidden_size = '64' is not a whole number"), (dict(hidden_size=10**12), "width = 1000000000000"), (dict(num_hidden_layers=0), "depth = 0"), (dict(num_attention_heads=0), "num_attention_heads = 0"),
+    (dict(num_attention_heads=3), "num_attention_heads = 3"), (dict(num_attention_heads=2.0), "num_attention_heads = 2.0 is not"), (dict(num_key_value_heads=0), "kv_heads = 0"), (dict(vocab_size=-1), "vocab_size = -1"),
+    (dict(head_dim=15), "heads of size 15"), (dict(num_attention_heads=4, num_key_value_heads=3, head_dim=8), "3 key/value heads"), (dict(rope_scaling=["llama3"]), "rope_scaling = ['llama3'] is not a dict"),
+    (dict(rope_scaling=dict(factor=8.0)), "factor = 8.0"), (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "has no field 'low_freq_factor'"), (dict(rope_theta="1e4"), "rope_theta = '1e4'"), (dict(rms_norm_eps=None), "rms_norm_eps"),
+    (dict(rms_norm_eps=-1.0), "norm_eps = -1.0"), (dict(tie_word_embeddings="false"), "tie_word_embeddings = 'false' is not true or false"), (dict(eos_token_id="256"), "eos_token_id = '256'"), (dict(eos_token_id=[256.0]), "eos_token_id"),
+    (dict(prompt_template="chatmk"), "prompt_template = 'chatmk'"), (dict(hidden_act=None), "hidden_act = None"), (dict(max_position_embeddings=10**10), "context = 10000000000"), (dict(layer_types="full"), "layer_types = 'full' is not a list"),
+])
+def test_a_config_of_wrong_types_is_refused(fields, says, tmp_path):
+    """Catches each of these alone: a text for a number, sizes that cannot be, heads that do not divide, scalings of RoPE that are passed over."""
+    folder = make_folder(tmp_path / "m", TOKENS["chatml"], CONFIG | fields)
+    with pytest.raises(BadInput) as error:
+        prompts.open_shape(folder)
+    assert says in str(error.value) and "config.json" in str(error.value), error.value
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t["model"]["vocab"].update({"!": 1}), "gives the token"), (lambda t: t["model"]["vocab"].update({"!": -1}), "has the id -1"), (lambda t: t["model"]["vocab"].update({"!": 5000}), "ids up to 5000"),
+    (lambda t: t["model"]["vocab"].update({"!": "0"}), "has the id '0'"), (lambda t: t["model"]["vocab"].update({"!": 0.5}), "has the id 0.5"), (lambda t: t["added_tokens"][0].update(id=7), "gives the token"),
+    (lambda t: t["added_tokens"].append(dict(id=300, content="!")), "gives the token"), (lambda t: t["model"].update(vocab=[]), "vocab = [] is not a dict"), (lambda t: t["model"].update(merges=None), "merges = None is not a list"),
+    (lambda t: t["model"].update(dropout=0.1), "dropout = 0.1"), (lambda t: t.update(normalizer={}), "is damaged"), (lambda t: t.update(normalizer=False), "is damaged"), (lambda t: t.update(post_processor=dict(type="RobertaProcessing")), "RobertaProcessing"),
+    (lambda t: t["pre_tokenizer"].update(use_regex=1), "use_regex = 1 is not true or false"),
+])
+def test_a_tokenizer_of_wrong_ids_is_refused(change, says, tmp_path):
+    """Catches ids that two tokens share, that are none, or that the model has no row for, and steps that are passed over."""
+    folder = make_folder(tmp_path / "m", TOKENS["chatml"], CONFIG)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BadInput) as error:
+        prompts.open_shape(folder)
+    assert says in str(error.value) and str(folder) in str(error.value), error.value
+
+
+TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4)
+
+
+@pytest.mark.parametrize("config, says", [
+    (3, "is a int"), (dict(TASK, task="chess"), "task = 'chess' is not one of"), (dict(TASK, task=["solve"]), "is not one of"), (dict(TASK, modulus="11"), "modulus = '11' is not a whole number"),
+    (dict(TASK, operations=99), "--operations 99 is out of range"), ({k: v for k, v in TASK.items() if k != "numbers"}, "has no field 'numbers'"), (dict(TASK, max_new_tokens=-1), "max_new_tokens at least 0"),
+    (dict(TASK, max_new_tokens="9"), "max_new_tokens = '9'"), (dict(TASK, max_new_tokens=400), "exceed its model's context of 512"),
+])
+@pytest.mark.parametrize("script", ["eval", "chat"])
+def test_a_checkpoint_that_says_nonsense_of_its_task(script, config, says, tmp_path, monkeypatch, capsys):
+    """Catches a traceback for a checkpoint whose weights are fine and whose settings are not."""
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, GPT(ModelConfig(vocab_size=VOCABULARY, width=16, depth=1, heads=1, head_size=16, hidden=16)), config=config)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--checkpoint" if script == "eval" else "--ckpt", str(path), "--device", "cpu", "--dtype", "float32"])
+    with pytest.raises(SystemExit) as stop:
+        guarded(MAINS[script].main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and ((str(path) in said and says in said) or (script == "chat" and "exceed" in said)), said
+
+
+def test_an_init_that_is_no_model(tmp_path, monkeypatch, capsys):
+    """Catches a traceback for --init at a loop of links, a file, an empty folder, a folder of folders; and of a run whose config.json is damaged."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nothing")
+    Path("file").write_text("x")
+    Path("empty").mkdir()
+    Path("config/config.json").mkdir(parents=True)
+    Path("d.jsonl").write_text(LINE)
+    cases = [("loop", "there is no such folder"), ("dangling", "there is no such folder"), ("file", "there is no such folder"), ("empty", "config.json: there is no such file"), ("config", "config.json")]
+    for text in ("[]", "{}", '{"data": 3}', json.dumps(dict(data="d.jsonl", eval_data="", prompt_tokens="9", max_new_tokens=9)), json.dumps(dict(data="d.jsonl", eval_data="", prompt_tokens=9, max_new_tokens=-9))):
+        folder = tmp_path / f"run{len(cases)}"
+        (folder / "model").mkdir(parents=True)
+        make_folder(folder / "model", TOKENS["chatml"], CONFIG)
+        (folder / "metrics.jsonl").write_text("")
+        (folder / "config.json").write_text(text)
+        cases.append((folder.name, f"{folder.name}/config.json"))
+    for init, says in cases:
+        for script in ("train", "eval", "chat"):
+            if (script == "train" and init.startswith("run")) or (script == "chat" and init == "file"):          # train.py reads no run, chat.py takes files
+                continue
+            words = ["--ckpt", init] if script == "chat" else ["--init", init, "--data", "d.jsonl"]
+            monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, "--device", "cpu", "--dtype", "float32"])
+            with pytest.raises(SystemExit) as stop:
+                guarded(MAINS[script].main)
+            said = capsys.readouterr().err
+            assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and (says in said or (script == "chat" and "no such" in said)), (script, init, said)

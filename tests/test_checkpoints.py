@@ -1,13 +1,18 @@
 """What survives: saved states, damaged files, kills at any moment, stops, and what may change when a run goes on."""
 import copy
+import dataclasses
+import functools
 import json
+import operator
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +21,12 @@ from conftest import ROOT, script
 import checkpoints
 import heldout
 import journal
+import pretrain
 import train
-from checkpoints import Stop, alone_in, fitting, load_state, newest_state, resumed_run, resumed_settings, save_state, saved
-from flags import BadInput, parse
+from checkpoints import Progress, Stop, alone_in, check_state, load_state, newest_state, resumed_run, resumed_settings, save_state, saved
+from flags import BadInput, guarded, parse
 from memory import HostAdamW
-from model import GPT, ModelConfig, load_checkpoint
+from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 4))
 TOKENS = 30_000 * (1 + KILLS)
@@ -87,6 +93,56 @@ def test_a_state_runs_no_code(tmp_path):
     with pytest.raises(BadInput, match="cannot be read"):
         load_state(path)
     assert not (tmp_path / "ran").exists()
+
+
+def real_state():
+    """A state as train.py saves it, of a small model after three updates -> it, its settings, the model's shape."""
+    torch.manual_seed(0)
+    shape = ModelConfig(50, 32, 1, 2, 1, 16, 32, 64)
+    model, row = GPT(shape), dict.fromkeys(("t1", "t2", "delta", "i2c", "c2i"), (0.5, 0.1)) | dict(questions=16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        model(torch.randint(0, 50, (2, 5))).square().sum().backward()
+        optimizer.step()
+    progress = Progress(step=2, generated=100, updates=3, best=1, accuracy=0.5, results=dict(base={"greedy": row, "temperature 1": row}))
+    settings = dict(seed=0, lr=0.1, task="solve", tokens=100)
+    return dict(settings=dict(settings), weights=model.state_dict(), optimizer=optimizer.state_dict()["state"], best=1, generator=torch.get_rng_state(), progress=dataclasses.asdict(progress)), settings, shape
+
+
+NAN = float("nan")
+FORGED = [(("settings",), {}), (("settings", "seed"), 1), (("settings", "seed"), False), (("settings", "lr"), torch.ones(2)), (("settings", "more"), 1), (("weights",), {}), (("weights", "norm.weight"), torch.ones(31)),
+          (("weights", "norm.weight"), torch.full((32,), NAN)), (("weights", "norm.weight"), torch.ones(32, dtype=torch.int64)), (("weights", "norm.weight"), [1.0] * 32), (("weights", "more"), torch.ones(1)),
+          (("optimizer",), {}), (("optimizer", 0), {}), (("optimizer", 99), {}), (("optimizer", 0, "exp_avg"), torch.zeros(3)), (("optimizer", 0, "exp_avg"), None), (("optimizer", 0, "exp_avg_sq"), torch.full((50, 32), -1.0)),
+          (("optimizer", 0, "exp_avg"), torch.full((50, 32), NAN)), (("optimizer", 0, "step"), torch.tensor(2.0)), (("optimizer", 0, "step"), 3), (("best",), 2), (("best",), "1"),
+          (("generator",), torch.get_rng_state()[:-1]), (("generator",), torch.zeros(5056, dtype=torch.uint8)), (("generator",), torch.zeros(5056)), (("generator",), 0), (("progress",), {}), (("progress", "step"), -2),
+          (("progress", "step"), 3), (("progress", "step"), 2.0), (("progress", "generated"), -1), (("progress", "generated"), 0), (("progress", "updates"), True), (("progress", "updates"), 4), (("progress", "updates"), 0),
+          (("progress", "seconds"), NAN), (("progress", "seconds"), "1"), (("progress", "accuracy"), 1.5), (("progress", "recent"), [0.5]), (("progress", "recent"), 3), (("progress", "results"), {}), (("progress", "results"), []),
+          (("progress", "results"), dict(base=3)), (("progress", "results", "base", "greedy"), {}), (("progress", "results", "base", "greedy", "t1"), 0.5), (("progress", "base"), 1), (("progress", "more"), 1)]
+
+
+@pytest.mark.parametrize("place, value", [((), {}), ((), []), ((), 3), ((), dict(a=1)), *FORGED], ids=lambda x: str(x)[:40])
+def test_forged_states_are_refused(place, value, tmp_path):
+    """Catches a state that is not what a run saves, though its checksum is right, loaded with a traceback, or in silence: a run would go on with other
+    settings, other moments, no table of the base, or from step 0."""
+    state, settings, shape = real_state()
+    check_state(load_state(save_state(tmp_path, 2, state)), saved(tmp_path)[0][1], settings, shape)
+    if place:
+        *above, last = place
+        forged = functools.reduce(operator.getitem, above, state)
+        forged[last] = value
+    path = save_state(tmp_path / "forged", 2, state if place else value) if place or isinstance(value, dict) else None
+    with pytest.raises(BadInput) as error:
+        check_state(load_state(path) if path else value, path or "step-0000002-0123456789abcdef.pt", settings, shape)
+    assert "step-0000002" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_state_under_the_name_of_another_step(tmp_path):
+    """Catches a renamed file that is taken for a later step."""
+    state, settings, shape = real_state()
+    path = save_state(tmp_path, 2, state)
+    path = path.rename(tmp_path / path.name.replace("0000002", "0000009"))
+    with pytest.raises(BadInput, match="step = 2"):
+        check_state(load_state(path), path, settings, shape)
 
 
 class Hostile:
@@ -235,8 +291,8 @@ def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):
     train.main()
     assert "stopped after step 0" in capsys.readouterr().out and [step for step, _ in saved("out/early/state")] == [0]
     state = load_state(saved("out/early/state")[0][1])
-    with pytest.raises(BadInput, match="does not fit this model"), fitting(undisturbed / "out/early"):
-        GPT(ModelConfig(50, 32, 1, 2, 1, 16, 32, 64)).load_state_dict(state["weights"])
+    with pytest.raises(BadInput, match="does not fit this model"):
+        check_state(state, saved("out/early/state")[0][1], state["settings"], ModelConfig(50, 32, 1, 2, 1, 16, 32, 64))
 
 
 def test_what_may_change_and_what_may_not(undisturbed, monkeypatch):
@@ -253,6 +309,129 @@ def test_what_may_change_and_what_may_not(undisturbed, monkeypatch):
     for resume, run, says in (("newest", "nobody", "no run under out/ called nobody"), ("nowhere", "", "holds no state to go on from")):
         with pytest.raises(BadInput, match=says):
             resumed_run(resume, run)
+
+
+@pytest.fixture
+def resume(undisturbed, tmp_path, monkeypatch, capsys):
+    """A function that runs train.py in a copy of the folder, in this process -> exit code, what it printed, its errors. No base can be made there."""
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: pytest.fail("a base was made"))
+
+    def go(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        code = 0
+        try:
+            guarded(train.main)
+        except SystemExit as end:
+            code = end.code
+        return (code, *capsys.readouterr())
+    return go
+
+
+def refused(outcome, *says):
+    """Whether a script ended with exit code 2 and one sentence that says all this."""
+    code, _, wrong = outcome
+    assert code == 2 and wrong.startswith("error: ") and wrong.count("\n") == 1 and all(part in wrong for part in says), wrong
+    return True
+
+
+@pytest.mark.parametrize("change, says", [
+    ("a list", "holds a list"), ("nothing", "was made with"), (dict(depth="left out"), "was made with depth = 2, and its run's config.json now says 4"), (dict(seed=1), "was made with seed = 0"),
+    (dict(base_seed=1), "was made with base_seed = 0"), (dict(candidates=3), "was made with candidates = 2"), (dict(lr="1e-4"), "lr = '1e-4' is not a number"), (dict(lr=NAN), "lr = nan is not a number"),
+    (dict(task=["solve"]), "task = ['solve'] is not one of"), (dict(prompts=True), "prompts = True is not a whole number"), (dict(tokens=1e6), "tokens = 1000000.0 is not a whole number"),
+])
+def test_a_config_that_is_not_that_of_its_state_is_refused(resume, change, says):
+    """Catches a run that goes on with other settings than it began with, or makes another base, because its config.json was damaged or edited."""
+    path = Path("out/whole/config.json")
+    new = {"a list": [], "nothing": {}}[change] if isinstance(change, str) else {k: v for k, v in (json.loads(path.read_text()) | change).items() if v != "left out"}
+    path.write_text(json.dumps(new))
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    assert refused(resume("--resume", "out/whole"), says, "config.json", "out/whole")
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+
+
+def test_what_is_no_state_cannot_be_gone_on_with(resume):
+    """Catches a traceback for --resume at a file that is no state, a state of an earlier version, and one `{}` from which a run would start again."""
+    Path("good.jsonl").write_text("{}")
+    for name in ("good.jsonl", "out/whole/config.json", "out/whole/checkpoint.pt"):
+        assert refused(resume("--resume", name), name, "is no state: name a run's folder")
+    step, newest = saved("out/whole/state")[0]
+    for content in ({}, {name: value for name, value in load_state(newest).items() if name != "settings"}):
+        path = save_state("out/whole/state", step + 1, content)
+        for name in ("out/whole", str(path)):
+            assert refused(resume("--resume", name), str(path), "it is no state of this version; the code that wrote it can go on with it")
+
+
+def test_no_base_is_needed_to_go_on_without_a_kl_term(resume):
+    """Catches minutes of training a base whose weights are thrown away at once."""
+    for path in Path("out").glob("base-*.pt"):
+        path.unlink()
+    code, printed, wrong = resume("--resume", "out/whole", "--tokens", str(TOKENS + 3000))
+    assert code == 0 and "base: " not in printed and not list(Path("out").glob("base-*.pt")), wrong
+
+
+def test_the_reference_is_the_one_that_the_run_began_with(resume, monkeypatch):
+    """Catches a KL term that is measured against another base after --resume, because the code has changed since, or the base is gone, another or
+    damaged: a run that goes on ends with the very weights of one that was not stopped, or does not go on."""
+    words = [*RUN[1:], "--tokens", "16000", "--kl-coef", "0.05", "--name"]
+    assert resume(*words, "through")[0] == 0
+    real = train.watch
+
+    def stops(folder, progress, *rest):
+        real(folder, progress, *rest)
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "watch", stops)
+        code, printed, wrong = resume(*words, "one")
+    assert code == 0 and "stopped after step 2" in printed and len(lines(Path(), "through")) >= 3, wrong
+    shutil.copytree("out/one", "out/two")
+    base, = Path("out").glob("base-*.pt")
+    whole, (model, extra) = base.read_bytes(), load_checkpoint(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "fingerprint", lambda config: "changed")
+        base.unlink()
+        assert refused(resume("--resume", "out/one"), str(base), "there is no such file", "bring it back, or start a new run")
+        base.write_bytes(whole[:-1])
+        assert refused(resume("--resume", "out/one"), str(base), "does not end with its checksum")
+        base.write_bytes(whole)
+        assert resume("--resume", "out/one")[0] == 0
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.norm.weight[0] += 1e-6
+    save_checkpoint(base, other, **extra)
+    assert refused(resume("--resume", "out/two"), str(base), "its weights are not those that out/two began with")
+    base.write_bytes(whole[:-1])
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
+    code, printed, wrong = resume("--resume", "out/two")
+    assert code == 0 and f"it is put aside as {base}.damaged, and made anew" in printed, wrong
+    for run in ("one", "two"):
+        ours, theirs = weights(Path(), run), weights(Path(), "through")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and lines(Path(), run) == lines(Path(), "through")
+
+
+def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
+    """Catches a base with a flipped bit or a block of zeros that trains on, a traceback, and a damaged file that is lost or met again."""
+    base, = Path("out").glob("base-*.pt")
+    config = pretrain.resolve(pretrain.Config(**pretrain.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")))
+    whole, (model, extra), said = base.read_bytes(), load_checkpoint(base), []
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
+    flipped, zeroed, cut = bytearray(whole), bytearray(whole), whole[:len(whole) // 2]
+    flipped[len(whole) // 2] ^= 1
+    zeroed[len(whole) // 2:len(whole) // 2 + 4096] = bytes(4096)
+    other = GPT(ModelConfig(50, 32, 1, 2, 1, 16, 32, 64))
+    save_checkpoint("other.pt", other, **extra)
+    save_checkpoint("unmeasured.pt", model)
+    for damaged in (flipped, zeroed, cut, b"", Path("other.pt").read_bytes(), Path("unmeasured.pt").read_bytes()):
+        base.write_bytes(damaged)
+        said.clear()
+        found, measured, path = pretrain.base_model(config, said.append)
+        assert path == base and measured == extra["measured"] and torch.equal(found.norm.weight, model.norm.weight)
+        assert str(base) in said[0] and f"put aside as {base}.damaged, and made anew" in said[0] and "\n" not in said[0]
+        assert Path(f"{base}.damaged").read_bytes() == damaged
+        pretrain.base_model(config, said.append)
+        assert said[1:] == [f"base: reusing {base}"]
 
 
 def test_resume_stands_with_and_without_a_value():

@@ -2,15 +2,17 @@
 import copy
 import math
 import pickle
+import random
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 
-from model import GPT, ModelConfig, compute_dtype, load_checkpoint, rope_tables, rotate, save_checkpoint, token_logprobs
+from model import GPT, ModelConfig, checksum, compute_dtype, load_checkpoint, rope_tables, rotate, save_checkpoint, token_logprobs
 
 
 def test_attention_is_causal_and_ignores_right_pads(gpt):
@@ -131,6 +133,98 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     (tmp_path / "bad.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.pt is not a checkpoint"):
         load_checkpoint(tmp_path / "bad.pt")
+
+
+def sealed(path, content):
+    """Writes `content` as save_checkpoint would, whatever it is -> path."""
+    torch.save(content, path)
+    with open(path, "ab") as file:
+        file.write(checksum(path).encode())
+    return path
+
+
+def test_no_damage_to_a_checkpoint_goes_unseen(tmp_path, gpt):
+    """Catches weights with a flipped bit that load: 200 damages (a bit flipped, the end cut off, a block zeroed, bytes put in), each named; the whole
+    file loads. And a file of an earlier version, which has no checksum, taken for a whole one or refused without a word of why."""
+    path, rng = tmp_path / "a.pt", random.Random(0)
+    save_checkpoint(path, gpt)
+    whole = path.read_bytes()
+    for i in range(200):
+        place, damaged = rng.randrange(len(whole)), bytearray(whole)
+        if i % 4 == 0:
+            damaged[place] ^= 1 << rng.randrange(8)
+        elif i % 4 == 1:
+            damaged = damaged[:place]
+        elif i % 4 == 2:
+            damaged[place:place + 4096] = bytes(len(damaged[place:place + 4096]))
+        else:
+            damaged[place:place] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
+        if damaged != whole:                                     # a block of zeros may have been zeroed
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="does not end with its checksum"):
+                load_checkpoint(path)
+    path.write_bytes(whole)
+    load_checkpoint(path)
+    path.write_bytes(whole[:-16])
+    with pytest.raises(ValueError, match="files of earlier versions have none, and need those versions' code"):
+        load_checkpoint(path)
+
+
+def changed(whole, place, value):
+    """A copy of nested dicts with another value at a place, "a.b.c"; without it for `del`."""
+    name, _, rest = place.partition(".")
+    new = {key: x for key, x in whole.items() if key != name}
+    return new | {name: changed(whole[name], rest, value) if rest else value} if rest or value != "del" else new
+
+
+FORGED = [("model_config", 3), ("weights", [1]), ("extra", None), ("weights", "del"), ("model_config.depth", "del"), ("model_config.depth", 4), ("model_config.depth", "3"),
+          ("model_config.heads", 0), ("model_config.heads", 4.0), ("model_config.kv_heads", 3), ("model_config.head_size", 15), ("model_config.context", 10**12), ("model_config.vocab_size", 371),
+          ("model_config.width", True), ("model_config.norm_eps", float("nan")), ("model_config.rope_theta", -1.0), ("model_config.tied", 1), ("model_config.end_tokens", (1.5,)),
+          ("model_config.rope_scaling", (8.0, 4.0, 1.0, 64.0)), ("model_config.rope_scaling", 8), ("model_config.new", 1), ("weights.more", torch.zeros(3)), ("weights.7", torch.zeros(3))]
+
+
+def test_forged_checkpoints_are_named(tmp_path, gpt):
+    """Catches tracebacks and silent acceptance of what is no model, though its checksum is right: fields that are missing or of another type, shapes of
+    another model, weights of integers or that are not finite, a head that is not the embeddings it is tied to."""
+    save_checkpoint(tmp_path / "a.pt", gpt)
+    whole, bad = torch.load(tmp_path / "a.pt", weights_only=True), gpt.norm.weight.detach().clone()
+    for content in (3, [], {}, dict(a=1), "text", torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"b\.pt is not a checkpoint of this project, or is damaged \(it does not hold model_config"):
+            load_checkpoint(sealed(tmp_path / "b.pt", content))
+    weights = [bad[:-1], bad[None], bad.double(), bad.long(), bad * float("nan"), bad / 0, 1.0, None]
+    for name, value in [*FORGED, *(("norm", x) for x in weights), ("head", whole["weights"]["embed.weight"] + 1)]:
+        forged = dict(whole, weights=whole["weights"] | {f"{name}.weight": value}) if name in ("norm", "head") else changed(whole, name, value)
+        with pytest.raises(ValueError, match=r"b\.pt is not a checkpoint of this project, or is damaged") as error:
+            load_checkpoint(sealed(tmp_path / "b.pt", forged))
+        assert "Error" not in str(error.value) or name == "model_config.rope_scaling", (name, error.value)
+    torch.save(dict(model_config=Hostile()), tmp_path / "b.pt")
+    (tmp_path / "b.pt").write_bytes((tmp_path / "b.pt").read_bytes() + checksum(tmp_path / "b.pt").encode())
+    with pytest.raises(ValueError, match="UnpicklingError"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
+def test_killed_while_saving(tmp_path):
+    """Catches half a file under a checkpoint's name: a process that saves two models in turn is killed with SIGKILL at random moments."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import model
+models = [model.GPT(model.ModelConfig(vocab_size=v)) for v in (500, 9000)]
+print("ready", flush=True)
+while True:
+    for one in models:
+        model.save_checkpoint("a.pt", one)
+"""
+    rng = random.Random(0)
+    for _ in range(3):
+        running = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
+        running.stdout.read(5)
+        while not (tmp_path / "a.pt").exists():
+            time.sleep(0.01)
+        time.sleep(0.3 * rng.random())
+        running.kill()
+        running.wait()
+        assert load_checkpoint(tmp_path / "a.pt")[0].config.vocab_size in (500, 9000)
 
 
 def test_compute_dtype():

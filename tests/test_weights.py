@@ -168,3 +168,38 @@ def test_damaged_files_are_one_sentence(theirs, tmp_path):
         (folder / "config.json").write_text(text)
         with pytest.raises(BadInput, match=r"config\.json"):
             GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("model.norm.weight", lambda x: x.long(), "is of type I64"), ("model.norm.weight", lambda x: x.bool(), "is of type BOOL"), ("model.norm.weight", lambda x: x.to(torch.float8_e4m3fn), "is of type F8_E4M3"),
+    ("model.norm.weight", lambda x: x.to(torch.complex64), "is of type C64"), ("model.norm.weight", lambda x: x.double(), "is of type F64"), ("model.norm.weight", lambda x: x * float("nan"), "not finite"),
+    ("model.norm.weight", lambda x: x / 0, "not finite"), ("model.norm.weight", lambda x: x[0].clone(), "has shape ()"), ("model.norm.weight", lambda x: x[:-1].clone(), "has shape (63,)"),
+    ("model.norm.weight", lambda x: x[None].clone(), "has shape (1, 64)"), ("model.layers.1.self_attn.k_proj.weight", lambda x: x[:, :-1].clone(), "has shape (32, 63)"),
+    ("model.layers.1.self_attn.k_proj.weight", lambda x: x[0].clone(), "has shape (64,)"), ("model.layers.1.self_attn.k_proj.weight", lambda x: x[0, 0].clone(), "has shape ()"),
+    ("model.layers.2.mlp.up_proj.weight", lambda x: torch.cat([x, x]), "has shape (192, 64)"), ("model.embed_tokens.weight", lambda x: x.T.contiguous(), "has shape (64, 97)"),
+])
+@pytest.mark.parametrize("theirs", ["qwen2"], indirect=True)
+def test_weights_that_are_none_are_named(theirs, tmp_path, name, change, says):
+    """Catches integers, booleans, complex and 8-bit numbers, NaN and infinity that load without a word, and a traceback for other shapes."""
+    from safetensors.torch import load_file, save_file
+    folder = edited(theirs, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(BadInput) as error:
+        GPT.from_pretrained(folder)
+    assert says in str(error.value) and name in str(error.value) and "model.safetensors" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("theirs", ["qwen2"], indirect=True)
+def test_an_index_that_is_wrong_is_named(theirs, tmp_path):
+    """Catches a traceback for an index that is no index, names a tensor that its file lacks, or a file that is none."""
+    theirs[1].save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    index = tmp_path / "shards/model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    name, files = "model.norm.weight", sorted(set(whole["weight_map"].values()))
+    elsewhere = next(file for file in files if file != whole["weight_map"][name])
+    for content, says in ((dict(weight_map=[]), "index.json is damaged"), (dict(weight_map=dict.fromkeys(whole["weight_map"], 3)), "index.json is damaged"), (dict(weight_map=whole["weight_map"] | {name: elsewhere}), f"{name} is missing"),
+                          (dict(weight_map=whole["weight_map"] | {name: "nowhere"}), "a shard is missing"), (dict(weight_map=whole["weight_map"] | {name: "."}), "is damaged")):
+        index.write_text(json.dumps(content))
+        with pytest.raises(BadInput, match=says):
+            GPT.from_pretrained(tmp_path / "shards")
