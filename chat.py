@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import memory
 from eval import load_policy, make_verifier, max_new_tokens, run_config
-from flags import BadInput, guarded, inert, parse_flags
+from flags import BadInput, guarded, inert, parse_flags, ran_out
 from mgrpo import Sampling, draw_phrases, expand
 from model import compute_dtype
 from pretrain import pick_device
@@ -271,7 +270,7 @@ def main():
             say(greeting(dialogue.partner, c))
         talk(dialogue, typed)
     except (RuntimeError, MemoryError) as error:
-        if memory.ran_out(error):
+        if ran_out(error):
             raise BadInput(f"out of memory ({str(error).split('.')[0]}): lower --max-new-tokens, or take a smaller model") from None
         raise
 

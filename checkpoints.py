@@ -25,9 +25,8 @@ from typing import get_type_hints
 
 import torch
 
-import memory
 import parallel
-from flags import BadInput, check_fields, is_a, read_json
+from flags import BadInput, check_fields, is_a, ran_out, read_json
 from journal import cut_log, write_json
 from model import GPT, check_weights, checksum
 from parallel import rank0
@@ -197,7 +196,7 @@ def check_state(state, path, settings, shape):
         check_moments(state["optimizer"], shape, state["progress"]["updates"])
         torch.Generator().set_state(state["generator"])
     except (ValueError, TypeError, RuntimeError) as error:
-        if memory.ran_out(error):
+        if ran_out(error):
             raise
         raise BadInput(f"{path} does not fit this model and run ({str(error).splitlines()[0]}); is --init another one now?") from None
 

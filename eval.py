@@ -27,7 +27,7 @@ import memory
 import parallel
 import report
 from data import DataSet, names
-from flags import BadInput, check_fields, make_folder, parse_flags, read_json
+from flags import BadInput, check_fields, make_folder, parse_flags, ran_out, read_json
 from journal import say, versions, write_json
 from mathverify import MathVerify
 from mgrpo import Sampling, expand, second_look
@@ -347,7 +347,7 @@ def main():
                 flat = results[name] if len(subject.sets) == 1 else {}
                 write_json(c.json, dict(settings=settled, made_by=versions(), sets=results) | flat)
     except (RuntimeError, MemoryError) as error:
-        if memory.ran_out(error):
+        if ran_out(error):
             raise BadInput(f"out of memory ({str(error).split('.')[0]}): lower --cache-tokens, --max-new-tokens or --samples") from None
         raise
     report.at_the_end(subject.folder, print, paths, bool(c.transcripts))

@@ -238,9 +238,14 @@ def last_words(error):
         return f"error: {error}", 2
     if isinstance(error, ModuleNotFoundError) and not (Path(__file__).parent / f"{error.name}.py").exists():
         return f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I):
+    if ran_out(error):
         return f"error: out of memory ({str(error).split('.')[0]}); lower the sizes that were asked for", 2
     return f"error: {type(error).__name__}: {error} ({place(error)}): a fault of this code, not of your input; {evidence(error)}", 70
+
+
+def ran_out(error):
+    """Whether an exception means that memory ran out. That of CUDA, of a CPU's allocator and of pinned memory tell it by their message."""
+    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I) is not None
 
 
 def reader_has_left():

@@ -25,7 +25,7 @@ from pathlib import Path
 from flags import BadInput, guarded
 from reward import LONGEST, VerifierFailed
 
-STARTING = 60            # seconds for a worker to import what it needs
+STARTING = 600           # seconds for a worker to import what it needs
 
 
 class MathVerify:

@@ -164,12 +164,6 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
-def ran_out(error):
-    """Whether an exception means that memory ran out: CUDA's has a class of its own, that of a CPU or of pinned memory only a message."""
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said or "out of memory" in said
-
-
 def out_of_memory(planned, error, total):
     """The sentence for a device (or host) that has too little: where it went, and the three flags to lower."""
     first = str(error).split(".")[0]

@@ -37,7 +37,7 @@ import report
 import transcripts
 from checkpoints import FREE, Progress, Stop, alone_in, go_on, resumed_run, resumed_settings, resumed_state, save_state, saved
 from eval import make_sampler
-from flags import BadInput, Maybe, check_fields, parse_flags
+from flags import BadInput, Maybe, check_fields, parse_flags, ran_out
 from journal import log, note_resume, open_board, post_mortem, rollout_metrics, run_folder, say, write_json, write_samples
 from kernels import fold
 from mgrpo import Sampling, collect, completion_logprobs, loss_denominator, pad_rows, policy_loss, targets
@@ -144,7 +144,7 @@ def train(c):
     try:
         folder = rollouts_and_steps(setup, planned)
     except (RuntimeError, MemoryError) as error:
-        if memory.ran_out(error):
+        if ran_out(error):
             raise memory.out_of_memory(planned, error, total) from None
         raise
     report.at_the_end(folder, say)

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import PATIENCE, ROOT, script
 
 import bars
 import crew
@@ -39,7 +39,7 @@ def on_a_terminal(folder, *words):
     except OSError:                                          # the other end is closed
         pass
     os.close(master)
-    assert running.wait(timeout=120) == 0, seen[-3000:]
+    assert running.wait(timeout=PATIENCE) == 0, seen[-3000:]
     return seen.decode(errors="replace")
 
 
@@ -61,7 +61,7 @@ def test_bars_on_a_terminal(folder):
 
 def test_a_pipe_gets_one_line_a_step(folder):
     """Catches bars written into files, and a step without its line; and --quiet that still says every step, or hides the table."""
-    done = subprocess.run([sys.executable, str(ROOT / SHORT[0]), *SHORT[1:], "--name", "piped"], cwd=folder, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, str(ROOT / SHORT[0]), *SHORT[1:], "--name", "piped"], cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
     steps = [json.loads(line)["step"] for line in (folder / "out/piped/metrics.jsonl").read_text().splitlines()]
     assert done.returncode == 0 and "%|" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
     assert [int(number) for number in re.findall(r"^ +(\d+) +\d\.\d\d ", done.stdout, re.M)] == steps and len(steps) >= 3

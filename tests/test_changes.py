@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "README.md"
@@ -82,7 +83,7 @@ def shared(folder, bases):
 def run(folder, *words):
     """`python train.py` in the copy -> its lines of metrics.jsonl, and samples.md. On one thread: two wait for each other on a busy machine."""
     one = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "train.py", *SMALL, *words], cwd=folder, env=one, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "train.py", *SMALL, *words], cwd=folder, env=one, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line) for line in (folder / "out/run/metrics.jsonl").read_text().splitlines()]
     return steps, (folder / "out/run/samples.md").read_text(errors="ignore")

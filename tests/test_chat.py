@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import END, ROOT, VOCABULARY
+from conftest import END, PATIENCE, ROOT, VOCABULARY
 from test_prompts import TOKENS, make_folder
 
 import chat
@@ -29,7 +29,6 @@ from tokenizer import PHRASES
 
 TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4)
 FLOAT = ("--device", "cpu", "--dtype", "float32")
-PATIENCE = 120            # seconds: nothing here is about speed
 
 
 def tiny(context=1024, endless=False, vocabulary=VOCABULARY, end=END):

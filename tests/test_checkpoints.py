@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import PATIENCE, ROOT, script
 
 import checkpoints
 import heldout
@@ -160,7 +160,7 @@ checkpoints.save_state("s", 1, dict(a=torch.zeros(10)), keep=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 flags.guarded(lambda: checkpoints.save_state("s", 2, dict(a=torch.zeros(10_000)), keep=1))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "the steps before it are intact" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [step for step, _ in saved(tmp_path / "s")] == [1] and not list((tmp_path / "s").glob("*.tmp"))
     load_state(saved(tmp_path / "s")[0][1])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import END, ROOT, VOCABULARY
+from conftest import END, PATIENCE, ROOT, VOCABULARY
 from test_sample import seated, worst_gap
 
 import kernels
@@ -321,7 +321,7 @@ def test_the_fused_sampler_in_bf16_is_near_the_trainer():
 def without_interpreter(tmp_path, *words):
     """What python prints, in a process that compiles kernels. The deadline is for one that hangs."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1800)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from model import GPT, ModelConfig, checksum, compute_dtype, load_checkpoint, rope_tables, rotate, save_checkpoint, token_logprobs
 
@@ -248,7 +248,7 @@ save("m", small)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 flags.guarded(lambda: save("m", large))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     kept = GPT.from_pretrained(tmp_path / "m") if kind == "pretrained" else load_checkpoint(tmp_path / "m")[0]
     assert kept.config.vocab_size == 20 and not list(tmp_path.rglob("*.tmp"))

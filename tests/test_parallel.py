@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 import memory
 import parallel
@@ -34,7 +34,7 @@ def start(folder, words, processes=1, **options):
 def finished(process, code=0):
     """-> what it printed on the screen, and as errors. A hang is a failure."""
     try:
-        printed, wrong = process.communicate(timeout=200)
+        printed, wrong = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -252,7 +252,7 @@ def test_a_stop_is_everyones(runs):
     for rank in map(int, ranks):                             # a scheduler signals everybody, and torchrun passes its own on
         os.kill(rank, signal.SIGTERM)
     running.send_signal(signal.SIGTERM)
-    printed, wrong = running.communicate(timeout=100)
+    printed, wrong = running.communicate(timeout=PATIENCE)
     steps = len(lines(runs, "stopped"))
     assert f"stopped after step {steps}" in printed and saved(runs / "out/stopped/state")[0][0] == steps, wrong
 

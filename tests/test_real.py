@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import PATIENCE, ROOT, script
 from test_prompts import TOKENS, make_folder
 
 import eval as evaluation
@@ -214,7 +214,7 @@ def test_nothing_is_learnt_without_safetensors(tmp_path):
     (tmp_path / "d.jsonl").write_text(problems(3))
     hide = "import sys; sys.modules['safetensors'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     words = [str(ROOT / "pretrain.py"), "--data", "d.jsonl", "--tokenizer", "tokenizer", "--save", "m", *FLOAT]
-    done = subprocess.run([sys.executable, "-c", hide, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", hide, *words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "pip install safetensors" in done.stderr and done.stderr.count("\n") == 1
 
 
