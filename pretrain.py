@@ -124,6 +124,8 @@ def resolve(config):
     """The config with preset, device and compute type settled and checked."""
     if not 1 <= config.depth <= 64:
         raise BadInput(f"--depth {config.depth} is out of range: choose 1 to 64")
+    if config.base_tokens < 1:
+        raise BadInput(f"--base-tokens {config.base_tokens}: a base reads at least 1")
     device = pick_device(config.device)
     dtype = str(parallel.from_rank0(lambda: compute_dtype(config.dtype, device))).removeprefix("torch.")       # measured by one for all
     return dataclasses.replace(config, preset=preset_name(config.preset, config.device), device=device, dtype=dtype)

@@ -99,7 +99,7 @@ CASES = [
     (["eval.py", "--checkpoint", "good.pt", "--questions", "4", "--max-new-tokens", "300"], "exceed its model's context of 512"),
     (["compare.py", "--flags", "'unclosed"], "quotation marks"), (["compare.py", "--flags", "--init x"], "--init is not for this script"), (["compare.py", "--flags", "--tokens 0"], "--tokens 0"),
     (["compare.py", "--flags", "--name x"], "gives it to each run"), (["compare.py", "--name", "../x", "--seeds", "0"], "no slashes"), (["bench.py", "sampler", "--threads", "99999999"], "--threads 99999999"),
-    (["compare.py", "--arms", "none"], "'none'"), (["bench.py", "nothing"], "choose one of"), (["bench.py", "--rows", "9"], "multiple of --group"),
+    (["pretrain.py", "--base-tokens", "0"], "--base-tokens 0"), (["train.py", "--base-tokens", "-1"], "--base-tokens -1"), (["compare.py", "--arms", "none"], "'none'"), (["bench.py", "nothing"], "choose one of"), (["bench.py", "--rows", "9"], "multiple of --group"),
 ]
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -184,7 +185,8 @@ def test_debug_prints_the_traceback(monkeypatch, capsys):
 def test_while_it_imports(name, body, code, says, tmp_path):
     """Catches a traceback of Ctrl-C in the seconds that importing torch takes, or without torch: a torch that raises stands before the real one."""
     (tmp_path / "torch.py").write_text(body)
-    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=PATIENCE, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=PATIENCE, env=os.environ | dict(PYTHONPATH=str(tmp_path)),
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))                    # a shell may have it ignored
     assert (done.returncode, done.stderr) == (code, says)
 
 
