@@ -218,10 +218,10 @@ def load(paths, encoding, prompt_tokens, say):
 
 
 def names(text):
-    """"a.jsonl,b.jsonl" -> ["a.jsonl", "b.jsonl"]. BadInput for commas with nothing between them."""
-    found = [name.strip() for name in text.split(",")] if text else []
-    if not all(found):
-        raise BadInput(f"{text!r} names no file, or nothing between two commas: give files of problems (data.py), a comma between two")
+    """"a.jsonl,b.jsonl" -> ["a.jsonl", "b.jsonl"]. BadInput for commas alone."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if text and not found:
+        raise BadInput(f"{text!r} names no file: give files of problems (data.py), with commas between them")
     return found
 
 

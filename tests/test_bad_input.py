@@ -94,7 +94,7 @@ CASES = [
     (["train.py", "--prompts", "1000000000000"], "rows a step"), (["train.py", "--eval-questions", "999999999999"], "at most 16,777,216"),
     (["eval.py", "--checkpoint", "good.pt", "--samples", "99999999"], "--samples 99999999: at most"), (["train.py", "--cache-tokens", "5"], "a row may need"), (["train.py", "--name", "../../evil"], "no slashes"), (["train.py", "--name", "a\x1b[2J"], "control characters"),
     (["train.py", "--name", "."], "no dot"), (["train.py", "--name", "a" * 300], "at most 200 bytes"), (["train.py", "--clip-high", "inf"], "--clip-high inf"),
-    (["train.py", "--init", "good", "--data", ","], "names no file"), ([*EVAL, "good.jsonl,,good.jsonl"], "names no file"),
+    (["train.py", "--init", "good", "--data", ","], "names no file"),
     ([*EVAL, "good.jsonl", "--cache-tokens", "5"], "a row may need"), ([*EVAL, "escapes.jsonl"], r"\x1b[2J\x07evil"),
     (["eval.py", "--checkpoint", "good.pt", "--questions", "4", "--max-new-tokens", "300"], "exceed its model's context of 512"),
     (["compare.py", "--flags", "'unclosed"], "quotation marks"), (["compare.py", "--flags", "--init x"], "--init is not for this script"), (["compare.py", "--flags", "--tokens 0"], "--tokens 0"),

@@ -32,7 +32,7 @@ FILES = {  # the label of each answer -> the files that its diff changes
     "The learning rate": {"train.py"},
 }
 SMALL = ("--preset", "smoke", "--device", "cpu", "--dtype", "float32", "--eval-questions", "4", "--name", "run")
-EASY = ("--task", "chain", "--modulus", "3", "--base-tokens", "180000", "--prompts", "8")          # right in 40 % after seconds
+EASY = ("--task", "chain", "--modulus", "3", "--base-tokens", "180000", "--prompts", "16", "--attempts", "2")      # right in 40 % after seconds
 NEW = ("--base-tokens", "1", "--prompts", "4", "--tokens", "800")                                   # a base of two steps
 ALL_ROWS = ("--kl-coef", "0.1", "--failed", "keep")             # every row is trained, also of a base that is never right
 
