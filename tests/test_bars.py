@@ -29,7 +29,7 @@ def on_a_terminal(folder, *words):
     """Runs Python with these words on a pseudo-terminal -> all that it wrote there, screen and errors."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), TERM="xterm", TQDM_MININTERVAL="0")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), TERM="xterm", TQDM_MININTERVAL="0", TQDM_MINITERS="1")      # every update is drawn
     running = subprocess.Popen([sys.executable, *words], cwd=folder, stdin=slave, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     seen = b""

@@ -280,7 +280,7 @@ def test_smoke_run_leaves_what_the_readme_promises(smoke):
 def test_eval_on_the_smoke_checkpoint(smoke):
     """Catches an eval.py that disagrees with train.py's own table: same questions, same greedy answers."""
     folder, _ = smoke
-    printed = script(folder, "eval.py", "--checkpoint", "out/solve-mgrpo-0/checkpoint.pt", "--questions", "256", "--samples", "2", "--json", "t.json", *SMOKE)
+    printed = script(folder, "eval.py", "--checkpoint", "out/solve-mgrpo-0/checkpoint.pt", "--questions", "256", "--samples", "2", "--json", "t.json", *SMOKE, threads=2)      # two processes sample
     mine, theirs = json.loads((folder / "t.json").read_text())["greedy"], json.loads((folder / "out/solve-mgrpo-0/result.json").read_text())["MGRPO"]
     assert mine["t1"] == theirs["greedy"]["t1"] and mine["t2"] == theirs["greedy"]["t2"] and "Acc@t2" in printed
     t1, t2, delta, i2c, c2i = (mine[k][0] for k in ("t1", "t2", "delta", "i2c", "c2i"))
