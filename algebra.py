@@ -1,26 +1,35 @@
-r"""Whether two expressions are equal: exactly, modulo a prime, or in floats at random points. Nothing is simplified or eval-ed.
+r"""Whether two expressions are equal: exactly, modulo a prime, or in floats at random points.
+Nothing is simplified or eval-ed.
 
     python algebra.py "\frac12" 0.5             # -> equal
     python algebra.py "\sin 2x" "2\sin x\cos x"
 
-The idea. Two expressions are equal when they have the same variables and the same value wherever both are defined. Simplifying
-is slow and can be made to hang; evaluating at random points is neither. Three ways of evaluating, the first one that can do both:
+The idea. Two expressions are equal when they have the same variables and the same value wherever
+both are defined. Simplifying is slow and can be made to hang; evaluating at random points is
+neither. Three ways of evaluating, the first one that can do both:
 
-- Exact: constants as fractions of integers of bounded size. 1234576 is never 1234567, 0.3333 never 1/3.
-- Modular: rational functions at random points modulo primes of 100 bits; (x+1)^{100000} costs no more than (x+1)^2. A prime that
-  is known can be written into an answer: x^2 + the prime. So the known one only refutes, and what it holds equal is looked at again
-  modulo a prime that a hash of both texts picks among 2^93. Exponents on top of each other multiply to 2^40 at most, so the
-  difference of two expressions has too few digits for more than one in 2^45 of these primes to divide it.
-- Floating: roots, logarithms, trigonometry, variables in exponents; complex floats at a dozen points, which refute. What they hold
-  equal is looked at again with 400 digits: no decimal is ever an irrational number. With variables and without i the points
-  are real, and those where a root or a logarithm is not are left out.
+- Exact: constants as fractions of integers of bounded size. 1234576 is never 1234567, 0.3333 never
+1/3.
+- Modular: rational functions at random points modulo primes of 100 bits; (x+1)^{100000} costs no
+  more than (x+1)^2. A prime that is known can be written into an answer: x^2 + the prime. So the
+  known one only refutes, and what it holds equal is looked at again modulo a prime that a hash of
+  both texts picks among 2^93. Exponents on top of each other multiply to 2^40 at most, so the
+  difference of two expressions has too few digits for more than one in 2^45 of these primes to
+  divide it.
+- Floating: roots, logarithms, trigonometry, variables in exponents; complex floats at a dozen
+  points, which refute. What they hold equal is looked at again with 400 digits: no decimal is ever
+  an irrational number. With variables and without i the points are real, and those where a root or
+  a logarithm is not are left out.
 
-The points come from a hash of the two expressions: grading is reproducible. What is read is hostile: digits and exponents are
-bounded, so that no operation is slow, and a deadline in CPU time is looked at in every node all the same.
+The points come from a hash of the two expressions: grading is reproducible. What is read is
+hostile: digits and exponents are bounded, so that no operation is slow, and a deadline in CPU time
+is looked at in every node all the same.
 
-Policies: the variables must agree, so 0x is not 0 and x^0 not 1. 1/0 is nothing, not even infinity. e^{-1000} is not 0: what is
-too small to be told from 0 is Undecided, unless another point tells the two apart.
+Policies: the variables must agree, so 0x is not 0 and x^0 not 1. 1/0 is nothing, not even infinity.
+e^{-1000} is not 0: what is too small to be told from 0 is Undecided, unless another point tells the
+two apart.
 """
+
 import cmath
 import functools
 import gc
@@ -36,10 +45,11 @@ import mpmath  # which torch brings, for sympy
 from flags import BadInput, guarded
 from latex import Expression, Unreadable, clean, parse
 
-BITS = 8_192             # of a numerator or denominator in exact arithmetic
-SECONDS = 0.05           # of CPU time for one comparison
-REACH = 2**40            # exponents on top of each other, multiplied, modulo a prime
-PRIME = 10**30 + 57      # the one that refutes; like all here it is 1 modulo 4, so that i has a value too
+BITS = 8_192  # of a numerator or denominator in exact arithmetic
+SECONDS = 0.05  # of CPU time for one comparison
+REACH = 2**40  # exponents on top of each other, multiplied, modulo a prime
+# the one that refutes; like all here it is 1 modulo 4, so that i has a value too
+PRIME = 10**30 + 57
 LITTLE = math.prod(prime for prime in range(3, 200) if all(prime % i for i in range(2, prime)))
 
 
@@ -48,7 +58,8 @@ class Unfit(Exception):
 
 
 class Undefined(Exception):
-    """No value at this point: a division by 0, the logarithm of 0, a number beyond the range of floats."""
+    """No value at this point: a division by 0, the logarithm of 0, a number beyond the range of
+    floats."""
 
 
 class Underflow(Exception):
@@ -64,8 +75,10 @@ class OutOfTime(Exception):
 
 
 class Deadline(threading.local):
-    """When the comparison of this thread must end: `with deadline:` gives it SECONDS. Python's garbage collector waits meanwhile: with a
-    large heap it takes longer than that, and the answer would be blamed for it."""
+    """When the comparison of this thread must end: `with deadline:` gives it SECONDS. Python's
+    garbage collector waits meanwhile: with a large heap it takes longer than that, and the answer
+    would be blamed for it."""
+
     end, collects = math.inf, False
 
     def __enter__(self):
@@ -82,11 +95,12 @@ class Deadline(threading.local):
             raise OutOfTime(f"not decided within {SECONDS} s")
 
 
-clock = time.thread_time         # CPU time of the thread: one that waits for its core has not used any
+clock = time.thread_time  # CPU time of the thread: one that waits for its core has not used any
 deadline = Deadline()
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ---- evaluation ----------------------------------------------------------------------------------
+
 
 def evaluate(tree, field):
     """The value of a tree in a field: Exact, Modular or Floating."""
@@ -101,7 +115,9 @@ def evaluate(tree, field):
     if operation == "^":
         return field.power(*operands)
     values = [evaluate(operand, field) for operand in operands]
-    return getattr(field, {"+": "sum", "*": "product", "-": "negative", "/": "inverse"}[operation])(*values)
+    return getattr(field, {"+": "sum", "*": "product", "-": "negative", "/": "inverse"}[operation])(
+        *values
+    )
 
 
 class Exact:
@@ -164,24 +180,37 @@ def factorial(n):
 
 def binomial(n, k):
     """n over k as a Fraction, if it has no more than BITS bits."""
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n or min(k, n - k) * int(n).bit_length() > BITS:
+    if (
+        n.denominator != 1
+        or k.denominator != 1
+        or not 0 <= k <= n
+        or min(k, n - k) * int(n).bit_length() > BITS
+    ):
         raise Unfit
     return Fraction(math.comb(int(n), int(k)))
 
 
-WHOLE = {"!": factorial, "binom": binomial, "abs": abs,
-         "floor": lambda x: Fraction(math.floor(x)), "ceil": lambda x: Fraction(math.ceil(x))}
+WHOLE = {
+    "!": factorial,
+    "binom": binomial,
+    "abs": abs,
+    "floor": lambda x: Fraction(math.floor(x)),
+    "ceil": lambda x: Fraction(math.ceil(x)),
+}
 EXACT = Exact()
 
 
 def chance(seed, name):
     """A random number of 128 bits that belongs to a name: the same in every process."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(errors="replace"), digest_size=16).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {name}".encode(errors="replace"), digest_size=16).digest(), "big"
+    )
 
 
 @functools.lru_cache(64)
 def drawn_prime(seed):
-    """The first prime 1 modulo 4 after a random number of 100 bits that belongs to the seed. Fermat's test is enough for random ones."""
+    """The first prime 1 modulo 4 after a random number of 100 bits that belongs to the seed.
+    Fermat's test is enough for random ones."""
     candidate = (chance(seed, "prime") >> 28 | 1 << 99) // 4 * 4 + 1
     while math.gcd(candidate, LITTLE) > 1 or pow(2, candidate - 1, candidate) != 1:
         candidate += 4
@@ -191,7 +220,11 @@ def drawn_prime(seed):
 @functools.lru_cache(64)
 def root_of_minus_one(prime):
     """A number whose square is -1 modulo the prime."""
-    return next(root for root in (pow(base, prime // 4, prime) for base in range(2, 100)) if root * root % prime == prime - 1)
+    return next(
+        root
+        for root in (pow(base, prime // 4, prime) for base in range(2, 100))
+        if root * root % prime == prime - 1
+    )
 
 
 class Modular:
@@ -203,7 +236,9 @@ class Modular:
     def name(self, name):
         if name in ("pi", "e", "degree"):
             raise Unfit
-        return root_of_minus_one(self.prime) if name == "i" else chance(self.seed, name) % self.prime
+        return (
+            root_of_minus_one(self.prime) if name == "i" else chance(self.seed, name) % self.prime
+        )
 
     def number(self, value):
         return value.numerator * self.inverse(value.denominator) % self.prime
@@ -234,38 +269,58 @@ class Modular:
         base, self.reach = evaluate(base, self), reach
         if not base and exponent <= 0:
             raise Undefined
-        return pow(base, int(exponent) % (self.prime - 1), self.prime) if base else 0    # Fermat: huge exponents cost no more
+        # Fermat: huge exponents cost no more
+        return pow(base, int(exponent) % (self.prime - 1), self.prime) if base else 0
 
     def call(self, name, operands):
         return self.number(EXACT.call(name, operands))
 
 
-# Small ones for arcsin, large and negative ones because |x - 5| is 5 - x at small ones; in (0, 0) a whole number.
-SCALES = ((0.1, 0.9), (10, 100), (-0.9, -0.1), (0, 0), (1.1, 3), (-100, -10), (0.1, 0.9), (3, 9), (0, 0), (-9, -1.1), (20, 50), (0, 0))
+# Small ones for arcsin, large and negative ones because |x - 5| is 5 - x at small ones; in (0, 0) a
+# whole number.
+SCALES = (
+    (0.1, 0.9),
+    (10, 100),
+    (-0.9, -0.1),
+    (0, 0),
+    (1.1, 3),
+    (-100, -10),
+    (0.1, 0.9),
+    (3, 9),
+    (0, 0),
+    (-9, -1.1),
+    (20, 50),
+    (0, 0),
+)
 
 
 class Floating:
     """Complex floats. Variables are real; `loose` allows complex values on the way."""
+
     library, near, rounding, most, relative = cmath, 1e-9, 4e-15, 1e-9, 1e-10
 
     def __init__(self, seed, scale, loose):
         self.seed, self.scale, self.loose, self.noise = seed, scale, loose, 0.0
 
     def tolerance(self, x, y):
-        """What two values may differ by: rounding, and what cancellation leaves where 0 should be."""
+        """What two values may differ by: rounding, and what cancellation leaves where 0 should
+        be."""
         return max(self.relative * max(abs(x), abs(y)), min(self.noise, self.most))
 
     def name(self, name):
         if name in CONSTANTS:
             return CONSTANTS[name](self.library)
         drawn, (low, high) = chance(self.seed, name), self.scale
-        return self.number(Fraction(2 + drawn % 11 if low == high else low + (high - low) * (drawn / 2**128)))
+        return self.number(
+            Fraction(2 + drawn % 11 if low == high else low + (high - low) * (drawn / 2**128))
+        )
 
     def number(self, value):
         return self.seen(complex(value.numerator / value.denominator), value)
 
     def seen(self, value, *nonzero):
-        """value, which is not 0 when none of the others is. Beside a number below 1e-100 even 400 digits can be too few."""
+        """value, which is not 0 when none of the others is. Beside a number below 1e-100 even 400
+        digits can be too few."""
         if abs(value) < 1e-100 and all(nonzero):
             raise Underflow
         return value
@@ -278,7 +333,7 @@ class Floating:
         return self.seen(math.prod(values), *values)
 
     def negative(self, value):
-        return 0 - value                     # not -value: its imaginary part would be -0, and the root of -4 then -2i
+        return 0 - value  # not -value: its imaginary part would be -0, and the root of -4 then -2i
 
     def inverse(self, value):
         return 1 / value
@@ -290,7 +345,9 @@ class Floating:
             raise Undefined
         if not base and exponent.real <= 0:
             raise Undefined
-        return self.seen(base ** (int(exponent.real) if whole and abs(exponent.real) < 100 else exponent), base)
+        return self.seen(
+            base ** (int(exponent.real) if whole and abs(exponent.real) < 100 else exponent), base
+        )
 
     def call(self, name, operands):
         values = [evaluate(operand, self) for operand in operands]
@@ -300,18 +357,27 @@ class Floating:
         if name == "root":
             degree = values[1]
             odd = x.real < 0 and not x.imag and degree.real % 2 == 1
-            return -(-x) ** (1 / degree) if odd else x ** (1 / degree)
+            return -((-x) ** (1 / degree)) if odd else x ** (1 / degree)
         if name == "tanh" and abs(x.real) > 100:
             raise Underflow
-        outside = (name in ("sqrt", "ln", "log", "lg") and min(value.real for value in values) < 0) or (
-            name in ("arcsin", "arccos") and abs(x.real) > 1)
+        outside = (
+            name in ("sqrt", "ln", "log", "lg") and min(value.real for value in values) < 0
+        ) or (name in ("arcsin", "arccos") and abs(x.real) > 1)
         if outside and not self.loose:
             raise Undefined
-        self.noise = max(self.noise, self.rounding * abs(x)) if name in ("sin", "cos", "tan", "sec", "csc", "cot") else self.noise
+        self.noise = (
+            max(self.noise, self.rounding * abs(x))
+            if name in ("sin", "cos", "tan", "sec", "csc", "cot")
+            else self.noise
+        )
         value = getattr(self.library, LIBRARY[name])(x)
         if name in ("sec", "csc", "cot"):
             return 1 / value
-        return value / self.library.log(values[1]) if len(values) == 2 else self.seen(value, name == "exp")
+        return (
+            value / self.library.log(values[1])
+            if len(values) == 2
+            else self.seen(value, name == "exp")
+        )
 
     def whole(self, name, values):
         if name == "abs":
@@ -331,29 +397,50 @@ class Floating:
 
 
 class Precise(Floating):
-    """The same with 400 digits, for points at which floats have gone through: so nothing here is too large to be computed."""
+    """The same with 400 digits, for points at which floats have gone through: so nothing here is
+    too large to be computed."""
+
     library = mpmath.mp.clone()
     library.dps = 400
-    near, rounding, most, relative = library.mpf("1e-300"), library.mpf("1e-330"), library.mpf("1e-250"), library.mpf("1e-300")
+    near, rounding, most, relative = (
+        library.mpf("1e-300"),
+        library.mpf("1e-330"),
+        library.mpf("1e-250"),
+        library.mpf("1e-300"),
+    )
 
     def number(self, value):
         if max(value.numerator.bit_length(), value.denominator.bit_length()) > 400:
-            raise Undefined                  # digits enough to be taken for an irrational number
+            raise Undefined  # digits enough to be taken for an irrational number
         return self.library.mpc(self.library.mpf(value.numerator) / value.denominator)
 
     def seen(self, value, *_):
         return value
 
 
-CONSTANTS = {"pi": lambda library: library.pi + 0j, "e": lambda library: library.exp(1), "i": lambda library: library.sqrt(-1),
-             "degree": lambda library: library.pi / 180 + 0j}
-LIBRARY = {name: name for name in ("sqrt", "exp", "sin", "cos", "tan", "sinh", "cosh", "tanh", "log")} | {
-    "ln": "log", "lg": "log10", "arcsin": "asin", "arccos": "acos", "arctan": "atan", "cot": "tan", "sec": "cos", "csc": "sin"}
+CONSTANTS = {
+    "pi": lambda library: library.pi + 0j,
+    "e": lambda library: library.exp(1),
+    "i": lambda library: library.sqrt(-1),
+    "degree": lambda library: library.pi / 180 + 0j,
+}
+LIBRARY = {
+    name: name for name in ("sqrt", "exp", "sin", "cos", "tan", "sinh", "cosh", "tanh", "log")
+} | {
+    "ln": "log",
+    "lg": "log10",
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "cot": "tan",
+    "sec": "cos",
+    "csc": "sin",
+}
 
 
-# ------------------------------------------------------------------------------------------------------------- comparison
+# ---- comparison ----------------------------------------------------------------------------------
 
-POINTS = 3               # at which two expressions must at least be defined, and agree
+POINTS = 3  # at which two expressions must at least be defined, and agree
 
 
 def seed_of(first, second):
@@ -362,16 +449,20 @@ def seed_of(first, second):
 
 
 def values(first, second, modular=True, refuting=True):
-    """Yields (value of first, value of second, what they may differ by) at random points; nothing where one is undefined.
+    """Yields (value of first, value of second, what they may differ by) at random points; nothing
+    where one is undefined.
 
-    refuting: a quick look comes first, which can only tell that two are different. Without it all residues are modulo one prime,
-    and all floats are precise. Raises Undecided when floats are all there is, and too coarse.
+    refuting: a quick look comes first, which can only tell that two are different. Without it all
+    residues are modulo one prime, and all floats are precise. Raises Undecided when floats are all
+    there is, and too coarse.
     """
     seed, names = seed_of(first, second), (first.names | second.names) - {"i"}
     if modular:
         try:
             for point in range(POINTS):
-                field = Modular(f"{point} {seed}", PRIME if refuting and not point else drawn_prime(seed))
+                field = Modular(
+                    f"{point} {seed}", PRIME if refuting and not point else drawn_prime(seed)
+                )
                 yield evaluate(first.tree, field), evaluate(second.tree, field), 0
             if not field.proves:
                 raise Undecided("exponents too large")
@@ -379,12 +470,12 @@ def values(first, second, modular=True, refuting=True):
         except Unfit:
             pass
         except Undefined:
-            yield 0, 1, 0                    # no value: not equal to anything
+            yield 0, 1, 0  # no value: not equal to anything
             return
     found, coarse, loose = 0, False, not names or "i" in first.names | second.names
     for point, scale in enumerate(SCALES + ((0, 0),) * 20 if names else SCALES[:1]):
         if point >= len(SCALES) and found >= POINTS:
-            return                           # the twenty are for \binom{n}{k}, which is defined at few of the others
+            return  # the twenty are for \binom{n}{k}, which is defined at few of the others
         try:
             seen = look(first, second, Floating(f"{point} {seed}", scale, loose))
             if seen and found < POINTS and not (refuting and abs(seen[0] - seen[1]) > seen[2]):
@@ -399,12 +490,17 @@ def values(first, second, modular=True, refuting=True):
 
 
 def look(first, second, field):
-    """-> (value of first, value of second, what they may differ by) in a field of floats; None where one has no value."""
+    """-> (value of first, value of second, what they may differ by) in a field of floats; None
+    where one has no value."""
     try:
         x, y = evaluate(first.tree, field), evaluate(second.tree, field)
     except (Undefined, Unfit, OverflowError, ZeroDivisionError, ValueError):
         return None
-    return (x, y, field.tolerance(x, y)) if field.library.isfinite(x) and field.library.isfinite(y) else None
+    return (
+        (x, y, field.tolerance(x, y))
+        if field.library.isfinite(x) and field.library.isfinite(y)
+        else None
+    )
 
 
 def equal(first, second):
@@ -427,7 +523,8 @@ def equal(first, second):
 
 
 def proportional(first, second, positive=False):
-    """Whether first = 0 and second = 0 are one equation: first is second times a number; a positive one for first > 0, second > 0."""
+    """Whether first = 0 and second = 0 are one equation: first is second times a number; a positive
+    one for first > 0, second > 0."""
     if not first.names or first.names - {"i"} != second.names - {"i"}:
         return False
     triples = list(values(first, second, modular=not positive, refuting=False))
@@ -436,31 +533,41 @@ def proportional(first, second, positive=False):
     (x0, y0, _), prime = triples[0], drawn_prime(seed_of(first, second))
     if positive and (x0 / y0).real <= 0:
         return False
-    return all((x * y0 - y * x0) % prime == 0 if isinstance(x, int) else abs(x * y0 - y * x0) <= tolerance * max(abs(x0), abs(y0))
-               for x, y, tolerance in triples[1:])
+    return all(
+        (x * y0 - y * x0) % prime == 0
+        if isinstance(x, int)
+        else abs(x * y0 - y * x0) <= tolerance * max(abs(x0), abs(y0))
+        for x, y, tolerance in triples[1:]
+    )
 
 
 def difference(left, right):
     """left - right as an Expression."""
-    return Expression(("+", left.tree, ("-", right.tree)), left.names | right.names, f"{left.text}-({right.text})")
+    return Expression(
+        ("+", left.tree, ("-", right.tree)), left.names | right.names, f"{left.text}-({right.text})"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- unfinished arithmetic
+# ---- unfinished arithmetic -----------------------------------------------------------------------
 
-DIGITS = 10**30          # numbers up to here are written out
+DIGITS = 10**30  # numbers up to here are written out
 
 
 def is_unfinished(tree, number=False):
-    r"""Whether arithmetic stands somewhere in a tree that its author could have carried out: the question again, not its answer.
+    r"""Whether arithmetic stands somewhere in a tree that its author could have carried out: the
+    question again, not its answer.
 
-    Unfinished is a sum, difference or product, with or without variables, in which two numbers stand (17 \times 23, 2 \cdot 3x,
-    x+1+1) or whose constants together come to a number (\sqrt2\sqrt8, 3\sqrt2-\sqrt{18}); a quotient of numbers that comes to a
-    whole one, unless it is a plain fraction (9!/7!, but 6/2); and whatever holds one of these: |17 \cdot 23|, 2^{1+2}.
-    A number is here what exact arithmetic works out. Finished are numbers, plain fractions, mixed numbers, 4.5 \times 10^{33},
-    powers, factorials, binomials, roots and other functions of finished numbers (2^{10}, 5!, \sqrt{81}, \log_2 8), fractions of these
-    (1/2^{10}), sums and products of what comes to no number (1+\sqrt5, 2\pi), and those that come to a number too long to be written
-    out (2^{2021}-1). number: whether the answer should be a number that is written out. Then the last two are unfinished as
-    well (e^{\ln 17+\ln 23}), but for angles, which hold \pi or degrees.
+    Unfinished is a sum, difference or product, with or without variables, in which two numbers
+    stand (17 \times 23, 2 \cdot 3x, x+1+1) or whose constants together come to a number
+    (\sqrt2\sqrt8, 3\sqrt2-\sqrt{18}); a quotient of numbers that comes to a whole one, unless it is
+    a plain fraction (9!/7!, but 6/2); and whatever holds one of these: |17 \cdot 23|, 2^{1+2}. A
+    number is here what exact arithmetic works out. Finished are numbers, plain fractions, mixed
+    numbers, 4.5 \times 10^{33}, powers, factorials, binomials, roots and other functions of
+    finished numbers (2^{10}, 5!, \sqrt{81}, \log_2 8), fractions of these (1/2^{10}), sums and
+    products of what comes to no number (1+\sqrt5, 2\pi), and those that come to a number too long
+    to be written out (2^{2021}-1). number: whether the answer should be a number that is written
+    out. Then the last two are unfinished as well (e^{\ln 17+\ln 23}), but for angles, which hold
+    \pi or degrees.
     """
     operation, *parts = tree
     if operation in ("num", "name") or is_scientific(tree):
@@ -469,8 +576,14 @@ def is_unfinished(tree, number=False):
         return True
     if operation not in "+*":
         return False
-    if operation == "*":                     # 5(2x) is 5*2*x; fractions are kept together
-        parts = [factor for part in parts for factor in (part[1:] if part[0] == "*" and all(f[0] != "/" for f in part[1:]) else (part,))]
+    if operation == "*":  # 5(2x) is 5*2*x; fractions are kept together
+        parts = [
+            factor
+            for part in parts
+            for factor in (
+                part[1:] if part[0] == "*" and all(f[0] != "/" for f in part[1:]) else (part,)
+            )
+        ]
     above = [part for part in parts if part[0] != "/" and not has_variables(part)]
     below = [part for part in parts if part[0] == "/" and not has_variables(part)]
     if len(above) == len(below) == 1:
@@ -478,13 +591,23 @@ def is_unfinished(tree, number=False):
             return False
         value = worked_out((operation, *above, *below), number)
         return value is not None and (value.denominator == 1 or exact(above[0]) is None)
-    groups = [[part for part in group if exact(part) is not None] for group in (above, below)] + [above + below]
-    return any(len(group) > 1 and worked_out((operation, *group), number) is not None for group in groups)
+    groups = [[part for part in group if exact(part) is not None] for group in (above, below)] + [
+        above + below
+    ]
+    return any(
+        len(group) > 1 and worked_out((operation, *group), number) is not None for group in groups
+    )
 
 
 def is_scientific(tree):
     r"""Whether a tree is a decimal times a power of ten, 4.5 \times 10^{33}."""
-    return tree[0] == "*" and len(tree) == 3 and is_literal(tree[1]) and tree[2][:2] == ("^", ("num", 10)) and is_literal(tree[2][2])
+    return (
+        tree[0] == "*"
+        and len(tree) == 3
+        and is_literal(tree[1])
+        and tree[2][:2] == ("^", ("num", 10))
+        and is_literal(tree[2][2])
+    )
 
 
 def is_literal(tree):
@@ -494,7 +617,11 @@ def is_literal(tree):
 
 def names_of(tree):
     """The names in a tree."""
-    return {tree[1]} if tree[0] == "name" else set().union(*(names_of(part) for part in tree[1:] if isinstance(part, tuple)))
+    return (
+        {tree[1]}
+        if tree[0] == "name"
+        else set().union(*(names_of(part) for part in tree[1:] if isinstance(part, tuple)))
+    )
 
 
 def has_variables(tree):
@@ -511,7 +638,8 @@ def exact(tree):
 
 
 def worked_out(tree, number):
-    """The number that a tree of constants comes to; None where is_unfinished says that there is none."""
+    """The number that a tree of constants comes to; None where is_unfinished says that there is
+    none."""
     value = exact(tree)
     if value is not None:
         return value if is_short(value) or number or all(map(is_literal, tree[1:])) else None

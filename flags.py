@@ -1,4 +1,5 @@
-"""Flags from a frozen dataclass: a field is a flag, its comment is its help, and bad input gets one sentence.
+"""Flags from a frozen dataclass: a field is a flag, its comment is its help, and bad input gets one
+sentence.
 
     python train.py --help              # what this file prints for train.py's Config
 
@@ -6,13 +7,15 @@ The idea. A script's settings are one dataclass, read top to bottom:
 
     attempts: int = 4       # G, answers sampled per question
 
-From that line come the flag `--attempts`, its type, its default and its line of help; nothing is said twice, so nothing can
-disagree. A bool is a flag without a value, there or not; a Maybe has one or not. A flag that does not exist is answered with the
-nearest one that does.
+From that line come the flag `--attempts`, its type, its default and its line of help; nothing is
+said twice, so nothing can disagree. A bool is a flag without a value, there or not; a Maybe has one
+or not. A flag that does not exist is answered with the nearest one that does.
 
-However a script ends early, `last_words` makes one sentence of the exception, and the exit code tells them apart: 2 for bad input and for
-disks that are full or cannot be written, 70 for a fault of this code, 130 for Ctrl-C. --debug prints the traceback besides.
+However a script ends early, `last_words` makes one sentence of the exception, and the exit code
+tells them apart: 2 for bad input and for disks that are full or cannot be written, 70 for a fault
+of this code, 130 for Ctrl-C. --debug prints the traceback besides.
 """
+
 import contextlib
 import dataclasses
 import difflib
@@ -37,35 +40,53 @@ class Maybe(str):
 
 
 class BadInput(Exception):
-    """Something the user gave cannot be used. The message names the thing and the remedy; `guarded` prints it."""
+    """Something the user gave cannot be used. The message names the thing and the remedy; `guarded`
+    prints it."""
 
 
 OWN_FLAGS = "Flags (--name value or --name=value; --debug shows the traceback of an error besides its sentence):"
 
 
 def comments(config):
-    """-> {field: its trailing comment}, read from the source of the dataclass and of those it inherits from."""
+    """-> {field: its comment}, read from the source of the dataclass and of those it inherits from.
+
+    The comment of a field stands behind it, or in whole lines above it.
+    """
     found = {}
     for cls in reversed(config.__mro__[:-1]):
-        for name, comment in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M):
-            found[name] = comment
+        above = []
+        for line in inspect.getsource(cls).splitlines():
+            field = re.match(r"    (\w+): [^#]*?(?:  # (.+))?$", line)
+            if field:
+                found[field[1]] = " ".join([*above, *filter(None, [field[2]])])
+            whole_line = re.match(r"    # (.+)$", line)
+            above = [*above, whole_line[1]] if whole_line else []
     return found
 
 
 def help_text(config, doc):
-    """The script's docstring, then its own flags, then those it takes over from another script's config, under that script's name."""
+    """The script's docstring, then its own flags, then those it takes over from another script's
+    config, under that script's name."""
     lines, fields = [doc.strip()], {field.name: field for field in dataclasses.fields(config)}
     for cls in config.__mro__[:-1]:
         here = cls.__module__ == config.__module__
         lines += ["", OWN_FLAGS if here else f"Flags of {cls.__module__}.py, taken here too:", ""]
-        lines += [line for name in inspect.get_annotations(cls) for line in help_lines(config, fields[name])]
+        lines += [
+            line
+            for name in inspect.get_annotations(cls)
+            for line in help_lines(config, fields[name])
+        ]
     return "\n".join(lines)
 
 
 def help_lines(config, field):
     """A line or two for a flag: name, values, meaning, default."""
     kind, note = get_type_hints(config)[field.name], comments(config).get(field.name, "")
-    kind = "|".join(get_args(kind)) if get_origin(kind) is Literal else {bool: "", Maybe: "[str]"}.get(kind, kind.__name__)
+    kind = (
+        "|".join(get_args(kind))
+        if get_origin(kind) is Literal
+        else {bool: "", Maybe: "[str]"}.get(kind, kind.__name__)
+    )
     note = f"{note} [{field.default!r}]" if field.default not in ("", False) else note
     head = f"  --{field.name.replace('_', '-')} {kind}"
     body = textwrap.wrap(note, 84, initial_indent=" " * 36, subsequent_indent=" " * 36)
@@ -83,18 +104,20 @@ def convert(name, text, kind):
         raise BadInput(f"--{name} {text!r}: choose one of {', '.join(get_args(kind))}{guess}")
     try:
         value = kind(text)
-        if kind is float and math.isnan(value):              # every comparison with it is false, so no range would refuse it
+        # every comparison with it is false, so no range would refuse it
+        if kind is float and math.isnan(value):
             raise ValueError
     except ValueError:
         raise BadInput(f"--{name} {text!r} is not {accepted[kind]}") from None
-    if kind is int and abs(value) >= 1 << 53:                # more fits no tensor's size, and no float that it is divided by
+    # more fits no tensor's size, and no float that it is divided by
+    if kind is int and abs(value) >= 1 << 53:
         raise BadInput(f"--{name} {text}: whole numbers here have at most 15 digits")
     return value
 
 
 def parse(config, argv, refused=()):
-    """-> {field: value} of the flags in argv. BadInput for an unknown flag, a flag without a value, a stray word, or a flag that other
-    scripts have and this one `refused`: {name: reason}."""
+    """-> {field: value} of the flags in argv. BadInput for an unknown flag, a flag without a value,
+    a stray word, or a flag that other scripts have and this one `refused`: {name: reason}."""
     hints, given, words = get_type_hints(config), {}, list(argv)
     while words:
         word = words.pop(0)
@@ -104,8 +127,12 @@ def parse(config, argv, refused=()):
             raise BadInput(f"{flag} is not for this script: {refused[name]}")
         if not word.startswith("--") or name not in hints:
             near = difflib.get_close_matches(name, hints, 1, 0.5)
-            guess = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists the flags"
-            raise BadInput(f"unknown {'flag' if word.startswith('-') else 'argument'} {flag!r}: {guess}")
+            guess = (
+                f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists the flags"
+            )
+            raise BadInput(
+                f"unknown {'flag' if word.startswith('-') else 'argument'} {flag!r}: {guess}"
+            )
         if hints[name] is bool:
             if equals:
                 raise BadInput(f"{flag} takes no value: it is given or not")
@@ -122,21 +149,24 @@ def parse(config, argv, refused=()):
 
 
 def parse_flags(config, doc, presets=None, argv=None, refused=()):
-    """The settings of a script: dataclass defaults, then the preset's, then the flags of the command line.
+    """The settings of a script: dataclass defaults, then the preset's, then the flags of the
+    command line.
 
-    presets(given) -> {field: value} may look at what was given (to pick a preset) and returns what to put under it.
-    Prints help and exits 0 for --help.
+    presets(given) -> {field: value} may look at what was given (to pick a preset) and returns what
+    to put under it. Prints help and exits 0 for --help.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(config, doc), flush=True)            # here, where `guarded` sees a reader that has left
+        # here, where `guarded` sees a reader that has left
+        print(help_text(config, doc), flush=True)
         sys.exit(0)
     given = parse(config, argv, refused)
     return config(**{**(presets(given) if presets else {}), **given})
 
 
 def read_json(path, hint):
-    """The dict that a JSON file holds. BadInput when it is not there (`hint` says what was expected), is not JSON, or holds no dict."""
+    """The dict that a JSON file holds. BadInput when it is not there (`hint` says what was
+    expected), is not JSON, or holds no dict."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,55 +174,89 @@ def read_json(path, hint):
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise BadInput(f"{path} is damaged, or not what it should be: it holds a {type(found).__name__}, not fields with names")
+        raise BadInput(
+            f"{path} is damaged, or not what it should be: it holds a {type(found).__name__}, not "
+            "fields with names"
+        )
     return found
 
 
 def is_a(value, kind):
-    """Whether a value from a file has a field's type. A whole number does for a float; True is no number, and NaN is none either."""
+    """Whether a value from a file has a field's type. A whole number does for a float; True is no
+    number, and NaN is none either."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if kind is float:
         return type(value) in (int, float) and abs(value) < math.inf
-    return isinstance(value, str if kind is Maybe else kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, str if kind is Maybe else kind) and (
+        kind is bool or not isinstance(value, bool)
+    )
 
 
 def check_fields(values, kinds, where):
-    """BadInput, which begins with `where`, unless `values` is a dict with every field of `kinds`, {name: type}."""
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Maybe: "a text"}
+    """BadInput, which begins with `where`, unless `values` is a dict with every field of `kinds`,
+    {name: type}."""
+    wanted = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Maybe: "a text",
+    }
     if not isinstance(values, dict):
         raise BadInput(f"{where} is a {type(values).__name__}, and should hold fields with names")
     for name, kind in kinds.items():
         if name not in values:
             raise BadInput(f"{where} has no field {name!r}")
         if not is_a(values[name], kind):
-            one = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else wanted.get(kind) or f"a {kind.__name__}"
+            one = (
+                f"one of {', '.join(get_args(kind))}"
+                if get_origin(kind) is Literal
+                else wanted.get(kind) or f"a {kind.__name__}"
+            )
             raise BadInput(f"{where}: {name} = {values[name]!r:.60} is not {one}")
 
 
 def make_folder(path):
-    """Makes a folder and those above it, unless they exist -> its Path. BadInput when that cannot be, or no file can be written there."""
+    """Makes a folder and those above it, unless they exist -> its Path. BadInput when that cannot
+    be, or no file can be written there."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()             # asking for permissions instead would miss read-only and full disks
+        # asking for permissions instead would miss read-only and full disks
+        tempfile.TemporaryFile(dir=path).close()
         return Path(path)
-    except (OSError, ValueError) as error:                   # ValueError: a null character in the name
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path} cannot be made or written to ({reason}): name a folder that can be, or free some space") from None
+        raise BadInput(
+            f"{path} cannot be made or written to ({reason}): name a folder that can be, or free "
+            "some space"
+        ) from None
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Around the reading of a file that may be damaged or of another kind: what is missing or misplaced in it becomes BadInput."""
+    """Around the reading of a file that may be damaged or of another kind: what is missing or
+    misplaced in it becomes BadInput."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError) as error:
-        raise BadInput(f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})") from None
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise BadInput(
+            f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})"
+        ) from None
 
 
 @contextlib.contextmanager
 def writing(path, kept="what was there before is whole"):
-    """Around the writing of a file: names it when the disk is full or cannot be written (Python does not), and says what was `kept`."""
+    """Around the writing of a file: names it when the disk is full or cannot be written (Python
+    does not), and says what was `kept`."""
     try:
         yield
     except OSError as error:
@@ -200,22 +264,37 @@ def writing(path, kept="what was there before is whole"):
 
 
 def file_name(flag, name):
-    """A name for files of a script, as it was given. BadInput for one that would lead out of their folder, or that cannot be shown."""
-    if "/" in name or "\\" in name or name.startswith(".") or len(name.encode(errors="replace")) > 200 or not name.isprintable():
-        raise BadInput(f"--{flag} {name!r} is to name a file or folder, and not a way to one: no slashes or control characters, no dot in "
-                       "front, at most 200 bytes")
+    """A name for files of a script, as it was given. BadInput for one that would lead out of their
+    folder, or that cannot be shown."""
+    if (
+        "/" in name
+        or "\\" in name
+        or name.startswith(".")
+        or len(name.encode(errors="replace")) > 200
+        or not name.isprintable()
+    ):
+        raise BadInput(
+            f"--{flag} {name!r} is to name a file or folder, and not a way to one: no slashes or "
+            "control characters, no dot in "
+            "front, at most 200 bytes"
+        )
     return name
 
 
-# ------------------------------------------------------------------------------------------------------------- last words
+# ---- last words ----------------------------------------------------------------------------------
 
-# What moves a cursor, rings, starts an escape sequence or turns the direction of writing, but for newline and tab.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}     # what writing fails with when a disk is full, or not well
+# What moves a cursor, rings, starts an escape sequence or turns the direction of writing, but for
+# newline and tab.
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# what writing fails with when a disk is full, or not well
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def inert(text):
-    """Text of others for a terminal: control characters as Python writes them (\\x1b), so that they do nothing; newline and tab stay."""
+    """Text of others for a terminal: control characters as Python writes them (\\x1b), so that they
+    do nothing; newline and tab stay."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
@@ -225,32 +304,49 @@ def processes():
 
 
 def last_words(error):
-    """What ended a script -> (a sentence for stderr, exit code). Nothing is said of a reader that has left, as in `| head`."""
+    """What ended a script -> (a sentence for stderr, exit code). Nothing is said of a reader that
+    has left, as in `| head`."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, BrokenPipeError) and reader_has_left():
-        return "", 141                                       # as a program that SIGPIPE ends
+        return "", 141  # as a program that SIGPIPE ends
     if isinstance(error, BadInput):
         return f"error: {error}", 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"error: {error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and (error.errno in DISK or error.errno is None):
         return f"error: {error}", 2
-    if isinstance(error, ModuleNotFoundError) and not (Path(__file__).parent / f"{error.name}.py").exists():
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and not (Path(__file__).parent / f"{error.name}.py").exists()
+    ):
         return f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
     if ran_out(error):
-        return f"error: out of memory ({str(error).split('.')[0]}); lower the sizes that were asked for", 2
-    return f"error: {type(error).__name__}: {error} ({place(error)}): a fault of this code, not of your input; {evidence(error)}", 70
+        return (
+            f"error: out of memory ({str(error).split('.')[0]}); lower the sizes that were asked "
+            "for",
+            2,
+        )
+    return (
+        f"error: {type(error).__name__}: {error} ({place(error)}): a fault of this code, not of "
+        f"your input; {evidence(error)}",
+        70,
+    )
 
 
 def ran_out(error):
-    """Whether an exception means that memory ran out. That of CUDA, of a CPU's allocator and of pinned memory tell it by their message."""
-    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I) is not None
+    """Whether an exception means that memory ran out. That of CUDA, of a CPU's allocator and of
+    pinned memory tell it by their message."""
+    return (
+        isinstance(error, MemoryError)
+        or re.search("out of memory|can't allocate memory", str(error), re.I) is not None
+    )
 
 
 def reader_has_left():
-    """Whether stdout is what a BrokenPipeError came from; the pipe of another process may be too, and that is a fault. If so nothing more
-    goes there, or Python would complain of the same at its end."""
+    """Whether stdout is what a BrokenPipeError came from; the pipe of another process may be too,
+    and that is a fault. If so nothing more goes there, or Python would complain of the same at its
+    end."""
     try:
         asked = select.poll()
         asked.register(sys.stdout.fileno(), 0)
@@ -258,21 +354,28 @@ def reader_has_left():
             return False
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-    except (OSError, ValueError):                            # no pipe at all
+    except (OSError, ValueError):  # no pipe at all
         return False
 
 
 def place(error):
-    """"train.py:231", the innermost line of this project that an exception came through."""
+    """ "train.py:231", the innermost line of this project that an exception came through."""
     here = Path(__file__).parent
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == here]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).parent == here
+    ]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "outside of it"
 
 
 def evidence(error):
-    """Keeps the traceback in a file, since a run of hours is not made again for --debug -> where to find it."""
+    """Keeps the traceback in a file, since a run of hours is not made again for --debug -> where to
+    find it."""
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="nano-mgrpo-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="nano-mgrpo-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
             file.writelines(traceback.format_exception(error))
         return f"its traceback is in {file.name}"
     except OSError:
@@ -292,42 +395,56 @@ def at_the_end(error, debug, first=None, lost=lambda error: ""):
 def guarded(main, first=None, lost=lambda error: ""):
     """Runs a script's main; whatever goes wrong is one sentence and an exit code (`last_words`).
 
-    Of several processes (parallel.run): first() tells whether this one is to say it, and lost(error) is the sentence for an error whose
-    cause lies in another process, which exits with 1.
+    Of several processes (parallel.run): first() tells whether this one is to say it, and
+    lost(error) is the sentence for an error whose cause lies in another process, which exits with
+    1.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                       # closed, as by `>&-`
+        if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
-    if signal.getsignal(signal.SIGINT) is stop_at_once:      # the imports are over
+    if signal.getsignal(signal.SIGINT) is stop_at_once:  # the imports are over
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    debug, sys.argv[1:] = "--debug" in sys.argv, [word for word in sys.argv[1:] if word != "--debug"]
+    debug, sys.argv[1:] = (
+        "--debug" in sys.argv,
+        [word for word in sys.argv[1:] if word != "--debug"],
+    )
     try:
         if first is None and processes() > 1:
-            raise BadInput("this script runs in one process, without torchrun, which is for train.py and eval.py")
+            raise BadInput(
+                "this script runs in one process, without torchrun, which is for train.py and "
+                "eval.py"
+            )
         main()
-        sys.stdout.flush()                                   # here, where a reader that has left is no traceback
+        sys.stdout.flush()  # here, where a reader that has left is no traceback
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(at_the_end(error, debug, first, lost))
 
 
 def stop_at_once(number, frame):
-    """Ctrl-C while a script imports: a KeyboardInterrupt there may end in the middle of torch's C++, which aborts."""
+    """Ctrl-C while a script imports: a KeyboardInterrupt there may end in the middle of torch's
+    C++, which aborts."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
 
 def while_importing(kind, error, trace):
-    """sys.excepthook of our scripts, whose imports stand outside of `guarded`: a missing package is a sentence there too."""
+    """sys.excepthook of our scripts, whose imports stand outside of `guarded`: a missing package is
+    a sentence there too."""
     code = at_the_end(error, "--debug" in sys.argv)
-    os._exit(code)                                           # threads of torch, half imported, may abort when Python ends under them
+    os._exit(code)  # threads of torch, half imported, may abort when Python ends under them
 
 
 def is_ours(module):
     """Whether the file of a module stands beside this one."""
-    return Path(getattr(module, "__file__", None) or "/").resolve().parent == Path(__file__).resolve().parent
+    return (
+        Path(getattr(module, "__file__", None) or "/").resolve().parent
+        == Path(__file__).resolve().parent
+    )
 
 
-if is_ours(sys.modules["__main__"]) and not sys.flags.interactive:           # not where somebody imports this at a prompt
+# not where somebody imports this at a prompt
+if is_ours(sys.modules["__main__"]) and not sys.flags.interactive:
     sys.excepthook = while_importing
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:        # not where a shell has Ctrl-C ignored, as behind `nohup`
+    # not where a shell has Ctrl-C ignored, as behind `nohup`
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)

@@ -1,24 +1,29 @@
-"""The GPT: a decoder-only transformer in plain torch, one class for our tiny default and for the large families.
+"""The GPT: a decoder-only transformer in plain torch, one class for our tiny default and for the
+large families.
 
     python model.py                # prints the default model's parameters, module by module
 
-The idea. A token becomes a vector of D numbers; L blocks each add two corrections to it, one that looks at the tokens before
-(attention) and one that looks at the vector alone (the MLP); the last vector, compared with every row of the embedding
-table, gives the logits of the next token. The parts are those of Qwen2/2.5/3, Llama-3 and SmolLM2, switched by config:
-RMSNorm before each correction, rotary positions (RoPE) on queries and keys, grouped-query attention (K key/value heads
-shared by N query heads), a SwiGLU MLP, optional q/k/v bias, optional q/k norm, optional tied embeddings.
+The idea. A token becomes a vector of D numbers; L blocks each add two corrections to it, one that
+looks at the tokens before (attention) and one that looks at the vector alone (the MLP); the last
+vector, compared with every row of the embedding table, gives the logits of the next token. The
+parts are those of Qwen2/2.5/3, Llama-3 and SmolLM2, switched by config: RMSNorm before each
+correction, rotary positions (RoPE) on queries and keys, grouped-query attention (K key/value heads
+shared by N query heads), a SwiGLU MLP, optional q/k/v bias, optional q/k norm, optional tied
+embeddings.
 
 Two decisions that the rest of the project leans on:
 
-1. A block does not know where keys and values live. `forward` takes an `attend(layer, q, k, v)` function: training passes
-   `causal_attention`, the sampler passes one that reads and extends its cache. There is one transformer, not two, so the
-   sampler and the trainer cannot drift apart (design: max |difference of log-probabilities| < 1e-4 in fp32).
-2. Weights are stored in fp32 and cast to the compute type where they are used. The optimiser then sees every small
-   update; bf16 weights would round away most of an Adam step at lr 1e-6.
+1. A block does not know where keys and values live. `forward` takes an `attend(layer, q, k, v)`
+   function: training passes `causal_attention`, the sampler passes one that reads and extends its
+   cache. There is one transformer, not two, so the sampler and the trainer cannot drift apart
+   (design: max |difference of log-probabilities| < 1e-4 in fp32).
+2. Weights are stored in fp32 and cast to the compute type where they are used. The optimiser then
+   sees every small update; bf16 weights would round away most of an Adam step at lr 1e-6.
 
-Letters: B rows, T tokens, L layers, D width, N query heads, K key/value heads, C head size, V vocabulary, M any number of
-flattened tokens.
+Letters: B rows, T tokens, L layers, D width, N query heads, K key/value heads, C head size, V
+vocabulary, M any number of flattened tokens.
 """
+
 import copy
 import functools
 import hashlib
@@ -36,55 +41,85 @@ from torch.utils.checkpoint import checkpoint
 
 from flags import guarded
 
-CHUNK = 1024              # tokens whose logits exist at a time in training
-LARGEST = dict(depth=1024, context=1 << 22)    # of what a file may ask for; of any other size a million
+CHUNK = 1024  # tokens whose logits exist at a time in training
+# of what a file may ask for; of any other size a million
+LARGEST = dict(depth=1024, context=1 << 22)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
-    width: int = 128         # D
-    depth: int = 4           # L
-    heads: int = 4           # N
-    kv_heads: int = 1        # K; N query heads share them
-    head_size: int = 32      # C; Qwen3 and others choose it apart from width / heads
-    hidden: int = 384        # inner size of the MLP
-    context: int = 512       # longest sequence, prompt included
+    width: int = 128  # D
+    depth: int = 4  # L
+    heads: int = 4  # N
+    kv_heads: int = 1  # K; N query heads share them
+    head_size: int = 32  # C; Qwen3 and others choose it apart from width / heads
+    hidden: int = 384  # inner size of the MLP
+    context: int = 512  # longest sequence, prompt included
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
-    qkv_bias: bool = False   # Qwen2, Qwen2.5
-    qk_norm: bool = False    # Qwen3
-    tied: bool = True        # the output head is the embedding table
-    end_tokens: tuple = ()   # tokens that end a completion, at most 4 (Llama-3 has several)
-    rope_scaling: tuple | None = None      # Llama-3.x: factor, low and high frequency factor, original context
+    qkv_bias: bool = False  # Qwen2, Qwen2.5
+    qk_norm: bool = False  # Qwen3
+    tied: bool = True  # the output head is the embedding table
+    end_tokens: tuple = ()  # tokens that end a completion, at most 4 (Llama-3 has several)
+    # Llama-3.x: factor, low and high frequency factor, original context
+    rope_scaling: tuple | None = None
 
     def __post_init__(self):
-        """ValueError for what is no transformer: a shape may come from a file, and files may say anything."""
-        for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "head_size", "hidden", "context"):
+        """ValueError for what is no transformer: a shape may come from a file, and files may say
+        anything."""
+        for name in (
+            "vocab_size",
+            "width",
+            "depth",
+            "heads",
+            "kv_heads",
+            "head_size",
+            "hidden",
+            "context",
+        ):
             size, most = getattr(self, name), LARGEST.get(name, 1 << 20)
             if type(size) is not int or not 1 <= size <= most:
-                raise ValueError(f"{name} = {size!r:.40}, and must be a whole number from 1 to {most:,}")
+                raise ValueError(
+                    f"{name} = {size!r:.40}, and must be a whole number from 1 to {most:,}"
+                )
         for name, most in dict(rope_theta=math.inf, norm_eps=1).items():
             if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < most:
-                raise ValueError(f"{name} = {getattr(self, name)!r:.40}, and must be a number above 0{' and below 1' if most == 1 else ''}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r:.40}, and must be a number above "
+                    f"0{' and below 1' if most == 1 else ''}"
+                )
         for name in ("qkv_bias", "qk_norm", "tied"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} = {getattr(self, name)!r:.40}, and must be true or false")
         if self.heads % self.kv_heads or self.head_size % 2:
-            raise ValueError(f"{self.heads} heads of size {self.head_size}, {self.kv_heads} key/value heads: these must divide the heads, "
-                             "and the size must be even, since RoPE turns pairs")
-        if type(self.end_tokens) is not tuple or not all(type(end) is int and end >= 0 for end in self.end_tokens):
+            raise ValueError(
+                f"{self.heads} heads of size {self.head_size}, {self.kv_heads} key/value heads: "
+                "these must divide the heads, "
+                "and the size must be even, since RoPE turns pairs"
+            )
+        if type(self.end_tokens) is not tuple or not all(
+            type(end) is int and end >= 0 for end in self.end_tokens
+        ):
             raise ValueError(f"end_tokens = {self.end_tokens!r:.40}, and must be token ids")
         if self.rope_scaling is not None:
             _, low, high, _ = self.rope_scaling
-            if not all(type(x) in (int, float) and 0 < x < math.inf for x in self.rope_scaling) or low >= high:
-                raise ValueError(f"rope_scaling = {self.rope_scaling!r:.80}: four numbers above 0, the second below the third")
+            if (
+                not all(type(x) in (int, float) and 0 < x < math.inf for x in self.rope_scaling)
+                or low >= high
+            ):
+                raise ValueError(
+                    f"rope_scaling = {self.rope_scaling!r:.80}: four numbers above 0, the second "
+                    "below the third"
+                )
 
 
-# ------------------------------------------------------------------------------------------------------ building blocks
+# ---- building blocks -----------------------------------------------------------------------------
+
 
 class Linear(nn.Linear):
-    """nn.Linear whose fp32 master weight is cast to the type of what it is applied to; [..., in] -> [..., out]."""
+    """nn.Linear whose fp32 master weight is cast to the type of what it is applied to; [..., in] ->
+    [..., out]."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -103,32 +138,37 @@ class RMSNorm(nn.Module):
 
 
 def rms_normalise(x, eps):
-    """x / sqrt(mean(x²) + eps) over the last dimension; the sum is taken in fp32. vector_norm reads x once, where square and mean
-    would write it out twice."""
+    """x / sqrt(mean(x²) + eps) over the last dimension; the sum is taken in fp32. vector_norm reads
+    x once, where square and mean would write it out twice."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x * torch.addcmul(constant(eps, x.device), length, length, value=1 / x.shape[-1]).rsqrt().to(x.dtype)
+    return x * torch.addcmul(
+        constant(eps, x.device), length, length, value=1 / x.shape[-1]
+    ).rsqrt().to(x.dtype)
 
 
 @functools.cache
 def constant(value, device):
-    """A number as a tensor, made once: a Python number becomes one anew in every operation that it takes part in."""
-    with torch.inference_mode(False):              # autograd may meet it later
+    """A number as a tensor, made once: a Python number becomes one anew in every operation that it
+    takes part in."""
+    with torch.inference_mode(False):  # autograd may meet it later
         return torch.tensor(value, device=device)
 
 
 def rope_tables(context, head_size, theta, scaling=None):
-    """-> cos, sin: [context, C] fp32. Position p turns the pair (i, i + C/2) by p · theta^(-2i/C) (arXiv 2104.09864, eq. 15).
+    """-> cos, sin: [context, C] fp32. Position p turns the pair (i, i + C/2) by p · theta^(-2i/C)
+    (arXiv 2104.09864, eq. 15).
 
-    The first half of sin carries the minus sign of the rotation, so that `rotate` is two products and a sum. scaling: Llama-3.1's, which
-    slows turns that the original context saw less than once down by a factor, leaves fast ones, and blends in between.
+    The first half of sin carries the minus sign of the rotation, so that `rotate` is two products
+    and a sum. scaling: Llama-3.1's, which slows turns that the original context saw less than once
+    down by a factor, leaves fast ones, and blends in between.
     """
-    frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)          # [C/2]
+    frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)  # [C/2]
     if scaling:
         factor, low, high, original = scaling
-        turns = frequency * original / (2 * math.pi)                                   # in the original context
+        turns = frequency * original / (2 * math.pi)  # in the original context
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (blend + (1 - blend) / factor)
-    angle = torch.arange(context).float()[:, None] * frequency                         # [context, C/2]
+    angle = torch.arange(context).float()[:, None] * frequency  # [context, C/2]
     return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
@@ -140,19 +180,25 @@ def rotate(x, cos, sin):
 def causal_attention(layer, q, k, v):
     """Attention of training and of plain forward passes: token t sees tokens 0..t of its own row.
 
-    q: [B, T, N, C]; k, v: [B, T, K, C] -> [B, T, N, C]. Rows of different lengths are padded on the RIGHT: a pad comes after
-    every real token, so the causal triangle alone keeps it out and no mask per row is needed.
+    q: [B, T, N, C]; k, v: [B, T, K, C] -> [B, T, N, C]. Rows of different lengths are padded on the
+    RIGHT: a pad comes after every real token, so the causal triangle alone keeps it out and no mask
+    per row is needed.
     """
     if q.is_cuda:
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+        )
         return out.transpose(1, 2)
-    # On a CPU torch's fused kernel took 50 ms (bf16) where these lines take 9 (forward + backward, 64 rows x 96 tokens,
-    # 4 query heads on 1): with K heads of n queries each, the n x T queries of a key head form one tall matrix.
+    # On a CPU torch's fused kernel took 50 ms (bf16) where these lines take 9 (forward + backward,
+    # 64 rows x 96 tokens, 4 query heads on 1): with K heads of n queries each, the n x T queries of
+    # a key head form one tall matrix.
     B, T, N, C = q.shape
     K, n = k.shape[2], N // k.shape[2]
     q = q.view(B, T, K, n, C).transpose(1, 2).reshape(B, K, T * n, C)
-    hidden = torch.full((T, T), -math.inf, device=q.device).triu(1).repeat_interleave(n, 0)   # [T*n, T]
-    weights = torch.add(hidden, q @ k.transpose(1, 2).mT, alpha=C ** -0.5).softmax(-1).to(q.dtype)    # softmax in fp32
+    # [T*n, T]
+    hidden = torch.full((T, T), -math.inf, device=q.device).triu(1).repeat_interleave(n, 0)
+    # softmax in fp32
+    weights = torch.add(hidden, q @ k.transpose(1, 2).mT, alpha=C**-0.5).softmax(-1).to(q.dtype)
     return (weights @ v.transpose(1, 2)).view(B, K, T, n, C).transpose(1, 2).reshape(B, T, N, C)
 
 
@@ -163,13 +209,17 @@ class Block(nn.Module):
         super().__init__()
         c, self.config, self.layer = config, config, layer
         self.norm1 = RMSNorm(c.width, c.norm_eps)
-        self.qkv = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_size, bias=c.qkv_bias)   # three products in one
+        # three products in one
+        self.qkv = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_size, bias=c.qkv_bias)
         self.out = Linear(c.heads * c.head_size, c.width, bias=False)
         self.norm2 = RMSNorm(c.width, c.norm_eps)
-        self.gate_up = Linear(c.width, 2 * c.hidden, bias=False)                                # two products in one
+        self.gate_up = Linear(c.width, 2 * c.hidden, bias=False)  # two products in one
         self.down = Linear(c.hidden, c.width, bias=False)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_size, c.norm_eps), RMSNorm(c.head_size, c.norm_eps)
+            self.q_norm, self.k_norm = (
+                RMSNorm(c.head_size, c.norm_eps),
+                RMSNorm(c.head_size, c.norm_eps),
+            )
 
     def forward(self, x, cos, sin, attend):
         return self.after(x, attend(self.layer, *self.before(x, cos, sin)))
@@ -177,10 +227,12 @@ class Block(nn.Module):
     def before(self, x, cos, sin):
         """What attention compares: [B, T, D] -> q [B, T, N, C], k and v [B, T, K, C]."""
         c, (B, T, _) = self.config, x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, -1, c.head_size)           # [B, T, N + 2K, C]
+        qkv = self.qkv(self.norm1(x)).view(B, T, -1, c.head_size)  # [B, T, N + 2K, C]
         qk, v = qkv.split([c.heads + c.kv_heads, c.kv_heads], 2)
-        if c.qk_norm:                                                       # q_norm(q) and k_norm(k) in one pass over both
-            weight = torch.cat([self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)])
+        if c.qk_norm:  # q_norm(q) and k_norm(k) in one pass over both
+            weight = torch.cat(
+                [self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)]
+            )
             qk = rms_normalise(qk, c.norm_eps) * weight.to(qk.dtype)
         return *rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2), v
 
@@ -191,11 +243,13 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-# --------------------------------------------------------------------------------------------------------------- the GPT
+# ---- the GPT -------------------------------------------------------------------------------------
+
 
 class GPT(nn.Module):
-    """The model. `compute` is the type of activations (fp32 or bf16); parameters stay fp32 whatever it is. `recompute`: backward computes
-    blocks a second time instead of keeping what they computed (about a third more time, a fraction of the memory)."""
+    """The model. `compute` is the type of activations (fp32 or bf16); parameters stay fp32 whatever
+    it is. `recompute`: backward computes blocks a second time instead of keeping what they computed
+    (about a third more time, a fraction of the memory)."""
 
     def __init__(self, config, compute=torch.float32):
         super().__init__()
@@ -203,37 +257,48 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.depth)])
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = self.embed if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
-        cos, sin = rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)
+        self.head = (
+            self.embed if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        )
+        cos, sin = rope_tables(
+            config.context, config.head_size, config.rope_theta, config.rope_scaling
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init)
 
     def _init(self, module):
-        """Embeddings N(0, 0.02); matrices N(0, 1 / fan-in), which keeps the size of what passes through them at any width; those
-        that write into the residual stream smaller by sqrt(2L), the number of writes (GPT-2)."""
+        """Embeddings N(0, 0.02); matrices N(0, 1 / fan-in), which keeps the size of what passes
+        through them at any width; those that write into the residual stream smaller by sqrt(2L),
+        the number of writes (GPT-2)."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, Block):
             for linear in (module.out, module.down):
-                nn.init.normal_(linear.weight, std=(2 * self.config.depth * linear.in_features) ** -0.5)
+                nn.init.normal_(
+                    linear.weight, std=(2 * self.config.depth * linear.in_features) ** -0.5
+                )
 
     def forward(self, tokens, positions=None, attend=causal_attention):
-        """tokens: [B, T] integers -> [B, T, D], the vectors that `logits` turns into logits of the NEXT token.
+        """tokens: [B, T] integers -> [B, T, D], the vectors that `logits` turns into logits of the
+        NEXT token.
 
         positions: [B, T] or [1, T]; 0..T-1 if omitted. attend: see the top of this file.
         Raises ValueError when a row of omitted positions is longer than the context.
         """
         if positions is None:
             if tokens.shape[1] > self.config.context:
-                raise ValueError(f"a row of {tokens.shape[1]} tokens does not fit the model's context of {self.config.context}")
+                raise ValueError(
+                    f"a row of {tokens.shape[1]} tokens does not fit the model's context of "
+                    f"{self.config.context}"
+                )
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        x = F.embedding(tokens, self.embed.weight).to(self.compute)                     # [B, T, D]
-        cos = self.cos[positions][:, :, None].to(self.compute)                          # [B or 1, T, 1, C]
+        x = F.embedding(tokens, self.embed.weight).to(self.compute)  # [B, T, D]
+        cos = self.cos[positions][:, :, None].to(self.compute)  # [B or 1, T, 1, C]
         sin = self.sin[positions][:, :, None].to(self.compute)
         for block in self.blocks:
             again = self.recompute and torch.is_grad_enabled()
@@ -242,44 +307,58 @@ class GPT(nn.Module):
 
     @staticmethod
     def recomputed(block, x, cos, sin, attend):
-        """A block of which backward keeps the input alone, and computes the rest a second time (activation checkpointing,
-        arXiv 1604.06174)."""
+        """A block of which backward keeps the input alone, and computes the rest a second time
+        (activation checkpointing, arXiv 1604.06174)."""
         return checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
 
     def compile_blocks(self):
-        """torch.compile on what stands between two attentions: norms, rotations and gates then pass memory once, not operation by
-        operation. Any length is compiled for, once."""
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")          # constant()
+        """torch.compile on what stands between two attentions: norms, rotations and gates then pass
+        memory once, not operation by operation. Any length is compiled for, once."""
+        # constant()
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         for block in self.blocks:
-            block.before, block.after = (torch.compile(part, dynamic=True) for part in (block.before, block.after))
+            block.before, block.after = (
+                torch.compile(part, dynamic=True) for part in (block.before, block.after)
+            )
 
     @staticmethod
     def from_pretrained(folder, compute=torch.float32, device="cpu"):
         """weights.from_pretrained: a GPT from a folder in Hugging Face's format."""
         import weights  # which imports this file
+
         return weights.from_pretrained(folder, compute, device)
 
     def save_pretrained(self, folder, dtype=torch.bfloat16):
         """weights.save_pretrained: a folder in Hugging Face's format."""
         import weights
+
         return weights.save_pretrained(self, folder, dtype)
 
     def parameter_groups(self):
-        """-> {"matrices", "embeddings", "vectors"}: every parameter once. The field decays matrices alone: embeddings hold rows that
-        most batches do not touch, and vectors (norms, biases) set scales, not directions."""
+        """-> {"matrices", "embeddings", "vectors"}: every parameter once. The field decays matrices
+        alone: embeddings hold rows that most batches do not touch, and vectors (norms, biases) set
+        scales, not directions."""
         groups = dict(matrices=[], embeddings=[], vectors=[])
         for name, parameter in self.named_parameters():
-            kind = "vectors" if parameter.dim() < 2 else "embeddings" if name.startswith(("embed", "head")) else "matrices"
+            kind = (
+                "vectors"
+                if parameter.dim() < 2
+                else "embeddings"
+                if name.startswith(("embed", "head"))
+                else "matrices"
+            )
             groups[kind].append(parameter)
         return groups
 
 
-# ----------------------------------------------------------------------------------------- from vectors to probabilities
+# ---- from vectors to probabilities ---------------------------------------------------------------
+
 
 def scaled_logits(hidden, weight, temperature=1.0):
     """THE way from vectors to logits, for the sampler, the trainer and the reference alike.
 
-    hidden: [..., D]; weight: [V, D] -> fp32 [..., V], divided by the temperature (0 = greedy: left as they are).
+    hidden: [..., D]; weight: [V, D] -> fp32 [..., V], divided by the temperature (0 = greedy: left
+    as they are).
     """
     return scaled(F.linear(hidden, weight.to(hidden.dtype)), temperature)
 
@@ -290,19 +369,23 @@ def scaled(logits, temperature):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log π(token) and the entropy of π for M tokens, without ever holding [M, V] logits for more than `chunk` tokens.
+    """log π(token) and the entropy of π for M tokens, without ever holding [M, V] logits for more
+    than `chunk` tokens.
 
     forward:  logp = z[token] - logsumexp(z),  z = hidden @ weightᵀ / temperature
-    backward: dz = (onehot(token) - softmax(z)) · dlogp / temperature, from logits computed a second time.
-    At V = 151,936 the logits of 16 rows of 2,048 tokens are 20 GB in fp32, those of a chunk of 1,024 tokens 0.6 GB.
-    The entropy is for looking at; no gradient flows through it.
+    backward: dz = (onehot(token) - softmax(z)) · dlogp / temperature, from logits computed a second
+    time. At V = 151,936 the logits of 16 rows of 2,048 tokens are 20 GB in fp32, those of a chunk
+    of 1,024 tokens 0.6 GB. The entropy is for looking at; no gradient flows through it.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature, chunk):
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk, cast = temperature, chunk, weight.to(hidden.dtype)
-        parts = [TokenLogprobs.look(h, cast, token, temperature) for h, token in zip(hidden.split(chunk), tokens.split(chunk))]
+        parts = [
+            TokenLogprobs.look(h, cast, token, temperature)
+            for h, token in zip(hidden.split(chunk), tokens.split(chunk))
+        ]
         logp, entropy = (torch.cat(part) for part in zip(*parts))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -313,16 +396,16 @@ class TokenLogprobs(torch.autograd.Function):
         dweight, dhidden = torch.zeros_like(weight), torch.empty_like(hidden)
         cast = weight.to(hidden.dtype)
         for h, token, d, dh in zip(*(x.split(ctx.chunk) for x in (hidden, tokens, dlogp, dhidden))):
-            dz = TokenLogprobs.slope(h, cast, token, d, ctx.temperature)                # [chunk, V]
+            dz = TokenLogprobs.slope(h, cast, token, d, ctx.temperature)  # [chunk, V]
             torch.mm(dz, cast, out=dh)
             dweight += dz.mT @ h
-            del dz                                             # or it would stand beside the next chunk's
+            del dz  # or it would stand beside the next chunk's
         return dhidden, dweight, None, None, None
 
     @staticmethod
     def look(h, weight, token, temperature):
         """A chunk's log-probabilities and entropies; its logits end with this function."""
-        z = scaled_logits(h, weight, temperature).log_softmax(-1)                       # [chunk, V]
+        z = scaled_logits(h, weight, temperature).log_softmax(-1)  # [chunk, V]
         return z.gather(-1, token[:, None])[:, 0], z.exp().mul_(z).sum(-1).neg_()
 
     @staticmethod
@@ -333,31 +416,38 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=CHUNK):
-    """hidden: [M, D] vectors, weight: [V, D], tokens: [M] the tokens that followed -> logp [M] fp32, entropy [M] fp32.
+    """hidden: [M, D] vectors, weight: [V, D], tokens: [M] the tokens that followed -> logp [M]
+    fp32, entropy [M] fp32.
 
-    Off by one, with three tokens: in the row a b c, the vector at a predicts b, the vector at b predicts c; so
-    hidden[:, :-1] goes with tokens[:, 1:].
+    Off by one, with three tokens: in the row a b c, the vector at a predicts b, the vector at b
+    predicts c; so hidden[:, :-1] goes with tokens[:, 1:].
     """
     return TokenLogprobs.apply(hidden, weight, tokens, temperature, chunk)
 
 
-# ------------------------------------------------------------------------------------------- compute type and checkpoints
+# ---- compute type and checkpoints ----------------------------------------------------------------
+
 
 def compute_dtype(name, device):
-    """-> the dtype of activations for "float32", "bfloat16" or "auto": bf16 on CUDA; on a CPU whichever multiplies faster here.
+    """-> the dtype of activations for "float32", "bfloat16" or "auto": bf16 on CUDA; on a CPU
+    whichever multiplies faster here.
 
-    The measurement: the better of 5 products of each, 2,048 x 384 by 384 x 512, about 10 ms in all. CPUs with bf16 instructions
-    (avx512_bf16, AMX) win by 2-4 times; others lose by as much.
+    The measurement: the better of 5 products of each, 2,048 x 384 by 384 x 512, about 10 ms in all.
+    CPUs with bf16 instructions (avx512_bf16, AMX) win by 2-4 times; others lose by as much.
     """
     if name != "auto":
         return getattr(torch, name)
     if device == "cuda":
-        return torch.bfloat16 if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+            else torch.float32
+        )
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 512, dtype=dtype)
         times = []
-        for _ in range(6):                     # the first one only warms up
+        for _ in range(6):  # the first one only warms up
             start = time.perf_counter()
             a @ b
             times.append(time.perf_counter() - start)
@@ -367,8 +457,12 @@ def compute_dtype(name, device):
 
 def narrow_copy(model):
     """A frozen copy whose parameters are in the compute type, cast one by one."""
-    cast = lambda parameter: nn.Parameter(parameter.detach().to(model.compute, copy=True), requires_grad=False)
-    return copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
+    cast = lambda parameter: nn.Parameter(
+        parameter.detach().to(model.compute, copy=True), requires_grad=False
+    )
+    return copy.deepcopy(
+        model, {id(parameter): cast(parameter) for parameter in model.parameters()}
+    )
 
 
 def checksum(path, but=0):
@@ -391,15 +485,27 @@ def weights_checksum(model):
 
 
 def check_weights(weights, config):
-    """ValueError unless {name: tensor} are the weights of a GPT of this shape: every name, shape and type, and finite numbers."""
-    with torch.device("meta"):                # a model without memory
+    """ValueError unless {name: tensor} are the weights of a GPT of this shape: every name, shape
+    and type, and finite numbers."""
+    with torch.device("meta"):  # a model without memory
         expected = GPT(config).state_dict()
     if weights.keys() != expected.keys():
-        raise ValueError(f"the weight {min(map(str, weights.keys() ^ expected.keys()))} is there and should not be, or is missing")
+        raise ValueError(
+            f"the weight {min(map(str, weights.keys() ^ expected.keys()))} is there and should not "
+            "be, or is missing"
+        )
     for name, like in expected.items():
         found = weights[name]
-        if not isinstance(found, torch.Tensor) or found.dtype != like.dtype or found.shape != like.shape:
-            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        if (
+            not isinstance(found, torch.Tensor)
+            or found.dtype != like.dtype
+            or found.shape != like.shape
+        ):
+            what = (
+                f"{found.dtype} {tuple(found.shape)}"
+                if isinstance(found, torch.Tensor)
+                else type(found).__name__
+            )
             raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
         if not found.isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite")
@@ -408,33 +514,51 @@ def check_weights(weights, config):
 
 
 def save_checkpoint(path, model, weights=None, **extra):
-    """Writes weights (default: the model's), shape and `extra` (plain values) to `path`, and behind them the checksum of it all. The file
-    gets its name when it is whole and on the disk: a run killed while writing leaves the old one."""
+    """Writes weights (default: the model's), shape and `extra` (plain values) to `path`, and behind
+    them the checksum of it all. The file gets its name when it is whole and on the disk: a run
+    killed while writing leaves the old one."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(dict(model_config=asdict(model.config), weights=weights or model.state_dict(), extra=extra), file)
+            torch.save(
+                dict(
+                    model_config=asdict(model.config),
+                    weights=weights or model.state_dict(),
+                    extra=extra,
+                ),
+                file,
+            )
             file.flush()
-            file.write(checksum(temporary).encode())           # torch.load does not mind what stands behind its data
+            # torch.load does not mind what stands behind its data
+            file.write(checksum(temporary).encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (RuntimeError, OSError) as error:   # torch says RuntimeError when the disk is full
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is intact") from None
+    except (RuntimeError, OSError) as error:  # torch says RuntimeError when the disk is full
+        raise OSError(
+            f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is "
+            "intact"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, compute=torch.float32, device="cpu"):
-    """-> model, extra. Never runs code from the file. FileNotFoundError, or ValueError that names the file and why it is no checkpoint of
-    ours: it does not end with its checksum (it is damaged, or of an earlier version, which wrote none), or does not hold a model."""
+    """-> model, extra. Never runs code from the file. FileNotFoundError, or ValueError that names
+    the file and why it is no checkpoint of ours: it does not end with its checksum (it is damaged,
+    or of an earlier version, which wrote none), or does not hold a model."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 16))
             if file.read() != checksum(path, but=16).encode():
-                raise ValueError("it does not end with its checksum; files of earlier versions have none, and need those versions' code")
+                raise ValueError(
+                    "it does not end with its checksum; files of earlier versions have none, and "
+                    "need those versions' code"
+                )
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or not all(isinstance(saved.get(name), dict) for name in ("model_config", "weights", "extra")):
+        if not isinstance(saved, dict) or not all(
+            isinstance(saved.get(name), dict) for name in ("model_config", "weights", "extra")
+        ):
             raise ValueError("it does not hold model_config, weights and extra")
         if saved["model_config"].keys() != {field.name for field in fields(ModelConfig)}:
             raise ValueError("its model_config has other fields than a model's")
@@ -442,9 +566,13 @@ def load_checkpoint(path, compute=torch.float32, device="cpu"):
         check_weights(saved["weights"], config)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
-    except Exception as error:                 # torch.load raises many types for many kinds of files
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from error
+    except Exception as error:  # torch.load raises many types for many kinds of files
+        reason = (
+            str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
+        )
+        raise ValueError(
+            f"{path} is not a checkpoint of this project, or is damaged ({reason})"
+        ) from error
     model = GPT(config, compute)
     model.load_state_dict(saved["weights"])
     return model.to(device), saved["extra"]

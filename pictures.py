@@ -1,13 +1,16 @@
 """README's pictures, drawn from the results that are committed beside it.
 
     pip install -r requirements-extra.txt
-    python pictures.py                       # writes docs/*.svg, and docs/report.png where there is a Chromium
+    python pictures.py                       # writes docs/*.svg, and docs/report.png where there is
+                                             a Chromium
 
-The idea. A picture that cannot be made again cannot be believed. Each here is a function of files under results/: a tree of a training
-step, the curves of one GRPO and one MGRPO run from the same base, the comparison over seeds (compare.py), and the page of a run (report.py)
-as a browser shows it. SVGs come out the same to the byte wherever the same matplotlib is installed, and a test holds the committed ones
-to it.
+The idea. A picture that cannot be made again cannot be believed. Each here is a function of files
+under results/: a tree of a training step, the curves of one GRPO and one MGRPO run from the same
+base, the comparison over seeds (compare.py), and the page of a run (report.py) as a browser shows
+it. SVGs come out the same to the byte wherever the same matplotlib is installed, and a test holds
+the committed ones to it.
 """
+
 import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
@@ -36,14 +39,16 @@ HEIGHT, SIGNS = 19, {True: ("✓", "#00664a"), False: ("✗", "#a33200")}
 
 @dataclass(frozen=True)
 class Config:
-    results: str = str(ROOT / "results")      # folder of the committed results
-    docs: str = str(ROOT / "docs")            # folder for the pictures
+    results: str = str(ROOT / "results")  # folder of the committed results
+    docs: str = str(ROOT / "docs")  # folder for the pictures
 
 
-# ------------------------------------------------------------------------------------------------------------------- a tree
+# ---- a tree --------------------------------------------------------------------------------------
+
 
 def tree_picture(tree):
-    """A tree as rollouts.jsonl has it -> SVG text: question, attempts, phrases, corrections, each with its verdict, reward, advantage."""
+    """A tree as rollouts.jsonl has it -> SVG text: question, attempts, phrases, corrections, each
+    with its verdict, reward, advantage."""
     lines = [(0, None, f"{tree['question']}    gold {tree['gold']}", "q")]
     for attempt in tree["attempts"]:
         lines.append((1, attempt, "", "attempt"))
@@ -51,10 +56,14 @@ def tree_picture(tree):
             lines.append((2, None, attempt["phrase"], "phrase"))
             lines += [(2, correction, "", "correction") for correction in attempt["corrections"]]
     body = "".join(tree_line(y, *line) for y, line in enumerate(lines))
-    joints = "".join(branch(lines, i) for i, (depth, node, _, _) in enumerate(lines) if depth and node)
+    joints = "".join(
+        branch(lines, i) for i, (depth, node, _, _) in enumerate(lines) if depth and node
+    )
     size = f'viewBox="0 0 760 {HEIGHT * len(lines) + 24}" width="760"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="ui-monospace, monospace" font-size="12"><rect width="100%" '
-            f'height="100%" fill="#ffffff"/>{joints}{body}</svg>\n')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="ui-monospace, monospace" font-size="12"><rect width="100%" '
+        f'height="100%" fill="#ffffff"/>{joints}{body}</svg>\n'
+    )
 
 
 def tree_line(y, depth, node, text, kind):
@@ -62,7 +71,12 @@ def tree_line(y, depth, node, text, kind):
     x, baseline, colour, style = 14 + 34 * depth, 24 + HEIGHT * y, COLOURS[INK], ""
     if node:
         sign, colour = SIGNS[node["right"]]
-        words = "".join(node["tokens"]).replace("<|endoftext|>", "").replace("<think>", "").replace("</think>", "  →  ")
+        words = (
+            "".join(node["tokens"])
+            .replace("<|endoftext|>", "")
+            .replace("<think>", "")
+            .replace("</think>", "  →  ")
+        )
         text = f"{sign} R={node['reward']:.0f} A={node['advantage']:+.2f}  {words.replace('<answer>', '').replace('</answer>', '')}"
     elif kind == "phrase":
         colour, style = "#666666", ' font-style="italic"'
@@ -77,7 +91,8 @@ def branch(lines, i):
     return f'<path d="M {x} {28 + HEIGHT * above} V {y} h 24" fill="none" stroke="{COLOURS[curves.GRID]}" stroke-width="1.5"/>'
 
 
-# ------------------------------------------------------------------------------------------------------------------- charts
+# ---- charts --------------------------------------------------------------------------------------
+
 
 def runs_picture(results, path):
     """Two runs from one base: held-out accuracy, and what the second look changes in training."""
@@ -86,24 +101,52 @@ def runs_picture(results, path):
         metrics = list(lines_of(results / name / "metrics.jsonl", ("step", "generated")))
         result = json.loads((results / name / "result.json").read_text())
         runs.append((name.split("-")[1].upper(), curves.with_ends(metrics, result)))
-    chart = curves.Chart("", "held out, greedy: share right", {}, dict(heldout1=("Acc@t1", 0), heldout2=("Acc@t2", 1)), share=True)
+    chart = curves.Chart(
+        "",
+        "held out, greedy: share right",
+        {},
+        dict(heldout1=("Acc@t1", 0), heldout2=("Acc@t2", 1)),
+        share=True,
+    )
     curves.alone(curves.draw(chart, runs[::-1], (6.4, 3.6)), path)
 
 
 def arms_picture(results, path):
-    """Acc@t2 of each arm of compare.py, greedy and at temperature 1, mean and standard error over seeds, and GRPO's Acc@t1 as a line."""
+    """Acc@t2 of each arm of compare.py, greedy and at temperature 1, mean and standard error over
+    seeds, and GRPO's Acc@t1 as a line."""
     import matplotlib
-    runs = [run for run in compare.read_lines(results / "compare-solve.jsonl") if run["arm"] in ARMS and not run["flags"]]
+
+    runs = [
+        run
+        for run in compare.read_lines(results / "compare-solve.jsonl")
+        if run["arm"] in ARMS and not run["flags"]
+    ]
     runs = compare.one_version(runs)
     with matplotlib.rc_context(curves.STYLE):
         figure, axes = curves.new_figure((6.4, 2.8))
-        for mark, (label, key) in enumerate((("greedy", "greedy"), ("temperature 1", "temperature 1"))):
+        for mark, (label, key) in enumerate(
+            (("greedy", "greedy"), ("temperature 1", "temperature 1"))
+        ):
             means, errors = zip(*(seeds(runs, arm, key) for arm in ARMS))
             places = [i + 0.15 * (mark - 0.5) for i in range(len(ARMS))]
-            axes.errorbar(places, means, errors, fmt="os"[mark], color=LINES[mark], ms=5, capsize=3, label=f"Acc@t2, {label}")
-        once = statistics.mean(run["result"]["greedy"]["t1"][0] for run in runs if run["arm"] == "grpo")
+            axes.errorbar(
+                places,
+                means,
+                errors,
+                fmt="os"[mark],
+                color=LINES[mark],
+                ms=5,
+                capsize=3,
+                label=f"Acc@t2, {label}",
+            )
+        once = statistics.mean(
+            run["result"]["greedy"]["t1"][0] for run in runs if run["arm"] == "grpo"
+        )
         axes.axhline(once, color=LINES[2], lw=1.2, ls=":", label="GRPO's Acc@t1, greedy")
-        axes.set_xticks(range(len(ARMS)), [f"{arm}\n{sum(run['arm'] == arm for run in runs)} seeds" for arm in ARMS])
+        axes.set_xticks(
+            range(len(ARMS)),
+            [f"{arm}\n{sum(run['arm'] == arm for run in runs)} seeds" for arm in ARMS],
+        )
         axes.set_ylabel("share right")
         axes.set_ylim(0.5, 1)
         figure.legend(loc="outside lower left", ncols=3)
@@ -113,14 +156,23 @@ def arms_picture(results, path):
 def seeds(runs, arm, key):
     """Mean and standard error of Acc@t2 over the seeds of an arm."""
     import torch
-    return mean_and_error(torch.tensor([run["result"][key]["t2"][0] for run in runs if run["arm"] == arm]))
+
+    return mean_and_error(
+        torch.tensor([run["result"][key]["t2"][0] for run in runs if run["arm"] == arm])
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------ the page
+# ---- the page ------------------------------------------------------------------------------------
+
 
 def page_picture(results, path):
-    """The page of the MGRPO run as a browser shows it: the first table, two curves, transcripts, tinted. Nothing without a browser."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    """The page of the MGRPO run as a browser shows it: the first table, two curves, transcripts,
+    tinted. Nothing without a browser."""
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     try:
         from PIL import Image
         from playwright.sync_api import sync_playwright
@@ -135,9 +187,13 @@ def page_picture(results, path):
         tab = browser.new_page(viewport=dict(width=1040, height=1500))
         tab.goto(f"file://{page}")
         tab.click("[data-tint=entropy]")
-        tab.evaluate("document.querySelectorAll('figure, #table .wide').forEach((part, i) => part.hidden = ![0, 3, 4].includes(i))")
+        tab.evaluate(
+            "document.querySelectorAll('figure, #table .wide').forEach((part, i) => part.hidden = "
+            "![0, 3, 4].includes(i))"
+        )
         tab.evaluate("window.scrollTo(0, 0)")
-        Image.open(io.BytesIO(tab.screenshot())).quantize(128).save(path, optimize=True)        # 128 colours: a third of the size
+        # 128 colours: a third of the size
+        Image.open(io.BytesIO(tab.screenshot())).quantize(128).save(path, optimize=True)
         browser.close()
 
 
@@ -148,15 +204,23 @@ def main():
     if not curves.available():
         raise BadInput("pictures.py draws with matplotlib: pip install matplotlib")
     if not (results / RUNS[1] / "rollouts.jsonl").exists():
-        raise BadInput(f"--results {results}: {RUNS[1]}/rollouts.jsonl is not there; the repository has it")
+        raise BadInput(
+            f"--results {results}: {RUNS[1]}/rollouts.jsonl is not there; the repository has it"
+        )
     docs.mkdir(parents=True, exist_ok=True)
     trees = lines_of(results / RUNS[1] / "rollouts.jsonl")
-    mixed = next(tree for tree in trees if len({attempt["right"] for attempt in tree["attempts"]}) == 2)       # right ones and wrong ones
+    # right ones and wrong ones
+    mixed = next(
+        tree for tree in trees if len({attempt["right"] for attempt in tree["attempts"]}) == 2
+    )
     (docs / "tree.svg").write_text(tree_picture(mixed), encoding="utf-8")
     runs_picture(results, docs / "runs.svg")
     arms_picture(results, docs / "arms.svg")
     page_picture(results, docs / "report.png")
-    print(*sorted(f"{path}: {path.stat().st_size / 1e3:.0f} kB" for path in docs.glob("*.*g")), sep="\n")
+    print(
+        *sorted(f"{path}: {path.stat().st_size / 1e3:.0f} kB" for path in docs.glob("*.*g")),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

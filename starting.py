@@ -1,9 +1,12 @@
-"""From flags to a run: what is checked, read and planned before any weights are loaded, so that what is wrong is said at once.
+"""From flags to a run: what is checked, read and planned before any weights are loaded, so that
+what is wrong is said at once.
 
-The idea. train.py has the loop; this is what stands before it. `prepare` gives a Setup: the settings with nothing left open, the tokenizer,
-the questions, the model's shape, a verifier, and a function that loads the weights. There are two ways to one: a built-in task with its
-base (`tiny_model`), and a model from --init with files of problems (`real_model`).
+The idea. train.py has the loop; this is what stands before it. `prepare` gives a Setup: the
+settings with nothing left open, the tokenizer, the questions, the model's shape, a verifier, and a
+function that loads the weights. There are two ways to one: a built-in task with its base
+(`tiny_model`), and a model from --init with files of problems (`real_model`).
 """
+
 import dataclasses
 import importlib.util
 import math
@@ -31,53 +34,126 @@ from weights import library
 
 class Setup(NamedTuple):
     """What a run needs to know before any weights are there."""
-    c: Any                    # train.Config with nothing left open
+
+    c: Any  # train.Config with nothing left open
     encoding: Any
-    task: Any                 # of tasks.py, or a data.DataSet
+    task: Any  # of tasks.py, or a data.DataSet
     shape: ModelConfig
-    load: Any                 # (where a run that goes on had it from, if it does) -> the policy, where it came from
+    # (where a run that goes on had it from, if it does) -> the policy, where it came from
+    load: Any
     verifier: Any
 
 
 def validate(c):
     """BadInput for values that cannot work together, with the consequence and the way out."""
-    least = dict.fromkeys(("cache_tokens", "max_new_tokens", "lr", "kl_coef", "layer2_weight", "save_every", "resample", "look_questions",
-                           "eval_every", "transcripts"), 0) | dict(eval_questions=2)
-    least |= dict.fromkeys(("tokens", "prompts", "attempts", "corrections", "epochs", "minibatches", "tokens_per_microbatch", "keep",
-                            "prompt_tokens"), 1)
+    least = dict.fromkeys(
+        (
+            "cache_tokens",
+            "max_new_tokens",
+            "lr",
+            "kl_coef",
+            "layer2_weight",
+            "save_every",
+            "resample",
+            "look_questions",
+            "eval_every",
+            "transcripts",
+        ),
+        0,
+    ) | dict(eval_questions=2)
+    least |= dict.fromkeys(
+        (
+            "tokens",
+            "prompts",
+            "attempts",
+            "corrections",
+            "epochs",
+            "minibatches",
+            "tokens_per_microbatch",
+            "keep",
+            "prompt_tokens",
+        ),
+        1,
+    )
     for name, smallest in least.items():
         if not smallest <= getattr(c, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least {smallest}")
-    check_counts(dict(eval_questions=c.eval_questions, look_questions=c.look_questions, resample=c.resample, epochs=c.epochs))
+            raise BadInput(
+                f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least "
+                f"{smallest}"
+            )
+    check_counts(
+        dict(
+            eval_questions=c.eval_questions,
+            look_questions=c.look_questions,
+            resample=c.resample,
+            epochs=c.epochs,
+        )
+    )
     rows = c.prompts * c.attempts * (1 + c.corrections)
     if rows > MOST:
-        raise BadInput(f"--prompts {c.prompts}, --attempts {c.attempts} and --corrections {c.corrections} make {rows:,} rows a step: "
-                       f"lower them to {MOST:,} at most")
+        raise BadInput(
+            f"--prompts {c.prompts}, --attempts {c.attempts} and --corrections {c.corrections} "
+            f"make {rows:,} rows a step: "
+            f"lower them to {MOST:,} at most"
+        )
     if c.layers not in (1, 2):
         raise BadInput(f"--layers {c.layers}: 1 is GRPO, 2 is MGRPO")
     if c.layers == 2 and c.corrections == 1 and c.group == "attempt" and c.failed != "raw":
-        raise BadInput("--corrections 1: an attempt's only correction has no siblings to be better than, so layer 2 would learn "
-                       "nothing; use --corrections 2 or more, --group question, or --failed raw")
+        raise BadInput(
+            "--corrections 1: an attempt's only correction has no siblings to be better than, so "
+            "layer 2 would learn "
+            "nothing; use --corrections 2 or more, --group question, or --failed raw"
+        )
     if c.layers == 1 and c.attempts == 1:
-        raise BadInput("--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or more")
+        raise BadInput(
+            "--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or "
+            "more"
+        )
     if c.prompts % (c.minibatches * parallel.size()):
         among = f" on each of {parallel.size()} processes" if parallel.size() > 1 else ""
-        raise BadInput(f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}{among}: choose a multiple of "
-                       f"{c.minibatches * parallel.size()}")
+        raise BadInput(
+            f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}{among}: "
+            "choose a multiple of "
+            f"{c.minibatches * parallel.size()}"
+        )
     if c.failed == "raw" and c.group == "question":
-        raise BadInput("--failed raw takes the reward itself as advantage, so --group question would change nothing; drop one of them")
+        raise BadInput(
+            "--failed raw takes the reward itself as advantage, so --group question would change "
+            "nothing; drop one of them"
+        )
     if not 0 < c.temperature < math.inf:
-        raise BadInput(f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike and teach nothing")
-    if c.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++"))):
-        raise BadInput("--compile: torch.compile needs a C++ compiler here (g++ or clang++), and there is none; leave it out")
+        raise BadInput(
+            f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike "
+            "and teach nothing"
+        )
+    if (
+        c.compile
+        and not torch.cuda.is_available()
+        and not any(map(shutil.which, ("g++", "clang++")))
+    ):
+        raise BadInput(
+            "--compile: torch.compile needs a C++ compiler here (g++ or clang++), and there is "
+            "none; leave it out"
+        )
     if c.look_questions == 1:
-        raise BadInput("--look-questions 1: an accuracy with an error needs at least 2 questions (or 0: no looks)")
+        raise BadInput(
+            "--look-questions 1: an accuracy with an error needs at least 2 questions (or 0: no "
+            "looks)"
+        )
     if c.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise BadInput("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out (report.html has its curves)")
+        raise BadInput(
+            "--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out "
+            "(report.html has its curves)"
+        )
     if not 0 <= c.format_weight <= 0.5:
-        raise BadInput(f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than being right")
+        raise BadInput(
+            f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than "
+            "being right"
+        )
     if not 0 < c.clip_low < 1 or not 0 < c.clip_high < math.inf:
-        raise BadInput(f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0")
+        raise BadInput(
+            f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0"
+        )
     file_name("name", c.name)
 
 
@@ -86,17 +162,27 @@ def method(c):
 
 
 def prepare(c):
-    """Checks the config and reads all but the weights, so that what is wrong is said at once -> Setup."""
+    """Checks the config and reads all but the weights, so that what is wrong is said at once ->
+    Setup."""
     validate(c)
     measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
     name = Path(os.path.abspath(c.init)).name if c.init else c.task
-    c = dataclasses.replace(c, name=c.name or f"{name}-{method(c).lower()}-{c.seed}", recompute={"auto": "yes" if c.init else "no"}.get(
-        c.recompute, c.recompute))
-    say(f"{c.device}, {c.dtype} compute over float32 masters{' (measured to be the faster here)' if measured else ''}")
+    c = dataclasses.replace(
+        c,
+        name=c.name or f"{name}-{method(c).lower()}-{c.seed}",
+        recompute={"auto": "yes" if c.init else "no"}.get(c.recompute, c.recompute),
+    )
+    say(
+        f"{c.device}, {c.dtype} compute over float32 "
+        f"masters{' (measured to be the faster here)' if measured else ''}"
+    )
     setup = (real_model if c.init else tiny_model)(c)
     check_cache(c.cache_tokens, row_tokens(setup))
     parallel.agree("settings", setup.c)
-    parallel.agree("questions to learn from", [problem.question for problem in getattr(setup.task, "splits", dict(train=()))["train"]])
+    parallel.agree(
+        "questions to learn from",
+        [problem.question for problem in getattr(setup.task, "splits", dict(train=()))["train"]],
+    )
     say(str(setup.task))
     make_folder("out")
     return setup
@@ -106,8 +192,11 @@ def tiny_model(c):
     """A built-in task, and its base from out/ or yet to be made -> Setup."""
     task, encoding, longest = task_of(c), build_encoding(), token_limits(task_of(c))[1]
     if c.max_new_tokens > longest:
-        raise BadInput(f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit the context of this task's "
-                       f"model; use at most {longest}, or 0 for that")
+        raise BadInput(
+            f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit "
+            "the context of this task's "
+            f"model; use at most {longest}, or 0 for that"
+        )
     c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
     shape = pretrain.shape_for(c, encoding, task)
     return Setup(c, encoding, task, shape, lambda began=None: base_of_rank0(c, shape, began), None)
@@ -116,8 +205,9 @@ def tiny_model(c):
 def base_of_rank0(c, shape, began=None):
     """The base of a built-in task, made or found by rank 0, on every rank -> model, its path.
 
-    began: of a run that goes on, the path of the base that it began with; "" if it needs none, and any model of this shape will do.
-    BadInput when that base is not there and would not be made by this code.
+    began: of a run that goes on, the path of the base that it began with; "" if it needs none, and
+    any model of this shape will do. BadInput when that base is not there and would not be made by
+    this code.
     """
     if began == "" or parallel.rank():
         model, path = pretrain.new_model(c, shape), began or ""
@@ -128,8 +218,11 @@ def base_of_rank0(c, shape, began=None):
             model, path = load_checkpoint(began, getattr(torch, c.dtype), c.device)[0], began
         except (FileNotFoundError, ValueError) as error:
             why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-            raise BadInput(f"{began}, the base that this run began with and that its KL term needs: {why}; this code would make "
-                           "another, so bring it back, or start a new run") from None
+            raise BadInput(
+                f"{began}, the base that this run began with and that its KL term needs: {why}; "
+                "this code would make "
+                "another, so bring it back, or start a new run"
+            ) from None
     return model if began == "" else parallel.broadcast(model), path
 
 
@@ -137,11 +230,17 @@ def real_model(c):
     """The model of --init with the questions of --data -> Setup."""
     folder = model_folder(c.init)
     shape, encoding = open_shape(folder, c.template)
-    c = dataclasses.replace(c, max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
-                            template=encoding.template_name)
+    c = dataclasses.replace(
+        c,
+        max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
+        template=encoding.template_name,
+    )
     task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
-    library()                                                # missing? say so before the weights are needed
-    load = lambda began=None: (open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device), c.init)
+    library()  # missing? say so before the weights are needed
+    load = lambda began=None: (
+        open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device),
+        c.init,
+    )
     return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
 
 
@@ -149,30 +248,61 @@ def plan(setup, total):
     """memory.plan for the flags of a run on a device with `total` bytes."""
     c, shape, phrase = setup.c, setup.shape, longest_phrase(setup.encoding)
     prompt = c.prompt_tokens if c.init else shape.context - 2 * c.max_new_tokens - phrase
-    return memory.plan(shape, compute=getattr(torch, c.dtype), tokens=c.tokens_per_microbatch, prompts=c.prompts, attempts=c.attempts,
-                       corrections=c.corrections, prompt=prompt, completion=c.max_new_tokens, layers=c.layers,
-                       cache_tokens=c.cache_tokens, reference=c.kl_coef > 0, recompute=c.recompute == "yes",
-                       offload=c.offload_optimizer, device=c.device, total=total, phrase=phrase, ranks=parallel.size())
+    return memory.plan(
+        shape,
+        compute=getattr(torch, c.dtype),
+        tokens=c.tokens_per_microbatch,
+        prompts=c.prompts,
+        attempts=c.attempts,
+        corrections=c.corrections,
+        prompt=prompt,
+        completion=c.max_new_tokens,
+        layers=c.layers,
+        cache_tokens=c.cache_tokens,
+        reference=c.kl_coef > 0,
+        recompute=c.recompute == "yes",
+        offload=c.offload_optimizer,
+        device=c.device,
+        total=total,
+        phrase=phrase,
+        ranks=parallel.size(),
+    )
 
 
 def row_tokens(setup):
     """Tokens of the longest row: prompt, two completions, a phrase."""
     c = setup.c
-    return c.prompt_tokens + 2 * c.max_new_tokens + longest_phrase(setup.encoding) if c.init else setup.shape.context
+    return (
+        c.prompt_tokens + 2 * c.max_new_tokens + longest_phrase(setup.encoding)
+        if c.init
+        else setup.shape.context
+    )
 
 
 def wanted_tokens(setup):
     """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
     c = setup.c
-    rollout = memory.kv_tokens(len(parallel.share(c.prompts)), c.attempts, c.corrections, c.prompt_tokens, c.max_new_tokens, c.layers)
+    rollout = memory.kv_tokens(
+        len(parallel.share(c.prompts)),
+        c.attempts,
+        c.corrections,
+        c.prompt_tokens,
+        c.max_new_tokens,
+        c.layers,
+    )
     return max(rollout, min(c.eval_questions, ROWS) * row_tokens(setup)) if c.init else 0
 
 
 def later(planned):
-    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam, activations, logits, gathered blocks."""
-    return planned["masters and gradients"] // 2 + sum(planned[what] for what in ("Adam", "gathered", "activations", "logits"))
+    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam,
+    activations, logits, gathered blocks."""
+    return planned["masters and gradients"] // 2 + sum(
+        planned[what] for what in ("Adam", "gathered", "activations", "logits")
+    )
 
 
 def base_config(c):
     """The part of a config that makes the base."""
-    return pretrain.Config(**{field.name: getattr(c, field.name) for field in dataclasses.fields(pretrain.Config)})
+    return pretrain.Config(
+        **{field.name: getattr(c, field.name) for field in dataclasses.fields(pretrain.Config)}
+    )

@@ -1,17 +1,22 @@
-"""Weights in Hugging Face's format: read into our GPT, and written back for transformers, vLLM and everybody else.
+"""Weights in Hugging Face's format: read into our GPT, and written back for transformers, vLLM and
+everybody else.
 
-    model = GPT.from_pretrained("path/to/Qwen2.5-Math-1.5B")      # a folder with config.json and *.safetensors; needs `safetensors`
-    model.save_pretrained("out/mine")                             # the same format, tokenizer files copied along
+    model = GPT.from_pretrained("path/to/Qwen2.5-Math-1.5B")      # a folder with config.json and
+                                                                  *.safetensors; needs `safetensors`
+    model.save_pretrained("out/mine")                             # the same format, tokenizer files
+                                                                  copied along
 
-The idea. Qwen2, Qwen2.5, Qwen3, Llama-3 and SmolLM2 are one transformer with a few switches (model.py), and their files differ from ours in
-names alone: `NAMES` below is the whole map. Three of their matrices are one of ours (q, k and v; gate and up), one under the other.
+The idea. Qwen2, Qwen2.5, Qwen3, Llama-3 and SmolLM2 are one transformer with a few switches
+(model.py), and their files differ from ours in names alone: `NAMES` below is the whole map. Three
+of their matrices are one of ours (q, k and v; gate and up), one under the other.
 
-What our GPT cannot represent EXACTLY is refused, with the name of the field: other architectures, sliding windows in use, quantised
-weights, other activations, biases we have not, scalings of RoPE that we lack. A model that loads and is slightly wrong would train, and
-cost its user a week.
+What our GPT cannot represent EXACTLY is refused, with the name of the field: other architectures,
+sliding windows in use, quantised weights, other activations, biases we have not, scalings of RoPE
+that we lack. A model that loads and is slightly wrong would train, and cost its user a week.
 
 Letters: L layers, N query heads, K key/value heads, C head size, D width.
 """
+
 import json
 import os
 import shutil
@@ -22,10 +27,10 @@ import torch
 from flags import BadInput, check_fields, is_a, read_json, reading
 from model import GPT, ModelConfig, rope_tables
 
-NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the layer
+NAMES = {  # ours: theirs, in the order in which they are stacked; {} is the layer
     "embed.weight": ("model.embed_tokens.weight",),
     "norm.weight": ("model.norm.weight",),
-    "head.weight": ("lm_head.weight",),                                     # unless tied
+    "head.weight": ("lm_head.weight",),  # unless tied
     "blocks.{}.norm1.weight": ("model.layers.{}.input_layernorm.weight",),
     "blocks.{}.qkv.weight": tuple(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"),
     "blocks.{}.qkv.bias": tuple(f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"),
@@ -33,25 +38,40 @@ NAMES = {   # ours: theirs, in the order in which they are stacked; {} is the la
     "blocks.{}.k_norm.weight": ("model.layers.{}.self_attn.k_norm.weight",),
     "blocks.{}.out.weight": ("model.layers.{}.self_attn.o_proj.weight",),
     "blocks.{}.norm2.weight": ("model.layers.{}.post_attention_layernorm.weight",),
-    "blocks.{}.gate_up.weight": ("model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
+    "blocks.{}.gate_up.weight": (
+        "model.layers.{}.mlp.gate_proj.weight",
+        "model.layers.{}.mlp.up_proj.weight",
+    ),
     "blocks.{}.down.weight": ("model.layers.{}.mlp.down_proj.weight",),
 }
-FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}     # model_type: architecture
+# model_type: architecture
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 FILES = "a Hugging Face model is a folder with config.json and *.safetensors"
-COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-          "chat_template.jinja")                                           # files that go along, where they exist
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)  # files that go along, where they exist
 
 
 def library():
     """safetensors, or BadInput that says how to get it."""
     try:
         import safetensors.torch
+
         return safetensors
     except ImportError:
-        raise BadInput("Hugging Face weights need the package safetensors: pip install safetensors") from None
+        raise BadInput(
+            "Hugging Face weights need the package safetensors: pip install safetensors"
+        ) from None
 
 
-# --------------------------------------------------------------------------------------------------------------- config
+# ---- config --------------------------------------------------------------------------------------
+
 
 def refuse(path, field, value, reason):
     raise BadInput(f"{path}: {field} = {value!r} cannot be represented exactly: {reason}")
@@ -61,34 +81,79 @@ def our_config(theirs, path="config.json"):
     """config.json as a dict -> ModelConfig. BadInput names what cannot be represented."""
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
-        refuse(path, "model_type", kind, f"only {', '.join(FAMILIES)} (SmolLM2 is a llama) are this transformer")
-    for field, allowed, reason in (("hidden_act", "silu", "the MLP here is SwiGLU"),
-                                   ("quantization_config", None, "weights must not be quantised"),
-                                   ("use_sliding_window", False, "attention here reaches back to the first token"),
-                                   ("attention_bias", False, "the output projection here has no bias"),
-                                   ("mlp_bias", False, "the MLP here has no bias")):
+        refuse(
+            path,
+            "model_type",
+            kind,
+            f"only {', '.join(FAMILIES)} (SmolLM2 is a llama) are this transformer",
+        )
+    for field, allowed, reason in (
+        ("hidden_act", "silu", "the MLP here is SwiGLU"),
+        ("quantization_config", None, "weights must not be quantised"),
+        ("use_sliding_window", False, "attention here reaches back to the first token"),
+        ("attention_bias", False, "the output projection here has no bias"),
+        ("mlp_bias", False, "the MLP here has no bias"),
+    ):
         if theirs.get(field, allowed) != allowed and (theirs[field] is not None or allowed):
             refuse(path, field, theirs[field], reason)
     ends = ids_of(theirs, "eos_token_id", path)
     if len(ends) > 4:
-        refuse(path, "eos_token_id", theirs["eos_token_id"], "the sampler knows at most 4 tokens that end a completion")
-    needed = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                            "max_position_embeddings"), int)
-    optional = dict(num_key_value_heads=int, head_dim=int, tie_word_embeddings=bool, rope_parameters=dict, rope_scaling=dict,
-                    rope_theta=float, layer_types=list)
+        refuse(
+            path,
+            "eos_token_id",
+            theirs["eos_token_id"],
+            "the sampler knows at most 4 tokens that end a completion",
+        )
+    needed = dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ),
+        int,
+    )
+    optional = dict(
+        num_key_value_heads=int,
+        head_dim=int,
+        tie_word_embeddings=bool,
+        rope_parameters=dict,
+        rope_scaling=dict,
+        rope_theta=float,
+        layer_types=list,
+    )
     given = {name: kind for name, kind in optional.items() if theirs.get(name) is not None}
     check_fields(theirs, needed | dict(rms_norm_eps=float) | given, path)
     if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
         refuse(path, "layer_types", theirs["layer_types"], "every layer here attends to everything")
     width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
     if heads < 1 or ("head_dim" not in given and width % heads):
-        refuse(path, "num_attention_heads", heads, f"without head_dim it must divide hidden_size = {width}")
+        refuse(
+            path,
+            "num_attention_heads",
+            heads,
+            f"without head_dim it must divide hidden_size = {width}",
+        )
     theta, scaling = rope_of(theirs, path)
-    return ModelConfig(theirs["vocab_size"], width, theirs["num_hidden_layers"], heads,
-                       theirs["num_key_value_heads"] if "num_key_value_heads" in given else heads,
-                       theirs["head_dim"] if "head_dim" in given else width // heads, theirs["intermediate_size"],
-                       theirs["max_position_embeddings"], theta, float(theirs["rms_norm_eps"]), qkv_bias=kind == "qwen2",
-                       qk_norm=kind == "qwen3", tied=bool(theirs.get("tie_word_embeddings")), rope_scaling=scaling, end_tokens=ends)
+    return ModelConfig(
+        theirs["vocab_size"],
+        width,
+        theirs["num_hidden_layers"],
+        heads,
+        theirs["num_key_value_heads"] if "num_key_value_heads" in given else heads,
+        theirs["head_dim"] if "head_dim" in given else width // heads,
+        theirs["intermediate_size"],
+        theirs["max_position_embeddings"],
+        theta,
+        float(theirs["rms_norm_eps"]),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        tied=bool(theirs.get("tie_word_embeddings")),
+        rope_scaling=scaling,
+        end_tokens=ends,
+    )
 
 
 def ids_of(theirs, field, path):
@@ -101,14 +166,31 @@ def ids_of(theirs, field, path):
 
 
 def rope_of(theirs, path):
-    """-> theta, None or Llama-3's (factor, low frequency factor, high frequency factor, original context)."""
+    """-> theta, None or Llama-3's (factor, low frequency factor, high frequency factor, original
+    context)."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = next((theta for theta in (rope.get("rope_theta"), theirs.get("rope_theta")) if theta is not None), 10_000.0)
+    theta = next(
+        (
+            theta
+            for theta in (rope.get("rope_theta"), theirs.get("rope_theta"))
+            if theta is not None
+        ),
+        10_000.0,
+    )
     if not is_a(theta, float):
         raise BadInput(f"{path}: rope_theta = {theta!r:.60} is not a number")
-    if rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) not in (1, 1.0, None):
-        refuse(path, "partial_rotary_factor", rope.get("partial_rotary_factor"), "RoPE here turns whole heads")
+    if rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) not in (
+        1,
+        1.0,
+        None,
+    ):
+        refuse(
+            path,
+            "partial_rotary_factor",
+            rope.get("partial_rotary_factor"),
+            "RoPE here turns whole heads",
+        )
     if kind == "default":
         for name in rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor"}:
             refuse(path, name, rope[name], "RoPE of the type default has no such field")
@@ -123,34 +205,69 @@ def rope_of(theirs, path):
 def their_config(c, dtype):
     """ModelConfig -> config.json of the family that has these switches. BadInput where none has."""
     if c.qkv_bias and c.qk_norm:
-        raise BadInput("no family of models has both q/k/v biases and q/k norms, so this one cannot be written for others")
+        raise BadInput(
+            "no family of models has both q/k/v biases and q/k norms, so this one cannot be "
+            "written for others"
+        )
     kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     if kind == "qwen2" and c.head_size * c.heads != c.width:
-        raise BadInput(f"heads of a qwen2 have size width / heads = {c.width // c.heads}, not {c.head_size}: no family is like this model")
-    scaling = dict(zip(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), c.rope_scaling or ()))
+        raise BadInput(
+            f"heads of a qwen2 have size width / heads = {c.width // c.heads}, not {c.head_size}: "
+            "no family is like this model"
+        )
+    scaling = dict(
+        zip(
+            ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            c.rope_scaling or (),
+        )
+    )
     if scaling:
         scaling |= dict(rope_type="llama3", original_max_position_embeddings=int(c.rope_scaling[3]))
-    return dict(architectures=[FAMILIES[kind]], model_type=kind, vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.depth,
-                num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_size, intermediate_size=c.hidden,
-                max_position_embeddings=c.context, rope_theta=c.rope_theta, rope_scaling=scaling or None, rms_norm_eps=c.norm_eps,
-                hidden_act="silu", attention_bias=False, use_sliding_window=False, tie_word_embeddings=c.tied,
-                eos_token_id=(list(c.end_tokens) if len(c.end_tokens) > 1 else c.end_tokens[0]) if c.end_tokens else None,
-                torch_dtype=str(dtype).removeprefix("torch."))
+    return dict(
+        architectures=[FAMILIES[kind]],
+        model_type=kind,
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_size,
+        intermediate_size=c.hidden,
+        max_position_embeddings=c.context,
+        rope_theta=c.rope_theta,
+        rope_scaling=scaling or None,
+        rms_norm_eps=c.norm_eps,
+        hidden_act="silu",
+        attention_bias=False,
+        use_sliding_window=False,
+        tie_word_embeddings=c.tied,
+        eos_token_id=(list(c.end_tokens) if len(c.end_tokens) > 1 else c.end_tokens[0])
+        if c.end_tokens
+        else None,
+        torch_dtype=str(dtype).removeprefix("torch."),
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- tensors
+# ---- tensors -------------------------------------------------------------------------------------
+
 
 def pieces(name):
     """Our parameter's name -> the names of theirs that are stacked in it."""
     part = name.split(".")
-    layer, pattern = (part[1], ".".join(["blocks", "{}", *part[2:]])) if part[0] == "blocks" else ("", name)
+    layer, pattern = (
+        (part[1], ".".join(["blocks", "{}", *part[2:]])) if part[0] == "blocks" else ("", name)
+    )
     return [theirs.format(layer) for theirs in NAMES[pattern]]
 
 
 def sizes(name, config):
     """How many rows each of the stacked pieces has; None for a single one."""
     if ".qkv." in name:
-        return [config.heads * config.head_size, config.kv_heads * config.head_size, config.kv_heads * config.head_size]
+        return [
+            config.heads * config.head_size,
+            config.kv_heads * config.head_size,
+            config.kv_heads * config.head_size,
+        ]
     return [config.hidden, config.hidden] if ".gate_up." in name else None
 
 
@@ -161,40 +278,63 @@ class Shards:
         index = folder / "model.safetensors.index.json"
         if index.exists():
             with reading(index):
-                self.file_of = {name: folder / file for name, file in read_json(index, FILES)["weight_map"].items()}
+                self.file_of = {
+                    name: folder / file
+                    for name, file in read_json(index, FILES)["weight_map"].items()
+                }
         elif (folder / "model.safetensors").exists():
-            self.file_of = dict.fromkeys(self.open(folder / "model.safetensors").keys(), folder / "model.safetensors")
+            self.file_of = dict.fromkeys(
+                self.open(folder / "model.safetensors").keys(), folder / "model.safetensors"
+            )
         else:
-            raise BadInput(f"{folder} holds neither model.safetensors nor model.safetensors.index.json: only safetensors are read (other "
-                           "formats can run code); load it in transformers and save_pretrained it, which writes them")
+            raise BadInput(
+                f"{folder} holds neither model.safetensors nor model.safetensors.index.json: only "
+                "safetensors are read (other "
+                "formats can run code); load it in transformers and save_pretrained it, which "
+                "writes them"
+            )
         self.folder = folder
 
     def open(self, path):
         try:
             return library().safe_open(path, "pt")
         except FileNotFoundError:
-            raise BadInput(f"{path} is named in the index and not there: a shard is missing") from None
+            raise BadInput(
+                f"{path} is named in the index and not there: a shard is missing"
+            ) from None
         except Exception as error:
             raise BadInput(f"{path} is damaged: {error}") from None
 
     def look(self, name, shape):
-        """BadInput unless there is a tensor of this name, of floats, of this shape. Reads no numbers."""
+        """BadInput unless there is a tensor of this name, of floats, of this shape. Reads no
+        numbers."""
         if name not in self.file_of:
             raise BadInput(f"{self.folder}: the tensor {name} is missing")
         file = self.open(self.file_of[name])
         if name not in file.keys():  # noqa: SIM118 - no dict
-            raise BadInput(f"{self.file_of[name]}: the tensor {name} is missing, which the index says is there")
+            raise BadInput(
+                f"{self.file_of[name]}: the tensor {name} is missing, which the index says is there"
+            )
         found = file.get_slice(name)
         if found.get_dtype() not in ("F32", "BF16", "F16"):
-            raise BadInput(f"{self.file_of[name]}: {name} is of type {found.get_dtype()}; weights are F32, BF16 or F16 here")
+            raise BadInput(
+                f"{self.file_of[name]}: {name} is of type {found.get_dtype()}; weights are F32, "
+                "BF16 or F16 here"
+            )
         if tuple(found.get_shape()) != tuple(shape):
-            raise BadInput(f"{self.file_of[name]}: {name} has shape {tuple(found.get_shape())}, config.json asks for {tuple(shape)}")
+            raise BadInput(
+                f"{self.file_of[name]}: {name} has shape {tuple(found.get_shape())}, config.json "
+                f"asks for {tuple(shape)}"
+            )
 
     def get(self, name):
         """The tensor of a name. BadInput for one with numbers that are not finite."""
         found = self.open(self.file_of[name]).get_tensor(name)
         if not found.isfinite().all():
-            raise BadInput(f"{self.file_of[name]}: {name} holds numbers that are not finite: the file is damaged, or its training diverged")
+            raise BadInput(
+                f"{self.file_of[name]}: {name} holds numbers that are not finite: the file is "
+                "damaged, or its training diverged"
+            )
         return found
 
 
@@ -206,14 +346,16 @@ def read_config(folder):
 
 
 def from_pretrained(folder, compute=torch.float32, device="cpu"):
-    """-> GPT with the weights of a folder in Hugging Face's format, as fp32 masters; `source` remembers the folder.
+    """-> GPT with the weights of a folder in Hugging Face's format, as fp32 masters; `source`
+    remembers the folder.
 
     BadInput for whatever is missing, damaged, of another shape, left over, or not representable.
     """
     folder, _ = Path(folder), library()
     config = read_config(folder)
     shards = Shards(folder)
-    with torch.device("meta"):                                # no time for random weights, and no memory before the files are looked at
+    # no time for random weights, and no memory before the files are looked at
+    with torch.device("meta"):
         model = GPT(config, compute)
     used = set()
     for name, parameter in model.named_parameters():
@@ -222,14 +364,26 @@ def from_pretrained(folder, compute=torch.float32, device="cpu"):
             shards.look(piece, (rows, *parameter.shape[1:]))
     left = [name for name in shards.file_of if name not in used and not name.endswith("inv_freq")]
     if config.tied and "lm_head.weight" in left:
-        left.remove("lm_head.weight")                         # some files repeat the embeddings
+        left.remove("lm_head.weight")  # some files repeat the embeddings
         shards.look("lm_head.weight", model.head.weight.shape)
-        if not torch.equal(shards.get("lm_head.weight").float(), shards.get("model.embed_tokens.weight").float()):
-            refuse(folder / "config.json", "tie_word_embeddings", True, "lm_head.weight is there and differs from the embeddings")
+        if not torch.equal(
+            shards.get("lm_head.weight").float(), shards.get("model.embed_tokens.weight").float()
+        ):
+            refuse(
+                folder / "config.json",
+                "tie_word_embeddings",
+                True,
+                "lm_head.weight is there and differs from the embeddings",
+            )
     if left:
-        raise BadInput(f"{folder}: the tensor {left[0]} has no place in this transformer ({len(left)} such)")
+        raise BadInput(
+            f"{folder}: the tensor {left[0]} has no place in this transformer ({len(left)} such)"
+        )
     model = model.to_empty(device=device)
-    for mine, table in zip((model.cos, model.sin), rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)):
+    for mine, table in zip(
+        (model.cos, model.sin),
+        rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling),
+    ):
         mine.copy_(table)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -239,35 +393,53 @@ def from_pretrained(folder, compute=torch.float32, device="cpu"):
 
 
 def save_pretrained(model, folder, dtype=torch.bfloat16, weights=None):
-    """Writes config.json and model.safetensors to `folder`, tokenizer files of the model's source beside them -> Path.
+    """Writes config.json and model.safetensors to `folder`, tokenizer files of the model's source
+    beside them -> Path.
 
-    dtype: of the weights on disk. weights: {name: tensor} in place of the model's own, which may be in slices. The files are complete or
-    not there: each is moved into place when it is written. BadInput for a folder that holds a model in several files, which would be read
-    in place of what is written.
+    dtype: of the weights on disk. weights: {name: tensor} in place of the model's own, which may be
+    in slices. The files are complete or not there: each is moved into place when it is written.
+    BadInput for a folder that holds a model in several files, which would be read in place of what
+    is written.
     """
     library()
     folder, tensors = Path(folder), {}
     if (folder / "model.safetensors.index.json").exists():
-        raise BadInput(f"{folder} holds a model in several files (model.safetensors.index.json): save to another folder")
+        raise BadInput(
+            f"{folder} holds a model in several files (model.safetensors.index.json): save to "
+            "another folder"
+        )
     for name, parameter in model.named_parameters():
         parts = (weights[name] if weights else parameter).detach().to("cpu", dtype)
         parts = parts.split(sizes(name, model.config)) if sizes(name, model.config) else [parts]
         tensors |= {theirs: part.contiguous() for theirs, part in zip(pieces(name), parts)}
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        library().torch.save_file(tensors, folder / "model.safetensors.tmp", metadata=dict(format="pt"))
-    except Exception as error:                                # safetensors has a class of its own for a full disk
+        library().torch.save_file(
+            tensors, folder / "model.safetensors.tmp", metadata=dict(format="pt")
+        )
+    except Exception as error:  # safetensors has a class of its own for a full disk
         (folder / "model.safetensors.tmp").unlink(missing_ok=True)
-        raise OSError(f"{folder}/model.safetensors could not be written ({error}); what was there before is intact") from None
-    config = their_config(model.config, dtype) | dict(prompt_template=getattr(model, "prompt_template", None))
+        raise OSError(
+            f"{folder}/model.safetensors could not be written ({error}); what was there before is "
+            "intact"
+        ) from None
+    config = their_config(model.config, dtype) | dict(
+        prompt_template=getattr(model, "prompt_template", None)
+    )
     texts, source = {"config.json": config}, getattr(model, "source", None) or folder
-    if (source / "generation_config.json").exists():          # its end tokens come before config.json's where both are read
-        texts["generation_config.json"] = read_json(source / "generation_config.json", FILES) | dict(eos_token_id=config["eos_token_id"])
-    copied = [name for name in COPIED if source.resolve() != folder.resolve() and (source / name).exists()]
+    # its end tokens come before config.json's where both are read
+    if (source / "generation_config.json").exists():
+        texts["generation_config.json"] = read_json(
+            source / "generation_config.json", FILES
+        ) | dict(eos_token_id=config["eos_token_id"])
+    copied = [
+        name for name in COPIED if source.resolve() != folder.resolve() and (source / name).exists()
+    ]
     for name in copied:
         shutil.copy(source / name, folder / f"{name}.tmp")
     for name, content in texts.items():
         (folder / f"{name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
-    for name in (*copied, *texts.keys() - {"config.json"}, "model.safetensors", "config.json"):      # with which a model is there
+    # with which a model is there
+    for name in (*copied, *texts.keys() - {"config.json"}, "model.safetensors", "config.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
     return folder

@@ -1,4 +1,5 @@
 """Answers with structure: what is the same answer and what is not, category by category."""
+
 import random
 import re
 
@@ -9,7 +10,7 @@ from answers import Interval, Matrix, Sequence, read, same
 from latex import clean
 from units import with_unit
 
-CASES = [   # category, gold, right answers, wrong answers
+CASES = [  # category, gold, right answers, wrong answers
     ("int", "0", ["-0"], []),
     ("int", "12", ["+12", "{12}", "12.", "12.00"], []),
     ("int", "-5", ["(-5)", "−5"], []),
@@ -23,8 +24,29 @@ CASES = [   # category, gold, right answers, wrong answers
     ("int", "120", ["5!", r"\binom{10}{3}"], []),
     ("int", "3", [r"\lfloor \pi \rfloor"], []),
     ("int", "1234567", [], ["1234576"]),
-    ("boxed", "5", [r"\text{5}", r"\mathrm{5}", r"\mathbf{5}", r"\textbf{5}", r"\displaystyle 5", "$5$", r"\(5\)", r"{\color{blue}5}", r"\textcolor{red}{5}", r"\color{red}5"], []),
-    ("comma", "1000", ["1{,}000", r"1\,000", r"1\!000", r"1,\!000", r"\$1,000", r"\$1,000.00"], ["1, 000"]),
+    (
+        "boxed",
+        "5",
+        [
+            r"\text{5}",
+            r"\mathrm{5}",
+            r"\mathbf{5}",
+            r"\textbf{5}",
+            r"\displaystyle 5",
+            "$5$",
+            r"\(5\)",
+            r"{\color{blue}5}",
+            r"\textcolor{red}{5}",
+            r"\color{red}5",
+        ],
+        [],
+    ),
+    (
+        "comma",
+        "1000",
+        ["1{,}000", r"1\,000", r"1\!000", r"1,\!000", r"\$1,000", r"\$1,000.00"],
+        ["1, 000"],
+    ),
     ("comma", "1000000", ["1,000,000", "1{,}000{,}000", r"1\,000\,000"], []),
     ("comma", "10000", [], ["10,00", "10 000"]),
     ("comma", "12345", ["12,345"], []),
@@ -79,7 +101,12 @@ CASES = [   # category, gold, right answers, wrong answers
     ("unit", "9.8", [r"9.8\ \mathrm{m}/\mathrm{s}^2"], []),
     ("unit", "-5", [r"-5^\circ\text{C}"], []),
     ("unit", "2", [], [r"2\text{ more than } x"]),
-    ("fraction", r"\frac{1}{2}", ["1/2", r"\frac12", r"\dfrac{1}{2}", r"\frac{2}{4}", ".5", "0.50", "½"], ["2/1"]),
+    (
+        "fraction",
+        r"\frac{1}{2}",
+        ["1/2", r"\frac12", r"\dfrac{1}{2}", r"\frac{2}{4}", ".5", "0.50", "½"],
+        ["2/1"],
+    ),
     ("fraction", r"-\frac{1}{2}", ["-1/2", "-0.5"], [r"\frac{1}{2}", r"-\frac{-1}{2}"]),
     ("fraction", r"\frac{1}{3}", [r"0.\bar{3}"], ["0.333333333333"]),
     ("fraction", r"\frac{1}{6}", [r"0.1\overline{6}"], []),
@@ -99,7 +126,12 @@ CASES = [   # category, gold, right answers, wrong answers
     ("mixed", r"1\frac{4}{5}", [r"\frac{9}{5}"], [r"\frac{4}{5}"]),
     ("mixed", "14/3", [r"4\frac23"], []),
     ("mixed", r"3\frac12", ["3.5"], []),
-    ("surd", r"\sqrt{2}", ["2^{1/2}", "2^{0.5}", "√2", "sqrt(2)", r"\sqrt2"], ["1.414", "1.41421356"]),
+    (
+        "surd",
+        r"\sqrt{2}",
+        ["2^{1/2}", "2^{0.5}", "√2", "sqrt(2)", r"\sqrt2"],
+        ["1.414", "1.41421356"],
+    ),
     ("surd", r"\frac{1}{\sqrt{2}}", [r"\frac{\sqrt{2}}{2}"], []),
     ("surd", r"2\sqrt{3}", [r"\sqrt{12}", r"2\sqrt3"], [r"3\sqrt{2}"]),
     ("surd", r"\sqrt[3]{2}", [], [r"\sqrt{2}"]),
@@ -157,7 +189,12 @@ CASES = [   # category, gold, right answers, wrong answers
     ("algebra", "2(x+3)", ["2x+6"], []),
     ("algebra", "k^3+3k", ["3k+k^3"], []),
     ("equation", "x=5", ["5=x", "2x=10"], ["y=5", "x=6"]),
-    ("equation", "5", ["x=5", "y = 5", "x = 10/2 = 5", "2+3=5", "n=5", r"\text{Area}=5"], ["x = 10/2 = 6", "5=6", "6=5"]),
+    (
+        "equation",
+        "5",
+        ["x=5", "y = 5", "x = 10/2 = 5", "2+3=5", "n=5", r"\text{Area}=5"],
+        ["x = 10/2 = 6", "5=6", "6=5"],
+    ),
     ("equation", "y=2x+1", ["2x+1", "y-2x=1"], ["y=2x-1"]),
     ("equation", "x^2+y^2=4", ["y^2+x^2=4", "x^2+y^2-4=0", "2x^2+2y^2=8"], ["4"]),
     ("equation", "f(x)=2x", ["y=2x"], ["g(x)=2x", "f(x)=3x"]),
@@ -177,7 +214,12 @@ CASES = [   # category, gold, right answers, wrong answers
     ("interval", r"(2,\infty)", ["x>2", r"(2,+\infty)"], [r"(2,-\infty)"]),
     ("interval", r"(-\infty,\infty)", [r"\mathbb{R}"], []),
     ("interval", r"\mathbb{R}", [r"(-\infty,\infty)"], []),
-    ("interval", r"(-\infty,1)\cup(2,\infty)", [r"x<1\text{ or }x>2", "x<1 or x>2"], [r"(-\infty,1]\cup(2,\infty)", r"(-\infty,1)"]),
+    (
+        "interval",
+        r"(-\infty,1)\cup(2,\infty)",
+        [r"x<1\text{ or }x>2", "x<1 or x>2"],
+        [r"(-\infty,1]\cup(2,\infty)", r"(-\infty,1)"],
+    ),
     ("interval", "x>3", ["x > 3"], ["y>3", "x<3", "3"]),
     ("interval", "3", [], ["x>3"]),
     ("interval", r"x\ge 3", [r"3\le x"], []),
@@ -217,16 +259,54 @@ CASES = [   # category, gold, right answers, wrong answers
     ("pm", r"\pm\frac{1}{2}", ["0.5,-0.5"], []),
     ("pm", r"\frac{-1\pm\sqrt{5}}{2}", [r"\frac{-1+\sqrt5}{2},\frac{-1-\sqrt5}{2}"], []),
     ("pm", r"\pm 2, 0", ["0, 2, -2"], []),
-    ("matrix", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", [r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"], [r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"]),
-    ("matrix", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", ["(1,2)", r"\begin{pmatrix} 1 \\ 2 \\ \end{pmatrix}"], ["(2,1)", r"-\begin{pmatrix} 1 \\ 2 \end{pmatrix}"]),
-    ("matrix", r"\begin{pmatrix} -1/2 \\ 2 \end{pmatrix}", [r"\begin{pmatrix} -\frac{1}{2} \\ 2 \end{pmatrix}"], []),
+    (
+        "matrix",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        [r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"],
+        [
+            r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}",
+            r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}",
+        ],
+    ),
+    (
+        "matrix",
+        r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+        ["(1,2)", r"\begin{pmatrix} 1 \\ 2 \\ \end{pmatrix}"],
+        ["(2,1)", r"-\begin{pmatrix} 1 \\ 2 \end{pmatrix}"],
+    ),
+    (
+        "matrix",
+        r"\begin{pmatrix} -1/2 \\ 2 \end{pmatrix}",
+        [r"\begin{pmatrix} -\frac{1}{2} \\ 2 \end{pmatrix}"],
+        [],
+    ),
     ("matrix", r"\begin{pmatrix} 1 & 2 \end{pmatrix}", [], [r"\begin{pmatrix} 12 \end{pmatrix}"]),
-    ("matrix", r"\frac{1}{2}\begin{pmatrix} 2 & 4 \end{pmatrix}", [r"\begin{pmatrix} 1 & 2 \end{pmatrix}"], []),
-    ("matrix", r"\begin{pmatrix} a & b \\ c & d \end{pmatrix}", [r"\left[\begin{array}{cc} a & b \\ c & d \end{array}\right]"], []),
-    ("scientific", "4.5e33", [r"4.5\times 10^{33}", r"4.5 \times 10^33", "4.5E33", "45e32", "4.5 * 10^33", "4.5×10³³"], ["4.5e34"]),
+    (
+        "matrix",
+        r"\frac{1}{2}\begin{pmatrix} 2 & 4 \end{pmatrix}",
+        [r"\begin{pmatrix} 1 & 2 \end{pmatrix}"],
+        [],
+    ),
+    (
+        "matrix",
+        r"\begin{pmatrix} a & b \\ c & d \end{pmatrix}",
+        [r"\left[\begin{array}{cc} a & b \\ c & d \end{array}\right]"],
+        [],
+    ),
+    (
+        "scientific",
+        "4.5e33",
+        [r"4.5\times 10^{33}", r"4.5 \times 10^33", "4.5E33", "45e32", "4.5 * 10^33", "4.5×10³³"],
+        ["4.5e34"],
+    ),
     ("scientific", "1e-5", ["10^{-5}", "0.00001"], ["0"]),
     ("scientific", "1e-7", [], ["2e-7", "0.0000002"]),
-    ("scientific", "6.63e-34", [r"6.63 \times 10^{-34}", r"6.63 \times 10^{-34}\ \mathrm{J\cdot s}"], ["6.64e-34"]),
+    (
+        "scientific",
+        "6.63e-34",
+        [r"6.63 \times 10^{-34}", r"6.63 \times 10^{-34}\ \mathrm{J\cdot s}"],
+        ["6.64e-34"],
+    ),
     ("scientific", "3e8", ["300000000", "300,000,000", r"3 \cdot 10^8"], []),
     ("scientific", "-1./3", [r"-\frac{1}{3}"], ["-0.333"]),
     ("scientific", "np.arcsin(10/13)", [r"\arcsin(\frac{10}{13})"], [r"\arccos(10/13)"]),
@@ -255,12 +335,22 @@ CASES = [   # category, gold, right answers, wrong answers
     ("ratio", "3:2", ["3/2", "6:4", "1.5", "3:2"], ["2:3"]),
     ("ratio", "1:2:3", ["1:2:3"], ["3:2:1"]),
     ("ratio", r"\frac{3}{2}", ["3:2"], []),
-    ("set", "1,1,2", ["1,2,1"], ["1,2,2", "1,2"]), ("unit", r"5\text{ m}", [], [r"5\text{ s}", r"5\text{ g}"]), ("time", "3:30", [], ["1:10"]),
-    ("interval", "2x+y>3", ["3<y+2x"], [r"2x+y\ge 3"]), ("text", "east", ["East"], ["seat"]), ("equation", "6", ["x=12/2=6"], ["x=10/2=6"]),
-    ("equation", "(1,2)", ["y=2,x=1"], ["x=2,y=1"]), ("tuple", "(1,2)+(3,4)", ["(1,2) + (3,4)"], ["(1,2)", "(4,6)"]),
+    ("set", "1,1,2", ["1,2,1"], ["1,2,2", "1,2"]),
+    ("unit", r"5\text{ m}", [], [r"5\text{ s}", r"5\text{ g}"]),
+    ("time", "3:30", [], ["1:10"]),
+    ("interval", "2x+y>3", ["3<y+2x"], [r"2x+y\ge 3"]),
+    ("text", "east", ["East"], ["seat"]),
+    ("equation", "6", ["x=12/2=6"], ["x=10/2=6"]),
+    ("equation", "(1,2)", ["y=2,x=1"], ["x=2,y=1"]),
+    ("tuple", "(1,2)+(3,4)", ["(1,2) + (3,4)"], ["(1,2)", "(4,6)"]),
     ("ratio", "5:4", [r"5\text{ to }4", "5 to 4", "5 : 4"], [r"4\text{ to }5"]),
     ("unicode", "-7", ["\u22127", "-7\u200b", "\u200e-7"], ["7\u200b"]),
-    ("time", r"3:30\text{ p.m.}", ["3:30", "3:30 pm", r"\text{3:30 PM}"], [r"3:30\text{ a.m.}", r"3:31\text{ p.m.}"]),
+    (
+        "time",
+        r"3:30\text{ p.m.}",
+        ["3:30", "3:30 pm", r"\text{3:30 PM}"],
+        [r"3:30\text{ a.m.}", r"3:31\text{ p.m.}"],
+    ),
     ("time", "10:00", [], ["10:30"]),
     ("time", "4:30", [r"4:30 \text{ p.m.}"], []),
     ("unicode", r"\sqrt{2}", ["√2", "√(2)"], []),
@@ -283,12 +373,60 @@ CASES = [   # category, gold, right answers, wrong answers
     ("special", "1", [], [r"\frac{x}{x}"]),
     ("special", r"\text{DNE}", ["DNE"], [r"\text{does not exist}"]),
     ("special", r"\text{undefined}", [r"\text{Undefined}"], []),
-    ("hack", "3", [r"\{3\}", "(3)", "3=3", "~3", "03"], [r"3 \text{ or } 4", "1,2,3", "[3,3]", r"4\neq 3", r"\ne 3", r"\text{answer: }3", "x", r"\boxed", "3 3", "3,3", "3|3", r"\max(1,2,3)", r"3\pm 0", r"3\pm 1", ">3", "3?", r"3 \ldots", r"\leq 3", "a=3=b"]),
+    (
+        "hack",
+        "3",
+        [r"\{3\}", "(3)", "3=3", "~3", "03"],
+        [
+            r"3 \text{ or } 4",
+            "1,2,3",
+            "[3,3]",
+            r"4\neq 3",
+            r"\ne 3",
+            r"\text{answer: }3",
+            "x",
+            r"\boxed",
+            "3 3",
+            "3,3",
+            "3|3",
+            r"\max(1,2,3)",
+            r"3\pm 0",
+            r"3\pm 1",
+            ">3",
+            "3?",
+            r"3 \ldots",
+            r"\leq 3",
+            "a=3=b",
+        ],
+    ),
     ("hack", "12", [], [r"\{0,1,\ldots,100\}"]),
     ("hack", "0", [], ["x-x"]),
     ("hack", "5", [], [r"5\%5"]),
-    ("inject", "5", ["{5}"], ['eval("5")', 'os.system("echo 5")', "5 # comment", "5 // 1", '"5"', '5\\\\', 'int("5")', "5;5", "0x5", "0b101", "True+4", r"\input{5}"]),
-    ("benchmarks", r"\frac{3\sqrt{3}}{4}", [r"\frac{3}{4}\sqrt{3}", r"0.75\sqrt3"], [r"\frac{3\sqrt{3}}{2}"]),
+    (
+        "inject",
+        "5",
+        ["{5}"],
+        [
+            'eval("5")',
+            'os.system("echo 5")',
+            "5 # comment",
+            "5 // 1",
+            '"5"',
+            "5\\\\",
+            'int("5")',
+            "5;5",
+            "0x5",
+            "0b101",
+            "True+4",
+            r"\input{5}",
+        ],
+    ),
+    (
+        "benchmarks",
+        r"\frac{3\sqrt{3}}{4}",
+        [r"\frac{3}{4}\sqrt{3}", r"0.75\sqrt3"],
+        [r"\frac{3\sqrt{3}}{2}"],
+    ),
     ("benchmarks", "p - q", ["p-q"], []),
     ("benchmarks", r"\frac{270}7\text{ degrees}", [r"\frac{270}{7}", r"\frac{270}{7}^\circ"], []),
     ("benchmarks", "(6,31,-1)", ["(6, 31, -1)"], []),
@@ -300,7 +438,12 @@ CASES = [   # category, gold, right answers, wrong answers
     ("benchmarks", r"\$5.4", ["5.40"], []),
     ("benchmarks", r"11,\! 111,\! 111,\! 100", ["11111111100", "11,111,111,100"], []),
     ("benchmarks", r"10,\!000", ["10000"], []),
-    ("benchmarks", r"\left( 3, \frac{\pi}{2} \right)", [r"(3, \pi/2)"], [r"\left(\frac{\pi}{2},3\right)"]),
+    (
+        "benchmarks",
+        r"\left( 3, \frac{\pi}{2} \right)",
+        [r"(3, \pi/2)"],
+        [r"\left(\frac{\pi}{2},3\right)"],
+    ),
     ("benchmarks", "y = 2x + 3", ["2x+3"], []),
     ("benchmarks", "3x - y = 5", ["y = 3x-5", "6x - 2y - 10 = 0"], ["3x - y = -5"]),
     ("benchmarks", r"\frac{1}{2}, -\frac{1}{2}", [r"\pm\frac{1}{2}"], []),
@@ -313,8 +456,18 @@ CASES = [   # category, gold, right answers, wrong answers
     ("benchmarks", "2k", ["2 k"], []),
     ("benchmarks", r"\sqrt{51}", [r"\sqrt{51} \approx 7.14"], []),
     ("benchmarks", "6r^2-4r-24", ["6r^{2} - 4r - 24", "2(3r^2-2r-12)"], []),
-    ("benchmarks", r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}", [], [r"\begin{pmatrix} -1 & 0 \\ 0 & 1 \end{pmatrix}"]),
-    ("benchmarks", r"\begin{pmatrix} 16/49 \\ 48/49 \\ 24/49 \end{pmatrix}", [r"\begin{pmatrix} \frac{16}{49} \\ \frac{48}{49} \\ \frac{24}{49} \end{pmatrix}"], []),
+    (
+        "benchmarks",
+        r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}",
+        [],
+        [r"\begin{pmatrix} -1 & 0 \\ 0 & 1 \end{pmatrix}"],
+    ),
+    (
+        "benchmarks",
+        r"\begin{pmatrix} 16/49 \\ 48/49 \\ 24/49 \end{pmatrix}",
+        [r"\begin{pmatrix} \frac{16}{49} \\ \frac{48}{49} \\ \frac{24}{49} \end{pmatrix}"],
+        [],
+    ),
     ("benchmarks", r"\frac{3}{56}", [r"\dfrac{3}{56}"], []),
     ("benchmarks", r"\cot x", [r"\frac{\cos x}{\sin x}", r"\frac{1}{\tan x}"], [r"\tan x"]),
     ("benchmarks", r"\sec x", [r"\frac{1}{\cos x}"], []),
@@ -335,7 +488,12 @@ CASES = [   # category, gold, right answers, wrong answers
     ("benchmarks", r"\frac{\sqrt{6}-\sqrt{2}}{4}", [r"\sin 15^{\circ}"], []),
     ("benchmarks", r"2 \sin 20^\circ", [r"2\sin\frac{\pi}{9}"], []),
     ("benchmarks", r"-\frac{1}{2}+\frac{\sqrt{3}}{2}i", [r"e^{2\pi i/3}"], []),
-    ("benchmarks", r"\frac{1+i\sqrt{3}}{2}", [r"\frac{1}{2}+\frac{\sqrt{3}}{2}i"], [r"\frac{1-i\sqrt{3}}{2}"]),
+    (
+        "benchmarks",
+        r"\frac{1+i\sqrt{3}}{2}",
+        [r"\frac{1}{2}+\frac{\sqrt{3}}{2}i"],
+        [r"\frac{1-i\sqrt{3}}{2}"],
+    ),
     ("benchmarks", r"2\mathrm{i}", ["2i"], []),
     ("benchmarks", r"12\mathrm{e}", ["12e"], []),
     ("benchmarks", r"120^\circ", [], [r"\frac{2\pi}{3}"]),
@@ -392,14 +550,57 @@ CASES = [   # category, gold, right answers, wrong answers
     ("benchmarks", "7", [r"\text{7}", r"\text{$7$}", r"\text{ 7 }"], []),
     ("benchmarks", "1000", [r"1 \text{ thousand}"], []),
     ("benchmarks", "1500", [r"1.5\text{ thousand}"], []),
-    ("benchmarks", "18", [r"18\text{ eggs per day}", r"\text{18 eggs}", r"\$18\text{ per day}", "18 USD", r"18\$", "18€", "+18", "18.0", "{18}", "18/1", "36/2", r"3 \cdot 6 = 18", "20 - 2 = 18", "18 = 18", "[18]", "(18)", "|18|", "|-18|", "18^1", r"\lceil 17.5 \rceil"], ["1 8", r"6 \cdot 3", "6(3)", "(6)(3)", "20-2", r"18 \neq 19", r"x = 18 \text{ or } x = -18", r"\{18, 19\}", r"18 \pm 1", "0o22", "18L", "18f", "18j", "18x^0", "_18_", "'18'"]),
+    (
+        "benchmarks",
+        "18",
+        [
+            r"18\text{ eggs per day}",
+            r"\text{18 eggs}",
+            r"\$18\text{ per day}",
+            "18 USD",
+            r"18\$",
+            "18€",
+            "+18",
+            "18.0",
+            "{18}",
+            "18/1",
+            "36/2",
+            r"3 \cdot 6 = 18",
+            "20 - 2 = 18",
+            "18 = 18",
+            "[18]",
+            "(18)",
+            "|18|",
+            "|-18|",
+            "18^1",
+            r"\lceil 17.5 \rceil",
+        ],
+        [
+            "1 8",
+            r"6 \cdot 3",
+            "6(3)",
+            "(6)(3)",
+            "20-2",
+            r"18 \neq 19",
+            r"x = 18 \text{ or } x = -18",
+            r"\{18, 19\}",
+            r"18 \pm 1",
+            "0o22",
+            "18L",
+            "18f",
+            "18j",
+            "18x^0",
+            "_18_",
+            "'18'",
+        ],
+    ),
 ]
 
 
 @pytest.mark.parametrize("category", dict.fromkeys(case[0] for case in CASES))
 def test_tables(category):
-    """Catches false negatives (a right answer scored 0) and false positives (a hole that a policy would learn), and rules that depend on
-    which side wrote what."""
+    """Catches false negatives (a right answer scored 0) and false positives (a hole that a policy
+    would learn), and rules that depend on which side wrote what."""
     for _, gold, right, wrong in (case for case in CASES if case[0] == category):
         assert same(gold, gold), gold
         for answer in right:
@@ -410,16 +611,31 @@ def test_tables(category):
 
 
 def test_golds_differ_from_each_other():
-    """Catches comparisons that accept too much: of all pairs of golds only those that are one value may be equal; and it is symmetric."""
+    """Catches comparisons that accept too much: of all pairs of golds only those that are one value
+    may be equal; and it is symmetric."""
     golds = list(dict.fromkeys(case[1] for case in CASES))
-    equal = [(a, b) for i, a in enumerate(golds) for b in golds[i + 1:] if same(a, b)]
+    equal = [(a, b) for i, a in enumerate(golds) for b in golds[i + 1 :] if same(a, b)]
     assert [(a, b) for a, b in equal if not same(b, a)] == []
     rng = random.Random(0)
     for a, b in (rng.sample(golds, 2) for _ in range(1000)):
         assert same(a, b) == same(b, a), (a, b)
     values = {frozenset(pair) for pair in equal}
-    assert frozenset(("3:2", r"\frac{3}{2}")) in values and frozenset((r"\frac34", r"\frac{3}{4}")) in values
-    assert not {frozenset(pair) for pair in (("(1,2)", "[1,2]"), ("(3,4)", "1,2"), ("x>3", "(2,\\infty)"), ("1,2", "(1,2)"))} & values
+    assert (
+        frozenset(("3:2", r"\frac{3}{2}")) in values
+        and frozenset((r"\frac34", r"\frac{3}{4}")) in values
+    )
+    assert (
+        not {
+            frozenset(pair)
+            for pair in (
+                ("(1,2)", "[1,2]"),
+                ("(3,4)", "1,2"),
+                ("x>3", "(2,\\infty)"),
+                ("1,2", "(1,2)"),
+            )
+        }
+        & values
+    )
     assert len(equal) < len(golds)
 
 
@@ -428,15 +644,20 @@ def mutations(gold, rng):
     digits = [match.start() for match in re.finditer(r"[0-9]", gold)]
     if digits:
         at = rng.choice(digits)
-        yield gold[:at] + rng.choice([d for d in "123456789" if d != gold[at]]) + gold[at + 1:]
-    if re.fullmatch(r"[1-9][0-9]*|\\frac\{?[1-9].*|\\sqrt.*|[xn].*[0-9a-z]|[0-9.]+e[0-9-]+", gold) and "=" not in gold and ">" not in gold:
+        yield gold[:at] + rng.choice([d for d in "123456789" if d != gold[at]]) + gold[at + 1 :]
+    if (
+        re.fullmatch(r"[1-9][0-9]*|\\frac\{?[1-9].*|\\sqrt.*|[xn].*[0-9a-z]|[0-9.]+e[0-9-]+", gold)
+        and "=" not in gold
+        and ">" not in gold
+    ):
         yield "-" + gold if not re.search(r"[-+,]", gold) else f"-({gold})"
     if re.fullmatch(r"\([^(),]+,[^(),]+\)", gold):
         yield "({1},{0})".format(*gold[1:-1].split(","))
 
 
 def test_mutated_golds_are_wrong():
-    """Catches a parser that drops a digit, a sign or the order: every gold of the tables with one of them changed, 20 times."""
+    """Catches a parser that drops a digit, a sign or the order: every gold of the tables with one
+    of them changed, 20 times."""
     rng, tried = random.Random(1), 0
     for gold in {case[1]: 0 for case in CASES if case[1] not in (r"(-1)^{2n} n", "i^2", "(0,0)")}:
         for mutated in [m for _ in range(20) for m in mutations(gold, rng)]:
@@ -446,27 +667,57 @@ def test_mutated_golds_are_wrong():
 
 
 def test_spaces_never_join_digits():
-    """Catches normalisers that delete white space: 1 2 is not 12, but 1\\,000 and 1{,}000 are one number, and \\\\ survives."""
-    assert clean(r"1\ 2") == "1 2" and clean(r"1\,2") == "1 2" and clean(r"1\,000") == "1000" and clean(r"1{,}000{,}000") == "1000000"
+    """Catches normalisers that delete white space: 1 2 is not 12, but 1\\,000 and 1{,}000 are one
+    number, and \\\\ survives."""
+    assert (
+        clean(r"1\ 2") == "1 2"
+        and clean(r"1\,2") == "1 2"
+        and clean(r"1\,000") == "1000"
+        and clean(r"1{,}000{,}000") == "1000000"
+    )
     assert clean(r"\begin{pmatrix}1\\ 2\end{pmatrix}") == r"\begin{pmatrix}1\\ 2\end{pmatrix}"
     assert not same(r"1\,2", "12") and not same("1 2", "12") and not same("1~2", "12")
 
 
 def test_what_is_read():
-    """Catches structures read as products: brackets, rows and the ends of an interval must arrive as such."""
-    assert not isinstance(read("(1,2)+(3,4)"), Sequence) and isinstance(read("(1,2)"), Sequence) and read("(1,2)").kind == "tuple" and read("1,2").kind == "list"
-    assert read("[1,2)").brackets == "[)" and isinstance(read("1<x<2"), Interval) and read("1<x<2").name == "x"
+    """Catches structures read as products: brackets, rows and the ends of an interval must arrive
+    as such."""
+    assert (
+        not isinstance(read("(1,2)+(3,4)"), Sequence)
+        and isinstance(read("(1,2)"), Sequence)
+        and read("(1,2)").kind == "tuple"
+        and read("1,2").kind == "list"
+    )
+    assert (
+        read("[1,2)").brackets == "[)"
+        and isinstance(read("1<x<2"), Interval)
+        and read("1<x<2").name == "x"
+    )
     matrix = read(r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}")
     assert isinstance(matrix, Matrix) and [len(row) for row in matrix.rows] == [2, 2]
 
 
 def test_units_are_split_off():
     """Catches hedges and variables taken for units, and units that lose their power."""
-    for text, head, dimension in ((r"24\text{ cm}^2", "24", (("meter", 2),)), (r"9.8\text{m}/\text{s}^2", "9.8", (("meter", 1), ("second", -2))),
-                                  ("5 apples", "5", (("apple", 1),)), (r"\$5", "5", (("dollar", 1),)), (r"90^\circ", "90", (("degree", 1),))):
+    for text, head, dimension in (
+        (r"24\text{ cm}^2", "24", (("meter", 2),)),
+        (r"9.8\text{m}/\text{s}^2", "9.8", (("meter", 1), ("second", -2))),
+        ("5 apples", "5", (("apple", 1),)),
+        (r"\$5", "5", (("dollar", 1),)),
+        (r"90^\circ", "90", (("degree", 1),)),
+    ):
         found, unit = with_unit(text)
         assert (found, unit.dimension) == (head, dimension)
-    for text in (r"3\text{ or }4", r"3\text{ or more}", "5 m", "5m", "3xy", "2 pi", r"\sin 30^\circ", "7"):
+    for text in (
+        r"3\text{ or }4",
+        r"3\text{ or more}",
+        "5 m",
+        "5m",
+        "3xy",
+        "2 pi",
+        r"\sin 30^\circ",
+        "7",
+    ):
         assert with_unit(text)[1] is None, text
 
 
@@ -476,34 +727,92 @@ FRAGMENTS = r"""\frac \dfrac \sqrt \sqrt[3] { } { } ( ) [ ] \left( \right) \{ \}
 
 
 def test_fuzz():
-    """Catches exceptions and blow-ups on nonsense: 6,000 strings of fragments against golds of all kinds; few steps each, by the clock."""
+    """Catches exceptions and blow-ups on nonsense: 6,000 strings of fragments against golds of all
+    kinds; few steps each, by the clock."""
     rng, fragments, steps = random.Random(0), FRAGMENTS.split(), []
-    golds = ["7", r"\frac{1}{2}", "x^2+1", "(1,2)", r"\{1,2\}", "[1,2)", "x=5", "y=2x+1", r"\pm 2", "1,2", "x>3", r"\text{east}", r"5\text{ cm}"]
+    golds = [
+        "7",
+        r"\frac{1}{2}",
+        "x^2+1",
+        "(1,2)",
+        r"\{1,2\}",
+        "[1,2)",
+        "x=5",
+        "y=2x+1",
+        r"\pm 2",
+        "1,2",
+        "x>3",
+        r"\text{east}",
+        r"5\text{ cm}",
+    ]
     for _ in range(6_000):
-        answer, gold = "".join(rng.choices(fragments, k=rng.choice((2, 5, 9, 15, 40, 120)))), rng.choice(golds)
+        answer, gold = (
+            "".join(rng.choices(fragments, k=rng.choice((2, 5, 9, 15, 40, 120)))),
+            rng.choice(golds),
+        )
         with algebra.deadline:
             assert same(answer, gold) in (True, False)
         steps.append(answer)
     assert len(set(steps)) > 5_000
 
 
-HOSTILE = ["(" * 400 + "1" + ")" * 400, "1+" * 490 + "1", "1/" * 490 + "1", "x^" * 490 + "2", "2^{" * 300 + "2" + "}" * 300, r"\{" * 240 + r"\}" * 240,
-           "(1," * 240 + "1" + ")" * 240, "|" * 900, "5" + "!" * 900, "(x+1)^{100}" * 80, r"\sqrt{" * 140 + "2" + "}" * 140, r"\sin " * 190 + "x",
-           "1," * 490 + "1", "x=1," * 240, r"\pm " * 240, "5" + r"\text{ a }" * 100 + "!", "9" * 900 + "^{" + "9" * 20 + "}", "99999999!", "500!^{16}",
-           "x!!!!!!!", "(2x)^{9999999999999999999999}", r"10^{400}\sqrt{2}", "1e999999999", "1e" + "9" * 900, "2^{1e999}", "5 " + "a" * 900 + "!",
-           "5 " + "a " * 400 + "!", r"\begin{pmatrix}" * 30 + r"\end{pmatrix}" * 30, "=".join(["500!"] * 100), "500!+" * 160 + "1",
-           r"\frac{1}{500!+1}+" * 60 + "1", "1:" * 400 + "1", "{" * 490 + "1" + "}" * 490, "-" * 990 + "5", r"\$" * 400 + "5", "5" + r"^\circ" * 150,
-           "-(1+2*(3+\\sin " * 60, r"\binom{10^{9}}{5\cdot10^{8}}", "10**10**10", "((100!)!)!", r"(-1)^{" * 100 + "n" + "}" * 100,
-           "<".join("x" * 400), "x^{x^{x^{x^{x^{9}}}}}", "+2*-(x+\\frac{1}{x" * 23 + "})" * 23]
+HOSTILE = [
+    "(" * 400 + "1" + ")" * 400,
+    "1+" * 490 + "1",
+    "1/" * 490 + "1",
+    "x^" * 490 + "2",
+    "2^{" * 300 + "2" + "}" * 300,
+    r"\{" * 240 + r"\}" * 240,
+    "(1," * 240 + "1" + ")" * 240,
+    "|" * 900,
+    "5" + "!" * 900,
+    "(x+1)^{100}" * 80,
+    r"\sqrt{" * 140 + "2" + "}" * 140,
+    r"\sin " * 190 + "x",
+    "1," * 490 + "1",
+    "x=1," * 240,
+    r"\pm " * 240,
+    "5" + r"\text{ a }" * 100 + "!",
+    "9" * 900 + "^{" + "9" * 20 + "}",
+    "99999999!",
+    "500!^{16}",
+    "x!!!!!!!",
+    "(2x)^{9999999999999999999999}",
+    r"10^{400}\sqrt{2}",
+    "1e999999999",
+    "1e" + "9" * 900,
+    "2^{1e999}",
+    "5 " + "a" * 900 + "!",
+    "5 " + "a " * 400 + "!",
+    r"\begin{pmatrix}" * 30 + r"\end{pmatrix}" * 30,
+    "=".join(["500!"] * 100),
+    "500!+" * 160 + "1",
+    r"\frac{1}{500!+1}+" * 60 + "1",
+    "1:" * 400 + "1",
+    "{" * 490 + "1" + "}" * 490,
+    "-" * 990 + "5",
+    r"\$" * 400 + "5",
+    "5" + r"^\circ" * 150,
+    "-(1+2*(3+\\sin " * 60,
+    r"\binom{10^{9}}{5\cdot10^{8}}",
+    "10**10**10",
+    "((100!)!)!",
+    r"(-1)^{" * 100 + "n" + "}" * 100,
+    "<".join("x" * 400),
+    "x^{x^{x^{x^{x^{9}}}}}",
+    "+2*-(x+\\frac{1}{x" * 23 + "})" * 23,
+]
 
 
 def test_hostile_answers_are_cheap(monkeypatch):
-    """Catches exponential parsing, towers of powers, deep nesting: each is decided in at most 6,000 looks at the clock, without failing."""
+    """Catches exponential parsing, towers of powers, deep nesting: each is decided in at most 6,000
+    looks at the clock, without failing."""
     looks = [0]
 
     def clock():
         looks[0] += 1
         return 0.0
+
     monkeypatch.setattr(algebra, "clock", clock)
     for hostile in HOSTILE:
         for gold in ("5", "x", r"\sqrt{2}", "(1,2)", "1,2,3", "x>1", r"\text{a}", "x^2=1"):

@@ -1,4 +1,6 @@
-"""What goes wrong at the command line and on disk: one sentence that names the thing and the remedy, exit code 2, nothing written."""
+"""What goes wrong at the command line and on disk: one sentence that names the thing and the
+remedy, exit code 2, nothing written."""
+
 import io
 import json
 import os
@@ -18,8 +20,19 @@ from flags import BadInput, guarded
 from model import GPT, ModelConfig, save_checkpoint
 
 MAINS = SCRIPTS | dict(data=data, prompts=prompts)
-CONFIG = dict(model_type="qwen2", vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=16,
-              max_position_embeddings=4096, rms_norm_eps=1e-6, eos_token_id=256, tie_word_embeddings=True)
+CONFIG = dict(
+    model_type="qwen2",
+    vocab_size=300,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    intermediate_size=16,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    eos_token_id=256,
+    tie_word_embeddings=True,
+)
 LINE = json.dumps(dict(problem="p", answer="1")) + "\n"
 
 
@@ -29,11 +42,22 @@ def ground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ground")
     model = lambda name, **fields: make_folder(folder / name, TOKENS["chatml"], CONFIG | fields)
     model("good")
-    for name, fields in dict(gemma=dict(model_type="gemma3"), sliding=dict(use_sliding_window=True), quantised=dict(quantization_config=dict(bits=4)), yarn=dict(rope_scaling=dict(rope_type="yarn", factor=4)),
-                             gelu=dict(hidden_act="gelu"), ends=dict(eos_token_id=[1, 2, 3, 4, 5]), farends=dict(eos_token_id=999), small=dict(vocab_size=100), noends=dict(eos_token_id=None)).items():
+    for name, fields in dict(
+        gemma=dict(model_type="gemma3"),
+        sliding=dict(use_sliding_window=True),
+        quantised=dict(quantization_config=dict(bits=4)),
+        yarn=dict(rope_scaling=dict(rope_type="yarn", factor=4)),
+        gelu=dict(hidden_act="gelu"),
+        ends=dict(eos_token_id=[1, 2, 3, 4, 5]),
+        farends=dict(eos_token_id=999),
+        small=dict(vocab_size=100),
+        noends=dict(eos_token_id=None),
+    ).items():
         model(name, **fields)
     model("nosize")
-    (folder / "nosize/config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))
+    (folder / "nosize/config.json").write_text(
+        json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"})
+    )
     model("brokenconfig")
     (folder / "brokenconfig/config.json").write_text("{")
     model("listconfig")
@@ -44,18 +68,38 @@ def ground(tmp_path_factory):
     (folder / "notokenizer/tokenizer.json").unlink()
     model("run")
     (folder / "run/metrics.jsonl").write_text("")
-    files = {"good.jsonl": LINE, "empty.jsonl": "", "goldless.jsonl": json.dumps(dict(problem="p", solution="s")), "array.jsonl": f"[\n{LINE}]", "fields.jsonl": LINE + '{"text": "x"}',
-             "broken.jsonl": LINE + "{", "number.jsonl": "3", "blank.jsonl": json.dumps(dict(problem=" ", answer="1")), "list.jsonl": json.dumps(dict(problem="p", answer=["1"])),
-             "long.jsonl": json.dumps(dict(problem="p" * 900, answer="1")), "text.pt": "not a checkpoint", "file": ""}
+    files = {
+        "good.jsonl": LINE,
+        "empty.jsonl": "",
+        "goldless.jsonl": json.dumps(dict(problem="p", solution="s")),
+        "array.jsonl": f"[\n{LINE}]",
+        "fields.jsonl": LINE + '{"text": "x"}',
+        "broken.jsonl": LINE + "{",
+        "number.jsonl": "3",
+        "blank.jsonl": json.dumps(dict(problem=" ", answer="1")),
+        "list.jsonl": json.dumps(dict(problem="p", answer=["1"])),
+        "long.jsonl": json.dumps(dict(problem="p" * 900, answer="1")),
+        "text.pt": "not a checkpoint",
+        "file": "",
+    }
     for name, text in files.items():
         (folder / name).write_text(text)
     (folder / "escapes.jsonl").write_text(json.dumps({"\x1b[2J\x07evil": 1}))
-    (folder / "latin.jsonl").write_bytes(LINE.encode().replace(b"p\"", b"\xff\""))
+    (folder / "latin.jsonl").write_bytes(LINE.encode().replace(b'p"', b'\xff"'))
     (folder / "folder").mkdir()
-    save_checkpoint(folder / "good.pt", GPT(ModelConfig(vocab_size=VOCABULARY, width=16, depth=1, heads=1, head_size=16, hidden=16)), config=dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4))
+    save_checkpoint(
+        folder / "good.pt",
+        GPT(
+            ModelConfig(vocab_size=VOCABULARY, width=16, depth=1, heads=1, head_size=16, hidden=16)
+        ),
+        config=dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4),
+    )
     (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:-50])
     torch.save(dict(model_config={}, weights={}, extra={}), folder / "empty.pt")
-    save_checkpoint(folder / "taskless.pt", GPT(ModelConfig(vocab_size=20, width=16, depth=1, heads=1, head_size=16, hidden=16)))
+    save_checkpoint(
+        folder / "taskless.pt",
+        GPT(ModelConfig(vocab_size=20, width=16, depth=1, heads=1, head_size=16, hidden=16)),
+    )
     (folder / "odd/state").mkdir(parents=True)
     return folder
 
@@ -63,43 +107,132 @@ def ground(tmp_path_factory):
 REAL = ["train.py", "--init", "good", "--data", "good.jsonl"]
 EVAL = ["eval.py", "--init", "good", "--data"]
 CASES = [
-    (["train.py", "--attemps", "3"], "did you mean --attempts?"), (["train.py", "attempts"], "unknown argument"), (["train.py", "--attempts"], "needs a value"),
-    (["train.py", "--lr", "fast"], "not a number"), (["train.py", "--attempts", "1.5"], "not a whole number"), (["train.py", "--task", "slove"], "did you mean 'solve'?"),
-    (["train.py", "--lr", "inf"], "--lr inf"), (["train.py", "--lr", "-1"], "--lr -1"), (["train.py", "--tokens", "0"], "--tokens 0"), (["train.py", "--keep", "0"], "--keep 0"),
-    (["train.py", "--save-every", "-1"], "--save-every -1"), (["train.py", "--min-p", "0.1"], "the gradient is biased"), (["train.py", "--offload-optimizer=no"], "takes no value"),
-    (["train.py", "--device", "cuda"], "sees no CUDA device"), (["train.py", "--depth", "99"], "--depth 99"), (["train.py", "--modulus", "1"], "--modulus 1"),
-    (["train.py", "--candidates", "30"], "--candidates 30"), (["train.py", "--task", "chain", "--numbers", "3"], "means nothing to the task"), (["train.py", "--max-new-tokens", "999"], "--max-new-tokens 999"),
-    (["train.py", "--resume"], "no run under out/ has a state"), (["train.py", "--resume", "nowhere"], "holds no state"), (["train.py", "--resume", "odd"], "holds no state"),
-    (["train.py", "--init", "good"], "--data is missing"), (["train.py", "--data", "good.jsonl"], "--data needs --init"), ([*REAL, "--task", "chain"], "--task is about bases"),
-    (["train.py", "--init", "nowhere", "--data", "good.jsonl"], "nothing is downloaded"), (["train.py", "--init", "file", "--data", "good.jsonl"], "no such folder"),
-    (["train.py", "--init", "run", "--data", "good.jsonl"], "has not saved a model yet"), ([*REAL, "--template", "llama3"], "has no token <|begin_of_text|>"),
-    *[(["train.py", "--init", name, "--data", "good.jsonl"], says) for name, says in dict(
-        gemma="model_type = 'gemma3'", sliding="use_sliding_window = True", quantised="quantization_config", yarn="rope_type = 'yarn'", gelu="hidden_act = 'gelu'", ends="eos_token_id",
-        farends="ids up to 999", small="ids up to 258", nosize="hidden_size", brokenconfig="is not JSON", listconfig="is damaged", brokentokenizer="is damaged", notokenizer="there is no such file",
-        folder="config.json: there is no such file").items()],
-    ([*REAL, "--prompt-tokens", "9"], "every prompt has more than 9"), ([*REAL, "--max-new-tokens", "4000"], "do not fit"),
-    *[([*EVAL, f"{name}.jsonl"], says) for name, says in dict(
-        nowhere="there is no such file", empty="no problem with a gold answer", goldless="no problem with a gold answer", array="an object a line", fields="fields.jsonl:2: ", broken="broken.jsonl:2: ",
-        number="it is int, not an object", blank="its problem is empty", list="its answer is list", long="every prompt has more than", latin="is not UTF-8").items()],
-    ([*EVAL, "folder"], "is a folder"), ([*EVAL, "good.jsonl,nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
-    (["eval.py", "--init", "good"], "--data is missing"), (["eval.py"], "--checkpoint is missing"), (["eval.py", "--checkpoint", "nowhere.pt"], "there is no such file"),
-    (["eval.py", "--checkpoint", "text.pt"], "is not a checkpoint"), (["eval.py", "--checkpoint", "cut.pt"], "is damaged"), (["eval.py", "--checkpoint", "empty.pt"], "is not a checkpoint"),
-    (["eval.py", "--checkpoint", "taskless.pt"], "does not say its task"), (["eval.py", "--checkpoint", "good.pt", "--data", "good.jsonl"], "--data: this model"),
-    (["eval.py", "--checkpoint", "good.pt", "--init", "good"], "use one"), (["eval.py", "--checkpoint", "good.pt", "--samples", "0"], "--samples at least 1"),
-    (["eval.py", "--checkpoint", "good.pt", "--samples", "2", "--temperature", "0"], "the same answer every time"), (["eval.py", "--checkpoint", "good.pt", "--json", "file/x.json"], "file cannot be made"),
+    (["train.py", "--attemps", "3"], "did you mean --attempts?"),
+    (["train.py", "attempts"], "unknown argument"),
+    (["train.py", "--attempts"], "needs a value"),
+    (["train.py", "--lr", "fast"], "not a number"),
+    (["train.py", "--attempts", "1.5"], "not a whole number"),
+    (["train.py", "--task", "slove"], "did you mean 'solve'?"),
+    (["train.py", "--lr", "inf"], "--lr inf"),
+    (["train.py", "--lr", "-1"], "--lr -1"),
+    (["train.py", "--tokens", "0"], "--tokens 0"),
+    (["train.py", "--keep", "0"], "--keep 0"),
+    (["train.py", "--save-every", "-1"], "--save-every -1"),
+    (["train.py", "--min-p", "0.1"], "the gradient is biased"),
+    (["train.py", "--offload-optimizer=no"], "takes no value"),
+    (["train.py", "--device", "cuda"], "sees no CUDA device"),
+    (["train.py", "--depth", "99"], "--depth 99"),
+    (["train.py", "--modulus", "1"], "--modulus 1"),
+    (["train.py", "--candidates", "30"], "--candidates 30"),
+    (["train.py", "--task", "chain", "--numbers", "3"], "means nothing to the task"),
+    (["train.py", "--max-new-tokens", "999"], "--max-new-tokens 999"),
+    (["train.py", "--resume"], "no run under out/ has a state"),
+    (["train.py", "--resume", "nowhere"], "holds no state"),
+    (["train.py", "--resume", "odd"], "holds no state"),
+    (["train.py", "--init", "good"], "--data is missing"),
+    (["train.py", "--data", "good.jsonl"], "--data needs --init"),
+    ([*REAL, "--task", "chain"], "--task is about bases"),
+    (["train.py", "--init", "nowhere", "--data", "good.jsonl"], "nothing is downloaded"),
+    (["train.py", "--init", "file", "--data", "good.jsonl"], "no such folder"),
+    (["train.py", "--init", "run", "--data", "good.jsonl"], "has not saved a model yet"),
+    ([*REAL, "--template", "llama3"], "has no token <|begin_of_text|>"),
+    *[
+        (["train.py", "--init", name, "--data", "good.jsonl"], says)
+        for name, says in dict(
+            gemma="model_type = 'gemma3'",
+            sliding="use_sliding_window = True",
+            quantised="quantization_config",
+            yarn="rope_type = 'yarn'",
+            gelu="hidden_act = 'gelu'",
+            ends="eos_token_id",
+            farends="ids up to 999",
+            small="ids up to 258",
+            nosize="hidden_size",
+            brokenconfig="is not JSON",
+            listconfig="is damaged",
+            brokentokenizer="is damaged",
+            notokenizer="there is no such file",
+            folder="config.json: there is no such file",
+        ).items()
+    ],
+    ([*REAL, "--prompt-tokens", "9"], "every prompt has more than 9"),
+    ([*REAL, "--max-new-tokens", "4000"], "do not fit"),
+    *[
+        ([*EVAL, f"{name}.jsonl"], says)
+        for name, says in dict(
+            nowhere="there is no such file",
+            empty="no problem with a gold answer",
+            goldless="no problem with a gold answer",
+            array="an object a line",
+            fields="fields.jsonl:2: ",
+            broken="broken.jsonl:2: ",
+            number="it is int, not an object",
+            blank="its problem is empty",
+            list="its answer is list",
+            long="every prompt has more than",
+            latin="is not UTF-8",
+        ).items()
+    ],
+    ([*EVAL, "folder"], "is a folder"),
+    ([*EVAL, "good.jsonl,nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+    (["eval.py", "--init", "good"], "--data is missing"),
+    (["eval.py"], "--checkpoint is missing"),
+    (["eval.py", "--checkpoint", "nowhere.pt"], "there is no such file"),
+    (["eval.py", "--checkpoint", "text.pt"], "is not a checkpoint"),
+    (["eval.py", "--checkpoint", "cut.pt"], "is damaged"),
+    (["eval.py", "--checkpoint", "empty.pt"], "is not a checkpoint"),
+    (["eval.py", "--checkpoint", "taskless.pt"], "does not say its task"),
+    (["eval.py", "--checkpoint", "good.pt", "--data", "good.jsonl"], "--data: this model"),
+    (["eval.py", "--checkpoint", "good.pt", "--init", "good"], "use one"),
+    (["eval.py", "--checkpoint", "good.pt", "--samples", "0"], "--samples at least 1"),
+    (
+        ["eval.py", "--checkpoint", "good.pt", "--samples", "2", "--temperature", "0"],
+        "the same answer every time",
+    ),
+    (["eval.py", "--checkpoint", "good.pt", "--json", "file/x.json"], "file cannot be made"),
     (["eval.py", "--checkpoint", "good.pt", "--cache-tokens", "3"], "a row may need"),
-    (["pretrain.py", "--data", "good.jsonl"], "belong together"), (["pretrain.py", "--data", "good.jsonl", "--tokenizer", "folder", "--save", "new"], "folder"),
-    (["pretrain.py", "--data", "good.jsonl", "--tokenizer", "good", "--save", "file"], "is not written over"), (["data.py"], "usage"), (["data.py", "nowhere"], "there is no such file"),
-    (["prompts.py", "good"], "usage"), (["prompts.py", "nowhere", "?"], "no such folder"), (["memory.py", "--tokens-per-microbatch", "0"], "--tokens-per-microbatch 0"), (["tasks.py", "--modulus", "99"], "--modulus 99"),
-    (["train.py", "--prompts", "1000000000000"], "rows a step"), (["train.py", "--eval-questions", "999999999999"], "at most 16,777,216"),
-    (["eval.py", "--checkpoint", "good.pt", "--samples", "99999999"], "--samples 99999999: at most"), (["train.py", "--cache-tokens", "5"], "a row may need"), (["train.py", "--name", "../../evil"], "no slashes"), (["train.py", "--name", "a\x1b[2J"], "control characters"),
-    (["train.py", "--name", "."], "no dot"), (["train.py", "--name", "a" * 300], "at most 200 bytes"), (["train.py", "--clip-high", "inf"], "--clip-high inf"),
+    (["pretrain.py", "--data", "good.jsonl"], "belong together"),
+    (["pretrain.py", "--data", "good.jsonl", "--tokenizer", "folder", "--save", "new"], "folder"),
+    (
+        ["pretrain.py", "--data", "good.jsonl", "--tokenizer", "good", "--save", "file"],
+        "is not written over",
+    ),
+    (["data.py"], "usage"),
+    (["data.py", "nowhere"], "there is no such file"),
+    (["prompts.py", "good"], "usage"),
+    (["prompts.py", "nowhere", "?"], "no such folder"),
+    (["memory.py", "--tokens-per-microbatch", "0"], "--tokens-per-microbatch 0"),
+    (["tasks.py", "--modulus", "99"], "--modulus 99"),
+    (["train.py", "--prompts", "1000000000000"], "rows a step"),
+    (["train.py", "--eval-questions", "999999999999"], "at most 16,777,216"),
+    (
+        ["eval.py", "--checkpoint", "good.pt", "--samples", "99999999"],
+        "--samples 99999999: at most",
+    ),
+    (["train.py", "--cache-tokens", "5"], "a row may need"),
+    (["train.py", "--name", "../../evil"], "no slashes"),
+    (["train.py", "--name", "a\x1b[2J"], "control characters"),
+    (["train.py", "--name", "."], "no dot"),
+    (["train.py", "--name", "a" * 300], "at most 200 bytes"),
+    (["train.py", "--clip-high", "inf"], "--clip-high inf"),
     (["train.py", "--init", "good", "--data", ","], "names no file"),
-    ([*EVAL, "good.jsonl", "--cache-tokens", "5"], "a row may need"), ([*EVAL, "escapes.jsonl"], r"\x1b[2J\x07evil"),
-    (["eval.py", "--checkpoint", "good.pt", "--questions", "4", "--max-new-tokens", "300"], "exceed its model's context of 512"),
-    (["compare.py", "--flags", "'unclosed"], "quotation marks"), (["compare.py", "--flags", "--init x"], "--init is not for this script"), (["compare.py", "--flags", "--tokens 0"], "--tokens 0"),
-    (["compare.py", "--flags", "--name x"], "gives it to each run"), (["compare.py", "--name", "../x", "--seeds", "0"], "no slashes"), (["bench.py", "sampler", "--threads", "99999999"], "--threads 99999999"),
-    (["pretrain.py", "--base-tokens", "0"], "--base-tokens 0"), (["train.py", "--base-tokens", "-1"], "--base-tokens -1"), (["compare.py", "--arms", "none"], "'none'"), (["bench.py", "nothing"], "choose one of"), (["bench.py", "--rows", "9"], "multiple of --group"),
+    ([*EVAL, "good.jsonl", "--cache-tokens", "5"], "a row may need"),
+    ([*EVAL, "escapes.jsonl"], r"\x1b[2J\x07evil"),
+    (
+        ["eval.py", "--checkpoint", "good.pt", "--questions", "4", "--max-new-tokens", "300"],
+        "exceed its model's context of 512",
+    ),
+    (["compare.py", "--flags", "'unclosed"], "quotation marks"),
+    (["compare.py", "--flags", "--init x"], "--init is not for this script"),
+    (["compare.py", "--flags", "--tokens 0"], "--tokens 0"),
+    (["compare.py", "--flags", "--name x"], "gives it to each run"),
+    (["compare.py", "--name", "../x", "--seeds", "0"], "no slashes"),
+    (["bench.py", "sampler", "--threads", "99999999"], "--threads 99999999"),
+    (["pretrain.py", "--base-tokens", "0"], "--base-tokens 0"),
+    (["train.py", "--base-tokens", "-1"], "--base-tokens -1"),
+    (["compare.py", "--arms", "none"], "'none'"),
+    (["bench.py", "nothing"], "choose one of"),
+    (["bench.py", "--rows", "9"], "multiple of --group"),
 ]
 
 
@@ -107,20 +240,40 @@ def everything(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("words, says", CASES, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "words, says", CASES, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else ""
+)
 def test_one_sentence(words, says, ground, monkeypatch, capsys):
-    """Catches tracebacks, sentences that do not name the thing, success as exit code, and files that are changed or left behind."""
+    """Catches tracebacks, sentences that do not name the thing, success as exit code, and files
+    that are changed or left behind."""
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     if words[0] == "pretrain.py" and "file" in words:
-        pytest.importorskip("safetensors", reason="needs safetensors: pip install -r requirements-extra.txt")
+        pytest.importorskip(
+            "safetensors", reason="needs safetensors: pip install -r requirements-extra.txt"
+        )
     before = everything(ground)
     monkeypatch.chdir(ground)
-    monkeypatch.setattr(sys, "argv", [words[0], *(("--dtype", "float32") if words[0] in ("train.py", "eval.py") else ()), *words[1:]])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            words[0],
+            *(("--dtype", "float32") if words[0] in ("train.py", "eval.py") else ()),
+            *words[1:],
+        ],
+    )
     with pytest.raises(SystemExit) as stop:
         guarded(MAINS[words[0].removesuffix(".py")].main)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and says in said and said.count("\n") == 1 and "\x1b" not in said and len(said) < 600, said
+    assert (
+        stop.value.code == 2
+        and said.startswith("error: ")
+        and says in said
+        and said.count("\n") == 1
+        and "\x1b" not in said
+        and len(said) < 600
+    ), said
     assert everything(ground) == before and not os.path.exists("out")
 
 
@@ -129,16 +282,49 @@ def test_there_are_enough():
     assert len(CASES) >= 100
 
 
-# ------------------------------------------------------------------------------------------------------- a model's files, damaged
+# ---- a model's files, damaged --------------------------------------------------------------------
 
-SILLY = [None, True, -1, 0, 3, 10**9, 10**30, 1.5, float("nan"), "", "x", [], [1], ["a"], {}, {"a": 1}]
-UNREAD = ("decoder", "pair", "special_tokens", "trim_offsets", "type_id", "version", "truncation", "padding")       # of tokenizer.json
+SILLY = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**9,
+    10**30,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    [],
+    [1],
+    ["a"],
+    {},
+    {"a": 1},
+]
+# of tokenizer.json
+UNREAD = (
+    "decoder",
+    "pair",
+    "special_tokens",
+    "trim_offsets",
+    "type_id",
+    "version",
+    "truncation",
+    "padding",
+)
 
 
 def places(whole, above=()):
     """The way to every value in nested dicts and lists, of long ones to the first and the last."""
     yield above
-    keys = list(whole) if isinstance(whole, dict) else range(len(whole)) if isinstance(whole, list) else ()
+    keys = (
+        list(whole)
+        if isinstance(whole, dict)
+        else range(len(whole))
+        if isinstance(whole, list)
+        else ()
+    )
     for key in dict.fromkeys([*keys][:12] + [*keys][-3:]):
         if key not in UNREAD:
             yield from places(whole[key], (*above, key))
@@ -157,29 +343,81 @@ def other(whole, place, value):
 
 
 def as_opened(folder):
-    """What a folder without its weights means: the shape, the template, tokens of a text, the text of tokens."""
+    """What a folder without its weights means: the shape, the template, tokens of a text, the text
+    of tokens."""
     shape, encoding = prompts.open_shape(folder)
-    ids = encoding.template("6*7? e\u0301 ÀÁ!\"#")
-    return replace(shape, end_tokens=()), shape.end_tokens, encoding.template_name, ids, encoding.decode([0, 1, 2, *ids, 259])
+    ids = encoding.template('6*7? e\u0301 ÀÁ!"#')
+    return (
+        replace(shape, end_tokens=()),
+        shape.end_tokens,
+        encoding.template_name,
+        ids,
+        encoding.decode([0, 1, 2, *ids, 259]),
+    )
 
 
-# Values that do not look wrong, and then mean what they say: fields of a shape, end tokens, an added token that is not used, no NFC, no opening;
-# and a vocabulary without some byte, as SmolLM2's is.
-MEANS = {"config.json": ("rope_theta", "eos_token_id", "max_position_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_key_value_heads", "head_dim",
-                         "tie_word_embeddings", "model_type"), "generation_config.json": ("eos_token_id",), "tokenizer.json": ("normalizer", "post_processor", "added_tokens")}
+# Values that do not look wrong, and then mean what they say: fields of a shape, end tokens, an
+# added token that is not used, no NFC, no opening; and a vocabulary without some byte, as SmolLM2's
+# is.
+MEANS = {
+    "config.json": (
+        "rope_theta",
+        "eos_token_id",
+        "max_position_embeddings",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "model_type",
+    ),
+    "generation_config.json": ("eos_token_id",),
+    "tokenizer.json": ("normalizer", "post_processor", "added_tokens"),
+}
 
 
 @pytest.mark.parametrize("name", MEANS)
 def test_a_damaged_file_of_a_model_is_refused_or_harmless(name, tmp_path):
-    """Catches a traceback, or another meaning, for config.json, tokenizer.json and generation_config.json in which any one value is of another type, out
-    of range, missing, or stands twice: the file is named in one sentence, or means what it did, or a value that can be meant is."""
-    config = CONFIG | dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, rope_theta=10000.0, rope_scaling=None, layer_types=["full_attention"], hidden_act="silu", use_sliding_window=False)
-    folder = make_folder(tmp_path / "good", TOKENS["chatml"], config, opening="<|endoftext|>", generation=dict(eos_token_id=[256, 258]))
+    """Catches a traceback, or another meaning, for config.json, tokenizer.json and
+    generation_config.json in which any one value is of another type, out of range, missing, or
+    stands twice: the file is named in one sentence, or means what it did, or a value that can be
+    meant is."""
+    config = CONFIG | dict(
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        layer_types=["full_attention"],
+        hidden_act="silu",
+        use_sliding_window=False,
+    )
+    folder = make_folder(
+        tmp_path / "good",
+        TOKENS["chatml"],
+        config,
+        opening="<|endoftext|>",
+        generation=dict(eos_token_id=[256, 258]),
+    )
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     a, b, c, *_ = letters = list(tokenizer["model"]["vocab"])
-    tokenizer |= dict(normalizer=dict(type="NFC"), model=dict(type="BPE", vocab={letter: i for i, letter in enumerate(letters)} | {a + b: 259, a + b + c: 260}, merges=[f"{a} {b}", f"{a + b} {c}"]))
+    tokenizer |= dict(
+        normalizer=dict(type="NFC"),
+        model=dict(
+            type="BPE",
+            vocab={letter: i for i, letter in enumerate(letters)} | {a + b: 259, a + b + c: 260},
+            merges=[f"{a} {b}", f"{a + b} {c}"],
+        ),
+    )
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    meant, whole, counts = as_opened(folder), json.loads((folder / name).read_text()), dict(refused=0, same=0, other=0)
+    meant, whole, counts = (
+        as_opened(folder),
+        json.loads((folder / name).read_text()),
+        dict(refused=0, same=0, other=0),
+    )
     for place in dict.fromkeys(places(whole)):
         for value in [*SILLY, *(["del"] if place else [])]:
             (folder / name).write_text(json.dumps(other(whole, place, value)))
@@ -187,39 +425,81 @@ def test_a_damaged_file_of_a_model_is_refused_or_harmless(name, tmp_path):
                 found = as_opened(folder)
             except BadInput as error:
                 said = str(error)
-                assert "\n" not in said and len(said) < 600 and ("good" in said or "--template" in said), (place, value, said)
+                assert (
+                    "\n" not in said
+                    and len(said) < 600
+                    and ("good" in said or "--template" in said)
+                ), (place, value, said)
                 counts["refused"] += 1
                 continue
-            assert found == meant or (place or ("eos_token_id",))[0] in MEANS[name] or (value == "del" and place[1] == "vocab"), (place, value, found, meant)
+            assert (
+                found == meant
+                or (place or ("eos_token_id",))[0] in MEANS[name]
+                or (value == "del" and place[1] == "vocab")
+            ), (place, value, found, meant)
             counts["same" if found == meant else "other"] += 1
     assert counts["refused"] > 4 * counts["other"] and counts["refused"] > counts["same"], counts
 
 
-@pytest.mark.parametrize("fields, says", [
-    (dict(hidden_size="64"), "hidden_size = '64' is not a whole number"), (dict(hidden_size=10**12), "width = 1000000000000"), (dict(num_hidden_layers=0), "depth = 0"), (dict(num_attention_heads=0), "num_attention_heads = 0"),
-    (dict(num_attention_heads=3), "num_attention_heads = 3"), (dict(num_attention_heads=2.0), "num_attention_heads = 2.0 is not"), (dict(num_key_value_heads=0), "kv_heads = 0"), (dict(vocab_size=-1), "vocab_size = -1"),
-    (dict(head_dim=15), "heads of size 15"), (dict(num_attention_heads=4, num_key_value_heads=3, head_dim=8), "3 key/value heads"), (dict(rope_scaling=["llama3"]), "rope_scaling = ['llama3'] is not a dict"),
-    (dict(rope_scaling=dict(factor=8.0)), "factor = 8.0"), (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "has no field 'low_freq_factor'"), (dict(rope_theta="1e4"), "rope_theta = '1e4'"), (dict(rms_norm_eps=None), "rms_norm_eps"),
-    (dict(rms_norm_eps=-1.0), "norm_eps = -1.0"), (dict(tie_word_embeddings="false"), "tie_word_embeddings = 'false' is not true or false"), (dict(eos_token_id="256"), "eos_token_id = '256'"), (dict(eos_token_id=[256.0]), "eos_token_id"),
-    (dict(prompt_template="chatmk"), "prompt_template = 'chatmk'"), (dict(hidden_act=None), "hidden_act = None"), (dict(max_position_embeddings=10**10), "context = 10000000000"), (dict(layer_types="full"), "layer_types = 'full' is not a list"),
-])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(hidden_size="64"), "hidden_size = '64' is not a whole number"),
+        (dict(hidden_size=10**12), "width = 1000000000000"),
+        (dict(num_hidden_layers=0), "depth = 0"),
+        (dict(num_attention_heads=0), "num_attention_heads = 0"),
+        (dict(num_attention_heads=3), "num_attention_heads = 3"),
+        (dict(num_attention_heads=2.0), "num_attention_heads = 2.0 is not"),
+        (dict(num_key_value_heads=0), "kv_heads = 0"),
+        (dict(vocab_size=-1), "vocab_size = -1"),
+        (dict(head_dim=15), "heads of size 15"),
+        (dict(num_attention_heads=4, num_key_value_heads=3, head_dim=8), "3 key/value heads"),
+        (dict(rope_scaling=["llama3"]), "rope_scaling = ['llama3'] is not a dict"),
+        (dict(rope_scaling=dict(factor=8.0)), "factor = 8.0"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "has no field 'low_freq_factor'"),
+        (dict(rope_theta="1e4"), "rope_theta = '1e4'"),
+        (dict(rms_norm_eps=None), "rms_norm_eps"),
+        (dict(rms_norm_eps=-1.0), "norm_eps = -1.0"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings = 'false' is not true or false"),
+        (dict(eos_token_id="256"), "eos_token_id = '256'"),
+        (dict(eos_token_id=[256.0]), "eos_token_id"),
+        (dict(prompt_template="chatmk"), "prompt_template = 'chatmk'"),
+        (dict(hidden_act=None), "hidden_act = None"),
+        (dict(max_position_embeddings=10**10), "context = 10000000000"),
+        (dict(layer_types="full"), "layer_types = 'full' is not a list"),
+    ],
+)
 def test_a_config_of_wrong_types_is_refused(fields, says, tmp_path):
-    """Catches each of these alone: a text for a number, sizes that cannot be, heads that do not divide, scalings of RoPE that are passed over."""
+    """Catches each of these alone: a text for a number, sizes that cannot be, heads that do not
+    divide, scalings of RoPE that are passed over."""
     folder = make_folder(tmp_path / "m", TOKENS["chatml"], CONFIG | fields)
     with pytest.raises(BadInput) as error:
         prompts.open_shape(folder)
     assert says in str(error.value) and "config.json" in str(error.value), error.value
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda t: t["model"]["vocab"].update({"!": 1}), "gives the token"), (lambda t: t["model"]["vocab"].update({"!": -1}), "has the id -1"), (lambda t: t["model"]["vocab"].update({"!": 5000}), "ids up to 5000"),
-    (lambda t: t["model"]["vocab"].update({"!": "0"}), "has the id '0'"), (lambda t: t["model"]["vocab"].update({"!": 0.5}), "has the id 0.5"), (lambda t: t["added_tokens"][0].update(id=7), "gives the token"),
-    (lambda t: t["added_tokens"].append(dict(id=300, content="!")), "gives the token"), (lambda t: t["model"].update(vocab=[]), "vocab = [] is not a dict"), (lambda t: t["model"].update(merges=None), "merges = None is not a list"),
-    (lambda t: t["model"].update(dropout=0.1), "dropout = 0.1"), (lambda t: t.update(normalizer={}), "is damaged"), (lambda t: t.update(normalizer=False), "is damaged"), (lambda t: t.update(post_processor=dict(type="RobertaProcessing")), "RobertaProcessing"),
-    (lambda t: t["pre_tokenizer"].update(use_regex=1), "use_regex = 1 is not true or false"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda t: t["model"]["vocab"].update({"!": 1}), "gives the token"),
+        (lambda t: t["model"]["vocab"].update({"!": -1}), "has the id -1"),
+        (lambda t: t["model"]["vocab"].update({"!": 5000}), "ids up to 5000"),
+        (lambda t: t["model"]["vocab"].update({"!": "0"}), "has the id '0'"),
+        (lambda t: t["model"]["vocab"].update({"!": 0.5}), "has the id 0.5"),
+        (lambda t: t["added_tokens"][0].update(id=7), "gives the token"),
+        (lambda t: t["added_tokens"].append(dict(id=300, content="!")), "gives the token"),
+        (lambda t: t["model"].update(vocab=[]), "vocab = [] is not a dict"),
+        (lambda t: t["model"].update(merges=None), "merges = None is not a list"),
+        (lambda t: t["model"].update(dropout=0.1), "dropout = 0.1"),
+        (lambda t: t.update(normalizer={}), "is damaged"),
+        (lambda t: t.update(normalizer=False), "is damaged"),
+        (lambda t: t.update(post_processor=dict(type="RobertaProcessing")), "RobertaProcessing"),
+        (lambda t: t["pre_tokenizer"].update(use_regex=1), "use_regex = 1 is not true or false"),
+    ],
+)
 def test_a_tokenizer_of_wrong_ids_is_refused(change, says, tmp_path):
-    """Catches ids that two tokens share, that are none, or that the model has no row for, and steps that are passed over."""
+    """Catches ids that two tokens share, that are none, or that the model has no row for, and steps
+    that are passed over."""
     folder = make_folder(tmp_path / "m", TOKENS["chatml"], CONFIG)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     change(tokenizer)
@@ -232,26 +512,60 @@ def test_a_tokenizer_of_wrong_ids_is_refused(change, says, tmp_path):
 TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4)
 
 
-@pytest.mark.parametrize("config, says", [
-    (3, "is a int"), (dict(TASK, task="chess"), "task = 'chess' is not one of"), (dict(TASK, task=["solve"]), "is not one of"), (dict(TASK, modulus="11"), "modulus = '11' is not a whole number"),
-    (dict(TASK, operations=99), "--operations 99 is out of range"), ({k: v for k, v in TASK.items() if k != "numbers"}, "has no field 'numbers'"), (dict(TASK, max_new_tokens=-1), "max_new_tokens at least 0"),
-    (dict(TASK, max_new_tokens="9"), "max_new_tokens = '9'"), (dict(TASK, max_new_tokens=400), "exceed its model's context of 512"),
-])
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        (3, "is a int"),
+        (dict(TASK, task="chess"), "task = 'chess' is not one of"),
+        (dict(TASK, task=["solve"]), "is not one of"),
+        (dict(TASK, modulus="11"), "modulus = '11' is not a whole number"),
+        (dict(TASK, operations=99), "--operations 99 is out of range"),
+        ({k: v for k, v in TASK.items() if k != "numbers"}, "has no field 'numbers'"),
+        (dict(TASK, max_new_tokens=-1), "max_new_tokens at least 0"),
+        (dict(TASK, max_new_tokens="9"), "max_new_tokens = '9'"),
+        (dict(TASK, max_new_tokens=400), "exceed its model's context of 512"),
+    ],
+)
 @pytest.mark.parametrize("script", ["eval", "chat"])
-def test_a_checkpoint_that_says_nonsense_of_its_task(script, config, says, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_says_nonsense_of_its_task(
+    script, config, says, tmp_path, monkeypatch, capsys
+):
     """Catches a traceback for a checkpoint whose weights are fine and whose settings are not."""
     path = tmp_path / "c.pt"
-    save_checkpoint(path, GPT(ModelConfig(vocab_size=VOCABULARY, width=16, depth=1, heads=1, head_size=16, hidden=16)), config=config)
+    save_checkpoint(
+        path,
+        GPT(
+            ModelConfig(vocab_size=VOCABULARY, width=16, depth=1, heads=1, head_size=16, hidden=16)
+        ),
+        config=config,
+    )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--checkpoint" if script == "eval" else "--ckpt", str(path), "--device", "cpu", "--dtype", "float32"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            f"{script}.py",
+            "--checkpoint" if script == "eval" else "--ckpt",
+            str(path),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ],
+    )
     with pytest.raises(SystemExit) as stop:
         guarded(MAINS[script].main)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and ((str(path) in said and says in said) or (script == "chat" and "exceed" in said)), said
+    assert (
+        stop.value.code == 2
+        and said.count("\n") == 1
+        and ((str(path) in said and says in said) or (script == "chat" and "exceed" in said))
+    ), said
 
 
 def test_an_init_that_is_no_model(tmp_path, monkeypatch, capsys):
-    """Catches a traceback for --init at a loop of links, a file, an empty folder, a folder of folders; and of a run whose config.json is damaged."""
+    """Catches a traceback for --init at a loop of links, a file, an empty folder, a folder of
+    folders; and of a run whose config.json is damaged."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     Path("loop").symlink_to("loop")
@@ -260,8 +574,20 @@ def test_an_init_that_is_no_model(tmp_path, monkeypatch, capsys):
     Path("empty").mkdir()
     Path("config/config.json").mkdir(parents=True)
     Path("d.jsonl").write_text(LINE)
-    cases = [("loop", "there is no such folder"), ("dangling", "there is no such folder"), ("file", "there is no such folder"), ("empty", "config.json: there is no such file"), ("config", "config.json")]
-    for text in ("[]", "{}", '{"data": 3}', json.dumps(dict(data="d.jsonl", eval_data="", prompt_tokens="9", max_new_tokens=9)), json.dumps(dict(data="d.jsonl", eval_data="", prompt_tokens=9, max_new_tokens=-9))):
+    cases = [
+        ("loop", "there is no such folder"),
+        ("dangling", "there is no such folder"),
+        ("file", "there is no such folder"),
+        ("empty", "config.json: there is no such file"),
+        ("config", "config.json"),
+    ]
+    for text in (
+        "[]",
+        "{}",
+        '{"data": 3}',
+        json.dumps(dict(data="d.jsonl", eval_data="", prompt_tokens="9", max_new_tokens=9)),
+        json.dumps(dict(data="d.jsonl", eval_data="", prompt_tokens=9, max_new_tokens=-9)),
+    ):
         folder = tmp_path / f"run{len(cases)}"
         (folder / "model").mkdir(parents=True)
         make_folder(folder / "model", TOKENS["chatml"], CONFIG)
@@ -270,11 +596,21 @@ def test_an_init_that_is_no_model(tmp_path, monkeypatch, capsys):
         cases.append((folder.name, f"{folder.name}/config.json"))
     for init, says in cases:
         for script in ("train", "eval", "chat"):
-            if (script == "train" and init.startswith("run")) or (script == "chat" and init == "file"):          # train.py reads no run, chat.py takes files
+            # train.py reads no run, chat.py takes files
+            if (script == "train" and init.startswith("run")) or (
+                script == "chat" and init == "file"
+            ):
                 continue
             words = ["--ckpt", init] if script == "chat" else ["--init", init, "--data", "d.jsonl"]
-            monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, "--device", "cpu", "--dtype", "float32"])
+            monkeypatch.setattr(
+                sys, "argv", [f"{script}.py", *words, "--device", "cpu", "--dtype", "float32"]
+            )
             with pytest.raises(SystemExit) as stop:
                 guarded(MAINS[script].main)
             said = capsys.readouterr().err
-            assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and (says in said or (script == "chat" and "no such" in said)), (script, init, said)
+            assert (
+                stop.value.code == 2
+                and said.startswith("error: ")
+                and said.count("\n") == 1
+                and (says in said or (script == "chat" and "no such" in said))
+            ), (script, init, said)

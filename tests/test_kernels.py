@@ -1,7 +1,10 @@
-"""Every Triton kernel against its twin in torch: interpreted on a CPU, for real where there is CUDA; and compiled ahead of time for sm_80, sm_90.
+"""Every Triton kernel against its twin in torch: interpreted on a CPU, for real where there is
+CUDA; and compiled ahead of time for sm_80, sm_90.
 
-conftest.py switches Triton's interpreter on before anything imports triton, unless there is a CUDA device.
+conftest.py switches Triton's interpreter on before anything imports triton, unless there is a CUDA
+device.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,10 +21,17 @@ from kernels import exponentials, row_keys, tl, waits
 from model import GPT, ModelConfig
 from sample import Sampler
 
-pytestmark = [pytest.mark.extra, pytest.mark.filterwarnings("ignore::RuntimeWarning"),      # the interpreter computes masked places too
-              pytest.mark.skipif(kernels.triton is None, reason="needs triton: pip install -r requirements-extra.txt")]
+# the interpreter computes masked places too
+pytestmark = [
+    pytest.mark.extra,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(
+        kernels.triton is None, reason="needs triton: pip install -r requirements-extra.txt"
+    ),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TYPES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}      # type -> bound on ‖out - ref‖ / ‖ref‖; bf16 keeps 8 bits, and twins round more often
+# type -> bound on ‖out - ref‖ / ‖ref‖; bf16 keeps 8 bits, and twins round more often
+TYPES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
 def error(out, ref):
@@ -32,16 +42,27 @@ def error(out, ref):
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype).to(DEVICE)
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+        .to(dtype)
+        .to(DEVICE)
+    )
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("R, D", [(1, 16), (3, 33), (9, 96), (2, 130)])
 def test_add_norm(R, D, dtype):
-    """Catches pad columns in the mean of squares, a norm of x without δ, and a sum that is not the rounded one that goes on."""
-    x, delta, weight = randn(R, D, dtype=dtype), randn(R, D, dtype=dtype, seed=1), randn(D, dtype=dtype)
+    """Catches pad columns in the mean of squares, a norm of x without δ, and a sum that is not the
+    rounded one that goes on."""
+    x, delta, weight = (
+        randn(R, D, dtype=dtype),
+        randn(R, D, dtype=dtype, seed=1),
+        randn(D, dtype=dtype),
+    )
     for d in (delta, None):
-        for out, ref in zip(kernels.add_norm(x, d, weight, 1e-6), kernels.add_norm_torch(x, d, weight, 1e-6)):
+        for out, ref in zip(
+            kernels.add_norm(x, d, weight, 1e-6), kernels.add_norm_torch(x, d, weight, 1e-6)
+        ):
             assert error(out, ref) < TYPES[dtype]
 
 
@@ -56,7 +77,8 @@ def test_swiglu(R, size, dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("R, N, K, C", [(1, 1, 1, 16), (3, 6, 2, 24), (2, 4, 4, 80), (4, 7, 1, 64)])
 def test_rope_store(R, N, K, C, dtype):
-    """Catches the wrong partner in the rotation, norms of the wrong head, and keys in values' place."""
+    """Catches the wrong partner in the rotation, norms of the wrong head, and keys in values'
+    place."""
     qkv, norms = randn(R, (N + 2 * K) * C, dtype=dtype), randn(N + K, C, dtype=dtype)
     cos, sin = randn(R, C, dtype=dtype), randn(R, C, dtype=dtype, seed=3)
     slot = torch.tensor([5, 3, 0, 9][:R], device=DEVICE)
@@ -64,55 +86,119 @@ def test_rope_store(R, N, K, C, dtype):
         stores = [torch.full((10, K, C), 7.0, dtype=dtype, device=DEVICE) for _ in range(4)]
         out = kernels.rope_store(qkv, weights, cos, sin, slot, *stores[:2], N, 1e-6)
         ref = kernels.rope_store_torch(qkv, weights, cos, sin, slot, *stores[2:], N, 1e-6)
-        assert error(out, ref) < TYPES[dtype] and error(stores[0], stores[2]) < TYPES[dtype] and torch.equal(stores[1], stores[3])
+        assert (
+            error(out, ref) < TYPES[dtype]
+            and error(stores[0], stores[2]) < TYPES[dtype]
+            and torch.equal(stores[1], stores[3])
+        )
 
 
 def segments(rows, starts, lengths):
     return tuple(torch.tensor(x, device=DEVICE) for x in (rows, starts, lengths))
 
 
-CASES = {   # heads, key/value heads, head size, groups of (members, starts, lengths)
+CASES = {  # heads, key/value heads, head size, groups of (members, starts, lengths)
     "one row, one key": (1, 1, 16, [([[0]], [3], [1])]),
-    "empty suffix": (4, 2, 32, [([[0, 1, 2]], [0], [5]), ([[0], [1], [2]], [10, 20, 30], [0, 1, 2])]),
-    "around a block": (4, 1, 64, [([[0, 1], [2, 3]], [0, 70], [64, 63]), ([[0], [1], [2], [3]], [200, 300, 400, 500], [65, 64, 63, 0])]),
-    "seven heads a key, odd head size": (14, 2, 24, [([[0, 1, -1], [2, -1, -1]], [0, 40], [33, 17]), ([[0], [1], [2]], [90, 110, 150], [9, 31, 3])]),
-    "three generations": (4, 2, 128, [([[0, 1, 2, 3]], [0], [40]), ([[0, 1], [2, 3]], [50, 90], [33, 7]), ([[0], [1], [2], [3]], [120] * 4, [1, 2, 3, 4])]),
-    "two tiles of fourteen queries and one of seven": (14, 2, 64, [([[0, 1], [2, 3], [4, -1]], [0, 0, 0], [70] * 3),
-                                                                  ([[0], [1], [2], [3], [4]], [80, 90, 100, 110, 120], [1, 2, 3, 4, 0])]),
-    "four tiles of sixteen queries, long heads": (8, 2, 256, [([[0, 1, 2, 3], [4, 5, 6, 7]], [0, 40], [33, 16])]),
-    "nine rows, an unused line": (2, 1, 80, [([[0, 1, 2, 3], [4, 5, 6, 7], [8, -1, -1, -1], [-1] * 4], [0, 0, 0, 0], [21, 21, 21, 0])]),
+    "empty suffix": (
+        4,
+        2,
+        32,
+        [([[0, 1, 2]], [0], [5]), ([[0], [1], [2]], [10, 20, 30], [0, 1, 2])],
+    ),
+    "around a block": (
+        4,
+        1,
+        64,
+        [
+            ([[0, 1], [2, 3]], [0, 70], [64, 63]),
+            ([[0], [1], [2], [3]], [200, 300, 400, 500], [65, 64, 63, 0]),
+        ],
+    ),
+    "seven heads a key, odd head size": (
+        14,
+        2,
+        24,
+        [
+            ([[0, 1, -1], [2, -1, -1]], [0, 40], [33, 17]),
+            ([[0], [1], [2]], [90, 110, 150], [9, 31, 3]),
+        ],
+    ),
+    "three generations": (
+        4,
+        2,
+        128,
+        [
+            ([[0, 1, 2, 3]], [0], [40]),
+            ([[0, 1], [2, 3]], [50, 90], [33, 7]),
+            ([[0], [1], [2], [3]], [120] * 4, [1, 2, 3, 4]),
+        ],
+    ),
+    "two tiles of fourteen queries and one of seven": (
+        14,
+        2,
+        64,
+        [
+            ([[0, 1], [2, 3], [4, -1]], [0, 0, 0], [70] * 3),
+            ([[0], [1], [2], [3], [4]], [80, 90, 100, 110, 120], [1, 2, 3, 4, 0]),
+        ],
+    ),
+    "four tiles of sixteen queries, long heads": (
+        8,
+        2,
+        256,
+        [([[0, 1, 2, 3], [4, 5, 6, 7]], [0, 40], [33, 16])],
+    ),
+    "nine rows, an unused line": (
+        2,
+        1,
+        80,
+        [([[0, 1, 2, 3], [4, 5, 6, 7], [8, -1, -1, -1], [-1] * 4], [0, 0, 0, 0], [21, 21, 21, 0])],
+    ),
 }
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_attend(case, dtype):
-    """Catches keys beyond a length, a split or generation left out or counted twice, members mixed up, -inf - -inf; whatever is not to be read
-    is NaN, so reading it once shows."""
+    """Catches keys beyond a length, a split or generation left out or counted twice, members mixed
+    up, -inf - -inf; whatever is not to be read is NaN, so reading it once shows."""
     N, K, C, groups = CASES[case]
     k, v = (torch.full((640, K, C), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv")
     groups = [segments(*group) for group in groups]
     for _, starts, lengths in groups:
         for start, length in zip(starts.tolist(), lengths.tolist()):
-            k[start:start + length], v[start:start + length] = randn(length, K, C, dtype=dtype, seed=start), randn(length, K, C, dtype=dtype, seed=-start)
+            k[start : start + length], v[start : start + length] = (
+                randn(length, K, C, dtype=dtype, seed=start),
+                randn(length, K, C, dtype=dtype, seed=-start),
+            )
     R = 1 + max(int(rows.max()) for rows, _, _ in groups)
     q = randn(R, N, C, dtype=dtype)
-    ref = kernels.attend_torch(*(x.cpu() for x in (q, k, v)), [[x.cpu() for x in group] for group in groups])
+    ref = kernels.attend_torch(
+        *(x.cpu() for x in (q, k, v)), [[x.cpu() for x in group] for group in groups]
+    )
     for splits in (1, 3):
         assert error(kernels.attend(q, k, v, groups, splits), ref) < TYPES[dtype]
 
 
 def test_padded_rows_are_inert():
-    """Catches an empty place that reads, writes, or spoils its neighbours: with its queries, keys and activations NaN, the other rows are as
-    without it, and neither the cache nor the result takes anything from it."""
+    """Catches an empty place that reads, writes, or spoils its neighbours: with its queries, keys
+    and activations NaN, the other rows are as without it, and neither the cache nor the result
+    takes anything from it."""
     rows, N, K, C = seated(3, most=4, device=DEVICE), 2, 1, 16
-    rows.alive[1], rows.slot[:], rows.length[:] = False, torch.tensor([4, -1, 9]), torch.tensor([1, 0, 2])
+    rows.alive[1], rows.slot[:], rows.length[:] = (
+        False,
+        torch.tensor([4, -1, 9]),
+        torch.tensor([1, 0, 2]),
+    )
     k, v = randn(12, K, C), randn(12, K, C)
     before = k.clone(), v.clone()
     qkv = randn(3, (N + 2 * K) * C)
     qkv[1] = torch.nan
     q = kernels.rope_store(qkv, None, randn(3, C), randn(3, C), rows.slot, k, v, N, 1e-6)
-    assert all(torch.equal(now[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]], then[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]]) for now, then in zip((k, v), before))
+    assert all(
+        torch.equal(now[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]], then[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]])
+        for now, then in zip((k, v), before)
+    )
     own = segments([[0], [1], [2]], [4, 0, 8], [1, 0, 2])
     out = kernels.attend(q, k, v, [own])
     alone = kernels.attend(q[[0, 2]], k, v, [segments([[0], [1]], [4, 8], [1, 2])])
@@ -120,17 +206,26 @@ def test_padded_rows_are_inert():
     logits = randn(3, 40)
     logits[1] = torch.nan
     kernels.choose(logits, 1.0, rows)
-    assert rows.length.tolist() == [2, 0, 3] and not rows.tokens[1].any() and not rows.logprobs[1].any() and torch.isfinite(rows.logprobs).all()
+    assert (
+        rows.length.tolist() == [2, 0, 3]
+        and not rows.tokens[1].any()
+        and not rows.logprobs[1].any()
+        and torch.isfinite(rows.logprobs).all()
+    )
 
 
 @pytest.mark.parametrize("V", [1, 2, 257, 5000, 151_936])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_choose(V, temperature):
-    """Catches other random bits than torch draws, a column beyond the vocabulary, a wrong normaliser over several blocks, a wrong end: tokens,
-    bookkeeping and log-probabilities equal the twin's, for bf16 logits too."""
+    """Catches other random bits than torch draws, a column beyond the vocabulary, a wrong
+    normaliser over several blocks, a wrong end: tokens, bookkeeping and log-probabilities equal the
+    twin's, for bf16 logits too."""
     for dtype in (torch.float32, torch.bfloat16) if V < 10_000 else (torch.bfloat16,):
         logits = 3 * randn(3, V, dtype=dtype)
-        ours, twins = (seated(3, most=5, end_tokens=(V + 7, int(logits[2].argmax())), device=DEVICE) for _ in range(2))
+        ours, twins = (
+            seated(3, most=5, end_tokens=(V + 7, int(logits[2].argmax())), device=DEVICE)
+            for _ in range(2)
+        )
         for rows in (ours, twins):
             rows.key.copy_(row_keys(5, torch.arange(3)))
             rows.length.copy_(torch.tensor([0, 4, 2]))
@@ -143,7 +238,8 @@ def test_choose(V, temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_choose_when_a_filter_leaves_nothing_of_a_block(temperature):
-    """Catches -inf - -inf in the running sum: the first 4,096 of 5,000 tokens are filtered out, or all but one."""
+    """Catches -inf - -inf in the running sum: the first 4,096 of 5,000 tokens are filtered out, or
+    all but one."""
     logits = randn(3, 5000)
     logits[:, :4200] = -torch.inf
     logits[1, 4201:] = -torch.inf
@@ -156,16 +252,18 @@ def test_choose_when_a_filter_leaves_nothing_of_a_block(temperature):
 
 
 def test_attend_skips_rows_that_are_not_there():
-    """Catches a table written for more rows than the step has (as when a graph for fewer rows is captured): nothing is read or written
-    for them, and the rows that are there get what they would."""
+    """Catches a table written for more rows than the step has (as when a graph for fewer rows is
+    captured): nothing is read or written for them, and the rows that are there get what they
+    would."""
     q, k, v = randn(2, 2, 16), randn(9, 1, 16), randn(9, 1, 16)
     some, all_ = segments([[0, 1, 5, 700]], [0], [9]), segments([[0, 1, -1, -1]], [0], [9])
     assert torch.equal(kernels.attend(q, k, v, [some]), kernels.attend(q, k, v, [all_]))
 
 
 def test_the_kernels_random_numbers_are_torchs():
-    """Catches a generator that drifts from its twin in one bit: the kernel's noise decides between equal logits, so that over 600 rows of 64
-    tokens every choice must be that of the largest -log E, and so must the share of tokens (chi-square, 63 degrees of freedom, bound 120: p < 2e-5)."""
+    """Catches a generator that drifts from its twin in one bit: the kernel's noise decides between
+    equal logits, so that over 600 rows of 64 tokens every choice must be that of the largest -log
+    E, and so must the share of tokens (chi-square, 63 degrees of freedom, bound 120: p < 2e-5)."""
     n = 600 if DEVICE == "cuda" else 60
     rows = seated(n, device=DEVICE)
     rows.key.copy_(row_keys(9, torch.arange(n)))
@@ -184,21 +282,32 @@ def _write_waits(bits, keys, out, V, BLOCK: tl.constexpr):
 
 
 def test_the_kernels_waits_are_torchs():
-    """Catches another E where it is small (there rare tokens are decided), where the kernel's series ends (v = 1/64) and at the ends: equal to
-    the twin's to 4e-6 of itself, for bits of every size and sign, and for keys whose offset is next to 0 and next to 1."""
-    size = (2.0 ** torch.linspace(0, 31, 400, dtype=torch.float64)).round().clamp(max=2**31 - 1).to(torch.int64)
+    """Catches another E where it is small (there rare tokens are decided), where the kernel's
+    series ends (v = 1/64) and at the ends: equal to the twin's to 4e-6 of itself, for bits of every
+    size and sign, and for keys whose offset is next to 0 and next to 1."""
+    size = (
+        (2.0 ** torch.linspace(0, 31, 400, dtype=torch.float64))
+        .round()
+        .clamp(max=2**31 - 1)
+        .to(torch.int64)
+    )
     near = 2**25 + torch.arange(-40, 40)
-    bits = torch.cat([torch.tensor([0, -1, -2**31]), size, -size, near, -near]).to(torch.int32)
-    keys = torch.cat([torch.tensor([-2**31, 2**31 - 1, 0], dtype=torch.int32), row_keys(1, torch.arange(9))])
+    bits = torch.cat([torch.tensor([0, -1, -(2**31)]), size, -size, near, -near]).to(torch.int32)
+    keys = torch.cat(
+        [torch.tensor([-(2**31), 2**31 - 1, 0], dtype=torch.int32), row_keys(1, torch.arange(9))]
+    )
     bits = bits.expand(len(keys), -1).contiguous().to(DEVICE)
     out = torch.empty(bits.shape, device=DEVICE)
-    _write_waits[(len(keys),)](bits, keys.to(DEVICE), out, bits.shape[1], BLOCK=kernels.power_of_2(bits.shape[1]))
+    _write_waits[(len(keys),)](
+        bits, keys.to(DEVICE), out, bits.shape[1], BLOCK=kernels.power_of_2(bits.shape[1])
+    )
     twin = waits(bits, keys.to(DEVICE))
     assert out.min() > 0 and out.max() < 17 and ((out - twin).abs() / twin).max() < 4e-6
 
 
 def test_the_kernel_draws_rare_tokens_too():
-    """Catches a tail that is lost in the kernel alone: rows whose draw, in torch, is one of 151,935 tokens of 1.3e-7 each, beside one of 98 %."""
+    """Catches a tail that is lost in the kernel alone: rows whose draw, in torch, is one of 151,935
+    tokens of 1.3e-7 each, beside one of 98 %."""
     V = 151_936
     logits = torch.full((1, V), -15.843)
     logits[:, 7] = 0.0
@@ -207,7 +316,11 @@ def test_the_kernel_draws_rare_tokens_too():
         rows = seated(8)
         rows.key.copy_(row_keys(2, torch.arange(first, first + 8)))
         kernels.choose_torch(logits.expand(8, -1), 1.0, rows)
-        found += [(key, token) for key, token in zip(rows.key.tolist(), rows.tokens[:, 0].tolist()) if token != 7]
+        found += [
+            (key, token)
+            for key, token in zip(rows.key.tolist(), rows.tokens[:, 0].tolist())
+            if token != 7
+        ]
     assert len(found) > 2
     rows = seated(3, device=DEVICE)
     rows.key.copy_(torch.tensor([key for key, _ in found[:3]]))
@@ -215,51 +328,85 @@ def test_the_kernel_draws_rare_tokens_too():
     assert rows.tokens[:, 0].tolist() == [token for _, token in found[:3]]
 
 
-@pytest.mark.parametrize("call", [
-    lambda: kernels.add_norm(randn(2, 8).T, None, randn(2), 1e-6), lambda: kernels.add_norm(randn(2, 8), randn(2, 8).bfloat16(), randn(8), 1e-6),
-    lambda: kernels.swiglu(randn(2, 7)), lambda: kernels.rope_store(randn(2, 33), None, None, None, None, randn(4, 1, 16), randn(4, 1, 16), 1, 1e-6),
-    lambda: kernels.attend(randn(2, 3, 16), randn(9, 2, 16), randn(9, 2, 16), []),
-    lambda: kernels.choose(randn(3, 8), 1.0, seated(2)),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: kernels.add_norm(randn(2, 8).T, None, randn(2), 1e-6),
+        lambda: kernels.add_norm(randn(2, 8), randn(2, 8).bfloat16(), randn(8), 1e-6),
+        lambda: kernels.swiglu(randn(2, 7)),
+        lambda: kernels.rope_store(
+            randn(2, 33), None, None, None, None, randn(4, 1, 16), randn(4, 1, 16), 1, 1e-6
+        ),
+        lambda: kernels.attend(randn(2, 3, 16), randn(9, 2, 16), randn(9, 2, 16), []),
+        lambda: kernels.choose(randn(3, 8), 1.0, seated(2)),
+    ],
+)
 def test_wrappers_refuse(call):
-    """Catches a kernel launched on what it would read wrongly: strides, types and shapes that do not fit are one ValueError."""
+    """Catches a kernel launched on what it would read wrongly: strides, types and shapes that do
+    not fit are one ValueError."""
     with pytest.raises(ValueError, match=r"contiguous|: "):
         call()
 
 
-# ------------------------------------------------------------------------------------------------- the sampler, on kernels
+# ---- the sampler, on kernels ---------------------------------------------------------------------
+
 
 def small(dtype=torch.float32, qk_norm=True):
     torch.manual_seed(0)
-    model = GPT(ModelConfig(VOCABULARY, width=32, depth=2, heads=4, kv_heads=2, head_size=16, hidden=32, context=64, end_tokens=(END,), qk_norm=qk_norm), dtype)
+    model = GPT(
+        ModelConfig(
+            VOCABULARY,
+            width=32,
+            depth=2,
+            heads=4,
+            kv_heads=2,
+            head_size=16,
+            hidden=32,
+            context=64,
+            end_tokens=(END,),
+            qk_norm=qk_norm,
+        ),
+        dtype,
+    )
     with torch.no_grad():
         model.embed.weight.mul_(12)
-        model.embed.weight[END] *= 3            # rows end now and then
+        model.embed.weight[END] *= 3  # rows end now and then
     return model.to(DEVICE)
 
 
 @pytest.mark.parametrize("cache_tokens", [0, 60])
 def test_the_fused_sampler_equals_the_torch_one(cache_tokens, monkeypatch):
-    """Catches any difference between the two readers of the tree: tables, segments, closing up, the queue and the second level, token for
-    token; log-probabilities equal the trainer's (the gap that matters) within 1e-4."""
+    """Catches any difference between the two readers of the tree: tables, segments, closing up, the
+    queue and the second level, token for token; log-probabilities equal the trainer's (the gap that
+    matters) within 1e-4."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "FILL", 24)       # interpreted programs run one after the other
+        monkeypatch.setattr(kernels, "FILL", 24)  # interpreted programs run one after the other
     model, results = small(), []
     for fused in (True, False):
         sampler = Sampler(model, fused=fused, cache_tokens=cache_tokens)
         first = sampler.generate([[1, 2, 3], [4], [5, 6]], 2, 8, seed=0)
         results.append((first, sampler.extend(first, [[7, 8]] * 6, 2, 5, seed=0)))
     for ours, twins in zip(*results):
-        assert ours.tokens.tolist() == twins.tokens.tolist() and ours.lengths.tolist() == twins.lengths.tolist()
+        assert (
+            ours.tokens.tolist() == twins.tokens.tolist()
+            and ours.lengths.tolist() == twins.lengths.tolist()
+        )
         assert (ours.logprobs - twins.logprobs).abs().max() < 1e-4 and worst_gap(model, ours) < 1e-4
-    assert any(result.ended.any() for result in results[0]) and not all(result.ended.all() for result in results[0])
+    assert any(result.ended.any() for result in results[0]) and not all(
+        result.ended.all() for result in results[0]
+    )
 
 
 class Replayed:
-    """A CUDA graph without CUDA: replaying it runs the step again on the tensors that it was captured with."""
+    """A CUDA graph without CUDA: replaying it runs the step again on the tensors that it was
+    captured with."""
 
     def __init__(self, sampler, places):
-        self.sampler, self.rows, self.out = sampler, sampler.tables.rows.part(0, places), sampler.outputs[:places]
+        self.sampler, self.rows, self.out = (
+            sampler,
+            sampler.tables.rows.part(0, places),
+            sampler.outputs[:places],
+        )
 
     def replay(self):
         self.sampler._logits(self.sampler.tables, self.rows, self.out)
@@ -267,28 +414,41 @@ class Replayed:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there are real graphs here")
 def test_what_surrounds_the_graphs(monkeypatch):
-    """Catches a bucket too small, empty places that write, tables and slots not put back after the capture, logits of another step: all but the
-    capture itself. Five rows run in a bucket of 8; those that capture run first on tables that were meant for more rows."""
+    """Catches a bucket too small, empty places that write, tables and slots not put back after the
+    capture, logits of another step: all but the capture itself. Five rows run in a bucket of 8;
+    those that capture run first on tables that were meant for more rows."""
+
     def capture(sampler, places):
         graph = Replayed(sampler, places)
-        graph.replay()                                 # the warm-up
+        graph.replay()  # the warm-up
         return graph
 
     monkeypatch.setattr(kernels, "FILL", 8)
     monkeypatch.setattr(Sampler, "_capture", capture)
     graphed, plain = Sampler(small(), fused=True), Sampler(small(), fused=False)
     graphed.graph = True
-    for seed in range(2):                              # the second call finds graphs, and rows of the first that have left
-        ours, twins = (s.generate([[1, 2, 3], [4, 9], [7], [5, 6], [8]], 1, 5, seed=seed) for s in (graphed, plain))
-        assert ours.tokens.tolist() == twins.tokens.tolist() and (ours.logprobs - twins.logprobs).abs().max() < 1e-4
-    ours, twins = (s.extend(c, [[7, 8]], 3, 4, seed=1, rows=[2]) for s, c in ((graphed, ours), (plain, twins)))
-    assert ours.tokens.tolist() == twins.tokens.tolist() and {places for places, _ in graphed.graphs} == {1, 2, 4, 8}
+    for seed in range(2):  # the second call finds graphs, and rows of the first that have left
+        ours, twins = (
+            s.generate([[1, 2, 3], [4, 9], [7], [5, 6], [8]], 1, 5, seed=seed)
+            for s in (graphed, plain)
+        )
+        assert (
+            ours.tokens.tolist() == twins.tokens.tolist()
+            and (ours.logprobs - twins.logprobs).abs().max() < 1e-4
+        )
+    ours, twins = (
+        s.extend(c, [[7, 8]], 3, 4, seed=1, rows=[2]) for s, c in ((graphed, ours), (plain, twins))
+    )
+    assert ours.tokens.tolist() == twins.tokens.tolist() and {
+        places for places, _ in graphed.graphs
+    } == {1, 2, 4, 8}
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_graphs_equal_the_eager_step():
-    """Catches a graph that reads memory which has moved, a bucket whose empty places are not inert, and stale weights after refresh()."""
+    """Catches a graph that reads memory which has moved, a bucket whose empty places are not inert,
+    and stale weights after refresh()."""
     model = small()
     samplers = [Sampler(model, graph=graph) for graph in (True, False)]
     for step in range(3):
@@ -298,7 +458,10 @@ def test_graphs_equal_the_eager_step():
             first = sampler.generate([[1, 2, 3], [4], [5, 6]] * 9, 5, 20, seed=step)
             results.append((first, sampler.extend(first, [[7, 8]] * 135, 3, 9, seed=step)))
         for ours, eager in zip(*results):
-            assert ours.tokens.tolist() == eager.tokens.tolist() and (ours.logprobs - eager.logprobs).abs().max() < 1e-4
+            assert (
+                ours.tokens.tolist() == eager.tokens.tolist()
+                and (ours.logprobs - eager.logprobs).abs().max() < 1e-4
+            )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -307,37 +470,69 @@ def test_graphs_equal_the_eager_step():
 @pytest.mark.cuda
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_the_fused_sampler_in_bf16_is_near_the_trainer():
-    """Catches a precision lost in a kernel: log-probabilities in bf16 stay within 0.2 nats of the trainer's, 0.02 on average."""
+    """Catches a precision lost in a kernel: log-probabilities in bf16 stay within 0.2 nats of the
+    trainer's, 0.02 on average."""
     from mgrpo import completion_logprobs, pad_rows
+
     model = small(torch.bfloat16)
     c = Sampler(model).generate([[1, 2, 3], [4], [5, 6]] * 20, 8, 30, seed=1)
-    rows = pad_rows([c.prompts[i // c.n] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], DEVICE)
-    gap = (completion_logprobs(model, rows)[0] - c.logprobs[:, :rows.mask.shape[1]])[rows.mask].abs()
+    rows = pad_rows(
+        [c.prompts[i // c.n] for i in range(len(c))],
+        [c.tokens[i, : c.lengths[i]].tolist() for i in range(len(c))],
+        DEVICE,
+    )
+    gap = (completion_logprobs(model, rows)[0] - c.logprobs[:, : rows.mask.shape[1]])[
+        rows.mask
+    ].abs()
     assert gap.max() < 0.2 and gap.mean() < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------- ahead of time
+# ---- ahead of time -------------------------------------------------------------------------------
+
 
 def without_interpreter(tmp_path, *words):
-    """What python prints, in a process that compiles kernels. The deadline is for one that hangs."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    """What python prints, in a process that compiles kernels. The deadline is for one that
+    hangs."""
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def test_every_kernel_compiles_and_none_spills(tmp_path):
-    """Catches what the interpreter forgives: each launch of a decode step, in the shapes of four models and in both compute types, compiled for
-    sm_80 and sm_90 in a process without the interpreter. A spilled register would be traffic that nobody counted."""
-    lines = [line.split() for line in without_interpreter(tmp_path, "bench.py", "kernels").splitlines()]
+    """Catches what the interpreter forgives: each launch of a decode step, in the shapes of four
+    models and in both compute types, compiled for sm_80 and sm_90 in a process without the
+    interpreter. A spilled register would be traffic that nobody counted."""
+    lines = [
+        line.split() for line in without_interpreter(tmp_path, "bench.py", "kernels").splitlines()
+    ]
     lines = [line for line in lines if line and line[0] in ("default", "0.5b", "1.5b", "7b")]
-    assert len(lines) == 56 and {line[2] for line in lines} == {"add_norm", "swiglu", "rope_store", "attend", "merge", "choose"}
+    assert len(lines) == 56 and {line[2] for line in lines} == {
+        "add_norm",
+        "swiglu",
+        "rope_store",
+        "attend",
+        "merge",
+        "choose",
+    }
     for line in lines:
-        assert line[7] == line[10] == "0" and 0 < int(line[6]) < 256 and 0 < int(line[9]) < 256, line
+        assert line[7] == line[10] == "0" and 0 < int(line[6]) < 256 and 0 < int(line[9]) < 256, (
+            line
+        )
 
 
 def test_attention_to_long_heads_does_not_spill(tmp_path):
-    """Catches a tile too large for what none of those shapes has: heads of 256, with 8 query heads a key head and 3, and of 128 with one."""
+    """Catches a tile too large for what none of those shapes has: heads of 256, with 8 query heads
+    a key head and 3, and of 128 with one."""
     program = """
 import itertools, torch, bench, model
 for dtype, (heads, size) in itertools.product((torch.bfloat16, torch.float32), ((8, 256), (3, 256), (1, 128))):

@@ -1,4 +1,6 @@
-"""The library math-verify behind a process that can be killed. Workers of a few lines stand in for it where it is not installed."""
+"""The library math-verify behind a process that can be killed. Workers of a few lines stand in for
+it where it is not installed."""
+
 import os
 import subprocess
 import sys
@@ -59,12 +61,15 @@ def test_one_worker_answers_many(fake):
     """Catches a new process for every comparison, and replies that belong to another question."""
     assert fake.same("5", "5") and not fake.same("6", "5")
     pid = fake.worker.pid
-    assert [fake.same(str(i % 3), "1") for i in range(30)] == [i % 3 == 1 for i in range(30)] and fake.worker.pid == pid
+    assert [fake.same(str(i % 3), "1") for i in range(30)] == [
+        i % 3 == 1 for i in range(30)
+    ] and fake.worker.pid == pid
 
 
 @pytest.mark.parametrize("trouble", ["hang", "die", "babble"])
 def test_a_bad_worker_is_killed_and_replaced(fake, trouble):
-    """Catches a run that hangs, a zombie, a verdict after a failure, and a verifier that is of no use afterwards."""
+    """Catches a run that hangs, a zombie, a verdict after a failure, and a verifier that is of no
+    use afterwards."""
     assert fake.same("5", "5")
     pid, fake.seconds = fake.worker.pid, 0.3 if trouble == "hang" else PATIENCE
     with pytest.raises(VerifierFailed):
@@ -90,13 +95,18 @@ def test_failures_are_counted(fake):
 
 
 def test_only_the_answer_is_sent(fake, monkeypatch):
-    """Catches the whole response being sent, giants being sent, and Countdown's golds leaving this process."""
+    """Catches the whole response being sent, giants being sent, and Countdown's golds leaving this
+    process."""
     sent = []
     monkeypatch.setattr(fake, "ask", lambda line: sent.append(line) or {"same": True})
     monkeypatch.setattr(fake, "start", lambda: None)
     score(r"secret \boxed{42} secret", "5", 0, fake)
     assert sent == ['{"answer": "42", "gold": "5"}']
-    assert not fake.same("9" * (LONGEST + 1), "5") and score("<answer>3*8</answer>", Makes(24, (3, 8)), 0, fake).accuracy == 1 and len(sent) == 1
+    assert (
+        not fake.same("9" * (LONGEST + 1), "5")
+        and score("<answer>3*8</answer>", Makes(24, (3, 8)), 0, fake).accuracy == 1
+        and len(sent) == 1
+    )
 
 
 def test_close_ends_the_worker(fake):
@@ -110,11 +120,19 @@ def test_close_ends_the_worker(fake):
 
 def test_the_worker_ends_with_its_parent():
     """Catches an orphan: the worker must end when its input does."""
-    script = f"import sys; sys.path.insert(0, {os.getcwd()!r}); from mathverify import MathVerify\n" \
-             f"v = MathVerify(5, [sys.executable, '-c', {ECHO!r}]); v.same('5', '5'); print(v.worker.pid, flush=True); import os; os._exit(0)"
-    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    script = (
+        f"import sys; sys.path.insert(0, {os.getcwd()!r}); from mathverify import MathVerify\n"
+        f"v = MathVerify(5, [sys.executable, '-c', {ECHO!r}]); v.same('5', '5'); "
+        "print(v.worker.pid, flush=True); import os; os._exit(0)"
+    )
+    pid = int(
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout
+    )
     end = time.monotonic() + PATIENCE
-    while is_alive(pid) and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():      # nobody's child: init buries it
+    # nobody's child: init buries it
+    while is_alive(pid) and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < end, "the worker is still there"
         time.sleep(0.05)
 
@@ -124,14 +142,20 @@ def test_the_library_decides():
     """Catches a gold or an answer that does not reach the library whole."""
     pytest.importorskip("math_verify")
     verifier = MathVerify()
-    for answer, gold, expected in ((r"\frac{1}{2}", "0.5", True), (r"\frac{1}{3}", "0.5", False), ("(x+1)^2", "x^2+2x+1", True), ("2,1", "1,2", True)):
+    for answer, gold, expected in (
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac{1}{3}", "0.5", False),
+        ("(x+1)^2", "x^2+2x+1", True),
+        ("2,1", "1,2", True),
+    ):
         assert verifier.same(answer, gold) == expected, answer
     verifier.close()
 
 
 @pytest.mark.extra
 def test_the_library_hangs():
-    """Catches a factorial that is computed in C, where no alarm of Python is heard: it is killed, and the next answer is judged."""
+    """Catches a factorial that is computed in C, where no alarm of Python is heard: it is killed,
+    and the next answer is judged."""
     pytest.importorskip("math_verify")
     verifier = MathVerify(seconds=PATIENCE)
     assert verifier.same("5", "5")

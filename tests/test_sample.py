@@ -1,4 +1,6 @@
-"""The sampler: the same distribution, the same numbers and the same tokens as the model says, however rows are batched."""
+"""The sampler: the same distribution, the same numbers and the same tokens as the model says,
+however rows are batched."""
+
 import math
 import os
 import signal
@@ -19,25 +21,35 @@ from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import GPT, ModelConfig
 from sample import Sampler, filtered
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
 
 
 @pytest.fixture(params=["cpu", CUDA])
 def gpt(request, gpt):
-    """conftest's model, whose rows end now and then (two in five of 40 tokens), on each device: on CUDA the sampler runs on kernels and graphs."""
+    """conftest's model, whose rows end now and then (two in five of 40 tokens), on each device: on
+    CUDA the sampler runs on kernels and graphs."""
     with torch.no_grad():
         gpt.embed.weight[END] *= 3
     return gpt.to(request.param)
 
 
 def phrases_for(rows):
-    return [[5, 6, 7][:1 + i % 3] for i in range(rows)]
+    return [[5, 6, 7][: 1 + i % 3] for i in range(rows)]
 
 
 def seated(n, most=1, end_tokens=(), device="cpu"):
     """n rows in flight that have sampled nothing, with results of `most` tokens."""
     rows = Rows.blank(n, 0, end_tokens, device)
-    rows.tokens, rows.logprobs = torch.zeros(n, most + 1, dtype=torch.long, device=device), torch.zeros(n, most + 1, device=device)
+    rows.tokens, rows.logprobs = (
+        torch.zeros(n, most + 1, dtype=torch.long, device=device),
+        torch.zeros(n, most + 1, device=device),
+    )
     rows.row.copy_(torch.arange(n))
     rows.limit.fill_(most)
     rows.alive.fill_(True)
@@ -46,95 +58,128 @@ def seated(n, most=1, end_tokens=(), device="cpu"):
 
 def worst_gap(gpt, c):
     """max |sampler's log-prob - teacher-forced log-prob| over all rows of c."""
-    rows = pad_rows([c.prompts[i // c.n] for i in range(len(c))], c.sampled, gpt.embed.weight.device)
+    rows = pad_rows(
+        [c.prompts[i // c.n] for i in range(len(c))], c.sampled, gpt.embed.weight.device
+    )
     logp, _ = completion_logprobs(gpt, rows)
-    return (logp - c.logprobs[:, :logp.shape[1]])[rows.mask].abs().max().item()
+    return (logp - c.logprobs[:, : logp.shape[1]])[rows.mask].abs().max().item()
 
 
-# --------------------------------------------------------------------------------------------------------- random numbers
+# ---- random numbers ------------------------------------------------------------------------------
+
 
 def test_mix_equals_its_definition_in_unsigned_arithmetic():
-    """Catches a sign bit smeared by >> on signed tensors, and a product that does not wrap: numpy's uint32 is the oracle."""
-    x = np.array([0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 123456789, 0xDEADBEEF], dtype=np.uint32)
+    """Catches a sign bit smeared by >> on signed tensors, and a product that does not wrap: numpy's
+    uint32 is the oracle."""
+    x = np.array(
+        [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 123456789, 0xDEADBEEF], dtype=np.uint32
+    )
     y = x ^ x >> np.uint32(16)
     y = y * np.uint32(0x7FEB352D)
     y = y ^ y >> np.uint32(15)
     y = y * np.uint32(0x846CA68B)
     y = y ^ y >> np.uint32(16)
-    assert mix(torch.from_numpy(x.view(np.int32).copy())).numpy().view(np.uint32).tolist() == y.tolist()
+    assert (
+        mix(torch.from_numpy(x.view(np.int32).copy())).numpy().view(np.uint32).tolist()
+        == y.tolist()
+    )
     assert [mix(int(v)) for v in x] == y.tolist()
 
 
 def test_mix_leaves_its_argument_alone():
-    """Catches in-place arithmetic reaching the caller's keys: the second token of a row would draw other numbers."""
+    """Catches in-place arithmetic reaching the caller's keys: the second token of a row would draw
+    other numbers."""
     x = torch.arange(5, dtype=torch.int32)
     mix(x)
     assert x.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_exponentials_are_exponential():
-    """Catches correlated or clipped noise. Over 4 M draws the mean and variance of Exp(1) are 1 ± .0005 and ± .0014: bounds of five
-    standard errors (one false alarm in 1.7 million); the correlation of neighbours, rows and positions stays below .0035 (seven)."""
-    keys, positions = row_keys(7, torch.arange(2000)).repeat_interleave(5), torch.arange(5).repeat(2000)
+    """Catches correlated or clipped noise. Over 4 M draws the mean and variance of Exp(1) are 1 ±
+    .0005 and ± .0014: bounds of five standard errors (one false alarm in 1.7 million); the
+    correlation of neighbours, rows and positions stays below .0035 (seven)."""
+    keys, positions = (
+        row_keys(7, torch.arange(2000)).repeat_interleave(5),
+        torch.arange(5).repeat(2000),
+    )
     draws = exponentials(keys, positions, 400).view(2000, 5, 400).double()
     assert abs(draws.mean() - 1) < 0.0025 and abs(draws.var() - 1) < 0.007 and draws.min() > 0
     centred = draws - 1
-    for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
+    for a, b in (
+        (centred[1:], centred[:-1]),
+        (centred[:, 1:], centred[:, :-1]),
+        (centred[..., 1:], centred[..., :-1]),
+    ):
         assert abs((a * b).mean()) < 0.0035
 
 
 def test_small_exponentials_are_as_many_as_they_should_be():
-    """Catches noise that is coarse near 0, where rare tokens are decided: of 2^28 draws (1 - exp(-x)) 2^28 lie below x, from 268,435 at
-    x = 1e-3 to 2.7 at 1e-8. Bounds of four standard errors (below ten expected ones: at least 1, at most 25); with steps of 6e-8
-    three of them fail. And all are positive and finite: E = 0 wins at ANY probability, E = inf loses to a token that cannot come."""
+    """Catches noise that is coarse near 0, where rare tokens are decided: of 2^28 draws (1 -
+    exp(-x)) 2^28 lie below x, from 268,435 at x = 1e-3 to 2.7 at 1e-8. Bounds of four standard
+    errors (below ten expected ones: at least 1, at most 25); with steps of 6e-8 three of them fail.
+    And all are positive and finite: E = 0 wins at ANY probability, E = inf loses to a token that
+    cannot come."""
     below, xs = [0] * 6, (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
     for first in range(0, 2**12, 2**4):
-        draws = exponentials(row_keys(3, torch.arange(first, first + 2**4)), torch.full((2**4,), first), 2**16)
+        draws = exponentials(
+            row_keys(3, torch.arange(first, first + 2**4)), torch.full((2**4,), first), 2**16
+        )
         assert draws.min() > 0 and draws.max() < 17
         small = draws[draws < xs[0]]
         below = [count + int((small < x).sum()) for count, x in zip(below, xs)]
     for x, count in zip(xs, below):
         expected = -math.expm1(-x) * 2**28
-        assert abs(count - expected) < 4 * expected ** 0.5 if expected > 10 else 1 <= count <= 25, (x, count, expected)
+        assert abs(count - expected) < 4 * expected**0.5 if expected > 10 else 1 <= count <= 25, (
+            x,
+            count,
+            expected,
+        )
 
 
 def test_the_smallest_exponentials_are_uniform():
-    """Catches steps between the smallest draws, of which no number of draws that a test can afford would tell: the 16 integers nearest to 0,
-    each with 100,000 rows' keys. E 2^31 is then uniform on (0, 8): chi-square over 64 equal parts, and over 64 parts of (0, 2^-6)
-    (63 degrees of freedom, bound 120: p < 2e-5), and at the very ends of bits and keys E is neither 0 nor infinite."""
+    """Catches steps between the smallest draws, of which no number of draws that a test can afford
+    would tell: the 16 integers nearest to 0, each with 100,000 rows' keys. E 2^31 is then uniform
+    on (0, 8): chi-square over 64 equal parts, and over 64 parts of (0, 2^-6) (63 degrees of
+    freedom, bound 120: p < 2e-5), and at the very ends of bits and keys E is neither 0 nor
+    infinite."""
     keys, bits = row_keys(1, torch.arange(100_000)), torch.arange(-8, 8, dtype=torch.int32)
     draws = waits(bits.expand(len(keys), -1), keys).double().flatten() * 2**31
     for top in (8, 2**-6):
         counts = draws[draws < top].mul(64 / top).long().bincount(minlength=64)
         expected = len(keys) * 2 * top / 64
         assert len(counts) == 64 and ((counts - expected) ** 2 / expected).sum() < 120
-    ends = torch.tensor([-2**31, -2**31 + 1, -1, 0, 1, 2**31 - 1], dtype=torch.int32)
+    ends = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1], dtype=torch.int32)
     draws = waits(ends.expand(6, -1), ends)
     assert draws.min() > 0 and draws.max() < 17
 
 
 def test_fold_separates_its_arguments():
     """Catches seed + step, which makes step 1 of seed 0 the step 0 of seed 1."""
-    seen = {fold(seed, step) for seed in range(50) for step in range(50)} | {fold(step) for step in range(50)}
+    seen = {fold(seed, step) for seed in range(50) for step in range(50)} | {
+        fold(step) for step in range(50)
+    }
     assert len(seen) == 2550 and fold(1, 2) != fold(2, 1)
 
 
 def test_any_end_token_ends_a_row(gpt):
-    """Catches all but the first of a model's end tokens ignored (Llama-3 names three): every row stops at the first of them, and stands
-    without it in `ids`."""
+    """Catches all but the first of a model's end tokens ignored (Llama-3 names three): every row
+    stops at the first of them, and stands without it in `ids`."""
     ends = set(range(0, END, 3))
     gpt.config = replace(gpt.config, end_tokens=tuple(ends)[:4])
     for most in (1, 40):
         c = Sampler(gpt, workers=1).generate([[1, 2], [5]], 50, most, seed=3)
         for sampled, ids, ended in zip(c.sampled, c.ids, c.ended.tolist()):
             stops = [i for i, token in enumerate(sampled) if token in gpt.config.end_tokens]
-            assert stops == ([len(sampled) - 1] if ended else []) and ids == (sampled[:-1] if ended else sampled)
+            assert stops == ([len(sampled) - 1] if ended else []) and ids == (
+                sampled[:-1] if ended else sampled
+            )
     assert len({sampled[-1] for sampled, ended in zip(c.sampled, c.ended.tolist()) if ended}) > 1
 
 
 def test_frequencies_match_the_softmax():
-    """Catches temperature applied twice or not at all, and a biased choice. Chi-square over 200,000 draws of an uneven 12-token softmax at
-    temperature 0.7: 11 degrees of freedom, bound 36 (a false alarm has p = .0002; the seed is fixed, so it holds or never does)."""
+    """Catches temperature applied twice or not at all, and a biased choice. Chi-square over 200,000
+    draws of an uneven 12-token softmax at temperature 0.7: 11 degrees of freedom, bound 36 (a false
+    alarm has p = .0002; the seed is fixed, so it holds or never does)."""
     torch.manual_seed(5)
     logits, n = torch.randn(12) * 1.5, 200_000
     rows = seated(n)
@@ -148,9 +193,10 @@ def test_frequencies_match_the_softmax():
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should_be():
-    """Catches a tail that is lost (invariant 1: rollouts come from the distribution whose log-probabilities are trained). A vocabulary of
-    151,936, of which one token has 98 % and each of the others an equal share of 2 %, 1.3e-7: of 2,000 draws 40 ± 6.3 are of these
-    (bounds: four standard errors; with noise that is coarse near 0 they are 8)."""
+    """Catches a tail that is lost (invariant 1: rollouts come from the distribution whose
+    log-probabilities are trained). A vocabulary of 151,936, of which one token has 98 % and each of
+    the others an equal share of 2 %, 1.3e-7: of 2,000 draws 40 ± 6.3 are of these (bounds: four
+    standard errors; with noise that is coarse near 0 they are 8)."""
     n, V = 2000, 151_936
     logits, tail = torch.full((V,), math.log(0.02 / (V - 1))), 0
     logits[77_777] = math.log(0.98)
@@ -163,7 +209,8 @@ def test_rare_tokens_are_drawn_as_often_as_they_should_be():
 
 
 def test_a_token_that_cannot_come_never_does():
-    """Catches E = inf of the one token that can, and 0/0: with -inf everywhere else, that one is drawn whatever its noise, and greedily."""
+    """Catches E = inf of the one token that can, and 0/0: with -inf everywhere else, that one is
+    drawn whatever its noise, and greedily."""
     logits = torch.full((4, 1000), -torch.inf)
     logits[:, 613] = 5.0
     for temperature in (0.0, 1.0, 0.3):
@@ -174,61 +221,86 @@ def test_a_token_that_cannot_come_never_does():
             assert rows.tokens[:, 0].tolist() == [613] * 4 and not rows.logprobs.any()
 
 
-# ------------------------------------------------------------------------------------------------- agreement with the model
+# ---- agreement with the model --------------------------------------------------------------------
+
 
 def test_logprobs_equal_the_trainers(gpt, random_prompts):
-    """THE failure of RL code with two engines. Both layers and a third, ragged prompts, rows leaving: max gap < 1e-4 in fp32."""
+    """THE failure of RL code with two engines. Both layers and a third, ragged prompts, rows
+    leaving: max gap < 1e-4 in fp32."""
     sampler = Sampler(gpt)
     first = sampler.generate(random_prompts, 4, 40, seed=3)
     second = sampler.extend(first, phrases_for(len(first)), 3, 40, seed=3)
     some = torch.arange(0, len(second), 2)
     third = sampler.extend(second, phrases_for(len(some)), 2, 20, seed=3, rows=some)
-    assert 0 < int(second.ended.sum()) < len(second), "rows must both end and be cut, or this proves less than it says"
+    assert 0 < int(second.ended.sum()) < len(second), (
+        "rows must both end and be cut, or this proves less than it says"
+    )
     for completions in (first, second, third):
         assert worst_gap(gpt, completions) < 1e-4
     assert third.parents.tolist() == some.repeat_interleave(2).tolist()
 
 
 def test_temperature_is_in_the_logprobs(gpt, random_prompts):
-    """Catches log-probabilities of the untempered model: at 0.5 they differ by whole nats from those that rollouts were drawn from."""
+    """Catches log-probabilities of the untempered model: at 0.5 they differ by whole nats from
+    those that rollouts were drawn from."""
     c = Sampler(gpt).generate(random_prompts, 2, 12, temperature=0.5, seed=1)
     rows = pad_rows([c.prompts[i // 2] for i in range(len(c))], c.sampled, gpt.embed.weight.device)
     logp, _ = completion_logprobs(gpt, rows, 0.5)
     plain, _ = completion_logprobs(gpt, rows)
-    assert (logp - c.logprobs)[rows.mask].abs().max() < 1e-4 < (plain - c.logprobs)[rows.mask].abs().max()
+    assert (
+        (logp - c.logprobs)[rows.mask].abs().max()
+        < 1e-4
+        < (plain - c.logprobs)[rows.mask].abs().max()
+    )
 
 
 def test_extend_equals_a_fresh_prompt(gpt, random_prompts):
-    """Catches a wrong position, mask or order in the reused cache: extending must give, token for token, what sampling afresh from
-    question + attempt + phrase gives. The rows' random numbers are made equal by drawing greedily."""
+    """Catches a wrong position, mask or order in the reused cache: extending must give, token for
+    token, what sampling afresh from question + attempt + phrase gives. The rows' random numbers are
+    made equal by drawing greedily."""
     sampler = Sampler(gpt)
     first = sampler.generate(random_prompts, 3, 30, seed=3)
-    assert not first.ended.all(), "a cut attempt has a last token whose keys are not cached yet: the case must occur"
+    assert not first.ended.all(), (
+        "a cut attempt has a last token whose keys are not cached yet: the case must occur"
+    )
     phrases = phrases_for(len(first))
     second = sampler.extend(first, phrases, 1, 30, temperature=0)
     fresh = sampler.generate(second.prompts, 1, 30, temperature=0)
-    assert second.tokens.tolist() == fresh.tokens.tolist() and second.lengths.tolist() == fresh.lengths.tolist()
+    assert (
+        second.tokens.tolist() == fresh.tokens.tolist()
+        and second.lengths.tolist() == fresh.lengths.tolist()
+    )
     torch.testing.assert_close(second.logprobs, fresh.logprobs, atol=1e-4, rtol=0)
-    assert [c[len(p):] for c, p in zip(second.prompts, (first.prompts[i // 3] for i in range(len(first))))] == [
-        first.ids[i] + phrases[i] for i in range(len(first))]
+    assert [
+        c[len(p) :]
+        for c, p in zip(second.prompts, (first.prompts[i // 3] for i in range(len(first))))
+    ] == [first.ids[i] + phrases[i] for i in range(len(first))]
 
 
 def test_extending_twice_gives_the_same(gpt, random_prompts):
-    """Catches `extend` writing into the cache it was given: a second call on the same attempts would see the first one's phrases."""
+    """Catches `extend` writing into the cache it was given: a second call on the same attempts
+    would see the first one's phrases."""
     sampler = Sampler(gpt)
     first = sampler.generate(random_prompts, 2, 20, seed=3)
-    results = [sampler.extend(first, phrases_for(len(first)), 2, 20, seed=9).tokens.tolist() for _ in range(2)]
+    results = [
+        sampler.extend(first, phrases_for(len(first)), 2, 20, seed=9).tokens.tolist()
+        for _ in range(2)
+    ]
     assert results[0] == results[1]
 
 
 def test_a_row_alone_equals_the_row_in_a_crowd(gpt, random_prompts):
-    """Catches random numbers or attention that depend on neighbours: 300 rows together, and each of a few alone under its own number."""
+    """Catches random numbers or attention that depend on neighbours: 300 rows together, and each of
+    a few alone under its own number."""
     sampler = Sampler(gpt)
     prompts = (random_prompts * 22)[:150]
     crowd = sampler.generate(prompts, 2, 25, seed=8)
     for i in (0, 1, 77, 150, 299):
         alone = sampler.generate([prompts[i // 2]], 1, 25, seed=8, first_row=i)
-        assert alone.tokens[0, :alone.lengths[0]].tolist() == crowd.tokens[i, :crowd.lengths[i]].tolist()
+        assert (
+            alone.tokens[0, : alone.lengths[0]].tolist()
+            == crowd.tokens[i, : crowd.lengths[i]].tolist()
+        )
 
 
 def test_a_correction_alone_equals_the_correction_in_a_crowd(gpt, random_prompts):
@@ -239,12 +311,13 @@ def test_a_correction_alone_equals_the_correction_in_a_crowd(gpt, random_prompts
     for row in (0, 7, 20):
         alone = sampler.extend(first, [[5, 6]], 2, 20, seed=8, rows=[row])
         width = alone.tokens.shape[1]
-        assert alone.tokens.tolist() == crowd.tokens[2 * row:2 * row + 2, :width].tolist()
-        assert alone.lengths.tolist() == crowd.lengths[2 * row:2 * row + 2].tolist()
+        assert alone.tokens.tolist() == crowd.tokens[2 * row : 2 * row + 2, :width].tolist()
+        assert alone.lengths.tolist() == crowd.lengths[2 * row : 2 * row + 2].tolist()
 
 
 def test_siblings_and_layers_draw_different_numbers(gpt):
-    """Catches a group of identical answers (no signal at all), and layer 2 repeating layer 1's noise."""
+    """Catches a group of identical answers (no signal at all), and layer 2 repeating layer 1's
+    noise."""
     sampler = Sampler(gpt)
     first = sampler.generate([[1, 2, 3]], 8, 12, seed=1)
     assert len({tuple(row) for row in first.tokens.tolist()}) == 8
@@ -253,20 +326,26 @@ def test_siblings_and_layers_draw_different_numbers(gpt):
 
 
 def test_seeds(gpt):
-    """Catches an ignored seed, and one that is not enough: equal seeds repeat, different ones differ."""
+    """Catches an ignored seed, and one that is not enough: equal seeds repeat, different ones
+    differ."""
     sampler = Sampler(gpt)
     a, b, c = (sampler.generate([[1, 2, 3]], 4, 12, seed=s).tokens.tolist() for s in (1, 1, 2))
     assert a == b != c
 
 
 def test_rows_that_end(gpt, random_prompts):
-    """Catches an end token left out of length or log-probs, tokens after the end, and a wrong ended flag."""
+    """Catches an end token left out of length or log-probs, tokens after the end, and a wrong ended
+    flag."""
     c = Sampler(gpt).generate(random_prompts, 100, 40, seed=2)
     assert 10 < int(c.ended.sum()) < len(c) - 10
     for i in range(len(c)):
         n, row = int(c.lengths[i]), c.tokens[i]
-        assert (row[n - 1] == END) == bool(c.ended[i]) and END not in row[:n - 1].tolist()
-        assert not row[n:].any() and not c.logprobs[i, n:].any() and bool((c.logprobs[i, :n] < 0).all())
+        assert (row[n - 1] == END) == bool(c.ended[i]) and END not in row[: n - 1].tolist()
+        assert (
+            not row[n:].any()
+            and not c.logprobs[i, n:].any()
+            and bool((c.logprobs[i, :n] < 0).all())
+        )
         assert c.ended[i] or n == 40
         assert c.ids[i] == [t for t in row[:n].tolist() if t != END]
 
@@ -275,9 +354,11 @@ def test_greedy_is_the_argmax(gpt):
     """Catches noise at temperature 0: every token must be the model's most likely one."""
     c = Sampler(gpt).generate([[1, 2, 3], [7]], 1, 15, temperature=0)
     for i, prompt in enumerate(([1, 2, 3], [7])):
-        ids = prompt + c.tokens[i, :c.lengths[i]].tolist()
-        best = (gpt(torch.tensor([ids], device=gpt.embed.weight.device))[0] @ gpt.head.weight.T).argmax(-1)
-        assert best[len(prompt) - 1:-1].tolist() == ids[len(prompt):]
+        ids = prompt + c.tokens[i, : c.lengths[i]].tolist()
+        best = (
+            gpt(torch.tensor([ids], device=gpt.embed.weight.device))[0] @ gpt.head.weight.T
+        ).argmax(-1)
+        assert best[len(prompt) - 1 : -1].tolist() == ids[len(prompt) :]
 
 
 def test_refresh_takes_new_weights(gpt):
@@ -290,7 +371,10 @@ def test_refresh_takes_new_weights(gpt):
     stale = sampler.generate([[1, 2, 3]], 1, 8, temperature=0)
     sampler.refresh()
     fresh = sampler.generate([[1, 2, 3]], 1, 8, temperature=0)
-    assert stale.tokens.tolist() == before.tokens.tolist() != fresh.tokens.tolist() and worst_gap(gpt, fresh) < 1e-4
+    assert (
+        stale.tokens.tolist() == before.tokens.tolist() != fresh.tokens.tolist()
+        and worst_gap(gpt, fresh) < 1e-4
+    )
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 1), (4, 2), (3, 3)])
@@ -298,7 +382,9 @@ def test_refresh_takes_new_weights(gpt):
 def test_every_shape_of_model(heads, kv_heads, switches, random_prompts):
     """Catches query heads meeting the wrong key head, and switches that only the trainer knows."""
     torch.manual_seed(1)
-    gpt = GPT(ModelConfig(VOCABULARY, 48, 2, heads, kv_heads, 16, 64, 128, end_tokens=(END,), **switches))
+    gpt = GPT(
+        ModelConfig(VOCABULARY, 48, 2, heads, kv_heads, 16, 64, 128, end_tokens=(END,), **switches)
+    )
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -307,28 +393,41 @@ def test_every_shape_of_model(heads, kv_heads, switches, random_prompts):
 
 
 def test_bf16_stays_near(random_prompts):
-    """The bf16 sampler against the bf16 trainer: they round alike, so the mean gap stays below 0.01 nats (fp32: 1e-6)."""
+    """The bf16 sampler against the bf16 trainer: they round alike, so the mean gap stays below 0.01
+    nats (fp32: 1e-6)."""
     torch.manual_seed(0)
     gpt = GPT(ModelConfig(VOCABULARY, 64, 3, 4, 1, 16, 96, 128, end_tokens=(END,)), torch.bfloat16)
     c = Sampler(gpt).generate(random_prompts, 4, 30, seed=1)
-    rows = pad_rows([c.prompts[i // 4] for i in range(len(c))], [c.tokens[i, :c.lengths[i]].tolist() for i in range(len(c))], "cpu")
+    rows = pad_rows(
+        [c.prompts[i // 4] for i in range(len(c))],
+        [c.tokens[i, : c.lengths[i]].tolist() for i in range(len(c))],
+        "cpu",
+    )
     assert (completion_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
     assert c.logprobs.dtype == torch.float32 and math.isfinite(c.logprobs.sum())
 
 
-# --------------------------------------------------------------------------------------------- memory, and other ways to run
+# ---- memory, and other ways to run ---------------------------------------------------------------
+
 
 def test_a_crew_samples_what_one_process_does(gpt, random_prompts):
-    """Catches rows under another's number, attempts sent to a process that has not their keys, and stale weights in the others' memory: generate,
-    extend on some rows, extend that, twice over, with new weights between."""
+    """Catches rows under another's number, attempts sent to a process that has not their keys, and
+    stale weights in the others' memory: generate, extend on some rows, extend that, twice over,
+    with new weights between."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("crews are for CPUs")
     prompts, alone, crew = random_prompts * 3, Sampler(gpt, workers=1), Sampler(gpt, workers=3)
     for step in range(2):
         first, first_alone = (s.generate(prompts, 6, 25, seed=step) for s in (crew, alone))
         rows = torch.arange(1, 90, 4)
-        second, second_alone = (s.extend(c, phrases_for(len(rows)), 2, 15, seed=step, rows=rows) for s, c in ((crew, first), (alone, first_alone)))
-        third, third_alone = (s.extend(c, [[3]] * 2, 2, 9, seed=step, rows=[0, 45]) for s, c in ((crew, second), (alone, second_alone)))
+        second, second_alone = (
+            s.extend(c, phrases_for(len(rows)), 2, 15, seed=step, rows=rows)
+            for s, c in ((crew, first), (alone, first_alone))
+        )
+        third, third_alone = (
+            s.extend(c, [[3]] * 2, 2, 9, seed=step, rows=[0, 45])
+            for s, c in ((crew, second), (alone, second_alone))
+        )
         assert first.home and third.home and not first_alone.home
         for ours, single in ((first, first_alone), (second, second_alone), (third, third_alone)):
             for name in ("tokens", "lengths", "ended", "parents", "numbers"):
@@ -341,8 +440,9 @@ def test_a_crew_samples_what_one_process_does(gpt, random_prompts):
 
 
 def test_a_crews_errors_and_interruptions(gpt, random_prompts, monkeypatch):
-    """Catches an answer to a call that was broken off taken for that to the next, an error swallowed in a process, a process that died waited
-    for, and a cache looked for with processes that are gone. After each of them the crew samples again what it did."""
+    """Catches an answer to a call that was broken off taken for that to the next, an error
+    swallowed in a process, a process that died waited for, and a cache looked for with processes
+    that are gone. After each of them the crew samples again what it did."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("crews are for CPUs")
     crew = Sampler(gpt, workers=2)
@@ -357,19 +457,21 @@ def test_a_crews_errors_and_interruptions(gpt, random_prompts, monkeypatch):
         crew.crew.call(crew, [("extend", "no_such_method", (), {})] * 2, [], None, [0, 0])
     assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
     assert crew.extend(first, phrases_for(70), 1, 5, seed=5).tokens.tolist() == second
-    os.kill(crew.crew.team.members[0].pid, signal.SIGKILL)           # as when memory runs out
+    os.kill(crew.crew.team.members[0].pid, signal.SIGKILL)  # as when memory runs out
     with pytest.raises(ChildProcessError, match="has died"):
         crew.generate(random_prompts, 10, 9)
-    monkeypatch.setattr(crew_module, "tensors", lambda result: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):                           # Ctrl-C between two answers
+    monkeypatch.setattr(
+        crew_module, "tensors", lambda result: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C between two answers
         crew.generate(random_prompts, 10, 9)
     monkeypatch.undo()
     assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
 
 
 def test_a_crew_forgets_what_nobody_holds(gpt, random_prompts):
-    """Catches caches that pile up in the processes, a step's trees after another: when a result goes, or all that was copied from it, each process
-    hears of it with its next order."""
+    """Catches caches that pile up in the processes, a step's trees after another: when a result
+    goes, or all that was copied from it, each process hears of it with its next order."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("crews are for CPUs")
     sampler = Sampler(gpt, workers=2)
@@ -378,14 +480,15 @@ def test_a_crew_forgets_what_nobody_holds(gpt, random_prompts):
     second = sampler.extend(first, phrases_for(70), 1, 5)
     del first, second
     assert team.dropped == [[2], [2]]
-    sampler.extend(copied, [[3]], 1, 5, rows=[0])                    # concerns the first process alone
+    sampler.extend(copied, [[3]], 1, 5, rows=[0])  # concerns the first process alone
     assert team.dropped[0] == [3] and team.dropped[1] == [2, 3]
     del copied
     assert team.dropped[0] == [3, 1]
 
 
 def test_samplers_do_not_mix_caches(gpt, random_prompts):
-    """Catches another sampler's keys taken for one's own: its results can be extended, from their tokens."""
+    """Catches another sampler's keys taken for one's own: its results can be extended, from their
+    tokens."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("one model on the CPU is enough here")
     other = GPT(gpt.config)
@@ -395,37 +498,61 @@ def test_samplers_do_not_mix_caches(gpt, random_prompts):
         mine.generate(random_prompts, 10, 12, seed=1)
         assert worst_gap(gpt, mine.extend(first, phrases_for(70), 1, 10, seed=1)) < 1e-4
 
+
 @pytest.mark.parametrize("cache_tokens", [24 + 40, 200, 777, 3000])
 def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cache_tokens):
-    """Catches the queue: places taken over with something left in them, a row under another's number, turns mixed up, a second level on a cache
-    that was dropped. From a cache for one row at a time to one that nearly holds all, tokens and lengths are those of unlimited memory."""
+    """Catches the queue: places taken over with something left in them, a row under another's
+    number, turns mixed up, a second level on a cache that was dropped. From a cache for one row at
+    a time to one that nearly holds all, tokens and lengths are those of unlimited memory."""
     free, tight = Sampler(gpt), Sampler(gpt, cache_tokens=cache_tokens)
     first, first_tight = (s.generate(random_prompts, 6, 40, seed=2) for s in (free, tight))
-    assert 0 < int(first.ended.sum()) < len(first) and (first_tight.level is None) == (cache_tokens < 3000)
-    assert first.tokens.tolist() == first_tight.tokens.tolist() and worst_gap(gpt, first_tight) < 1e-4
+    assert 0 < int(first.ended.sum()) < len(first) and (first_tight.level is None) == (
+        cache_tokens < 3000
+    )
+    assert (
+        first.tokens.tolist() == first_tight.tokens.tolist() and worst_gap(gpt, first_tight) < 1e-4
+    )
     rows = torch.arange(0, len(first), 3)
     if cache_tokens >= 200:
-        second, second_tight = (s.extend(c, phrases_for(len(rows)), 2, 30, seed=2, rows=rows) for s, c in ((free, first), (tight, first_tight)))
-        assert second.tokens.tolist() == second_tight.tokens.tolist() and second.lengths.tolist() == second_tight.lengths.tolist()
+        second, second_tight = (
+            s.extend(c, phrases_for(len(rows)), 2, 30, seed=2, rows=rows)
+            for s, c in ((free, first), (tight, first_tight))
+        )
+        assert (
+            second.tokens.tolist() == second_tight.tokens.tolist()
+            and second.lengths.tolist() == second_tight.lengths.tolist()
+        )
         assert second.prompts == second_tight.prompts and worst_gap(gpt, second_tight) < 1e-4
 
 
 def test_a_pool_at_its_limit_stays_where_it_is():
-    """Catches a pool that is moved, and all graphs captured anew, for the sake of no slot more; and one that does not grow while it can."""
+    """Catches a pool that is moved, and all graphs captured anew, for the sake of no slot more; and
+    one that does not grow while it can."""
     pool = Pool(ModelConfig(VOCABULARY, depth=1), torch.float32, "cpu", shared=True, limit=100)
     sizes = []
     for slots in (60, 60, 61, 76, 90, 1000, 1000, 101, 30):
         pool.reserve(slots)
         sizes.append((pool.k.shape[1], pool.moves))
-    assert sizes == [(60, 1), (60, 1), (75, 2), (93, 3), (93, 3), (100, 4), (100, 4), (100, 4), (100, 4)]
-    pool.limit = 80                                # what is there is there
+    assert sizes == [
+        (60, 1),
+        (60, 1),
+        (75, 2),
+        (93, 3),
+        (93, 3),
+        (100, 4),
+        (100, 4),
+        (100, 4),
+        (100, 4),
+    ]
+    pool.limit = 80  # what is there is there
     pool.reserve(1000)
     assert pool.k.shape[1] == 100 and pool.moves == 4
 
 
 def test_graphs_outlive_a_call_that_fills_the_cache(gpt, random_prompts, monkeypatch):
-    """Catches graphs captured at every call while rows wait for room (the sampler of CUDA, with stand-ins for a step and its capture):
-    after the first generate and extend there is no other capture, and the pool lies where it lay."""
+    """Catches graphs captured at every call while rows wait for room (the sampler of CUDA, with
+    stand-ins for a step and its capture): after the first generate and extend there is no other
+    capture, and the pool lies where it lay."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("counts stand-ins")
     captured = []
@@ -441,24 +568,35 @@ def test_graphs_outlive_a_call_that_fills_the_cache(gpt, random_prompts, monkeyp
         first = sampler.generate(random_prompts, 6, 40, seed=seed)
         sampler.extend(first, phrases_for(42), 2, 20, seed=seed)
         seen.append((len(captured), sampler.pool.moves, sampler.pool.k.data_ptr()))
-    assert captured and sampler.pool.k.shape[1] == 400 and first.level is None and len(set(seen)) == 1
+    assert (
+        captured and sampler.pool.k.shape[1] == 400 and first.level is None and len(set(seen)) == 1
+    )
 
 
 def test_rows_that_leave_leave_nothing(gpt):
-    """Catches places of rows that have left in which something goes on: they would write into the cache from a CUDA graph's padded rows."""
+    """Catches places of rows that have left in which something goes on: they would write into the
+    cache from a CUDA graph's padded rows."""
     rows = seated(5, most=3)
     rows.slot.copy_(torch.tensor([10, 20, 30, 40, 50]))
     rows.length.copy_(torch.tensor([1, 2, 3, 1, 2]))
     rows.keep(torch.tensor([False, True, False, True]), 4)
-    assert rows.slot.tolist() == [20, 40, -1, -1, 50] and rows.length.tolist() == [2, 1, 0, 0, 2] and rows.row.tolist()[:2] == [1, 3]
+    assert (
+        rows.slot.tolist() == [20, 40, -1, -1, 50]
+        and rows.length.tolist() == [2, 1, 0, 0, 2]
+        and rows.row.tolist()[:2] == [1, 3]
+    )
     assert rows.alive.tolist() == [True, True, False, False, True]
 
 
 def test_tables_by_hand():
-    """Catches siblings that do not share a line (their keys would be read once a row), a line with too many, and lines left over from before:
-    7 rows below 3 nodes, 32 query heads a key head, so in bf16 2 rows to a line; then 2 rows. In fp32 a line has a quarter of that."""
+    """Catches siblings that do not share a line (their keys would be read once a row), a line with
+    too many, and lines left over from before: 7 rows below 3 nodes, 32 query heads a key head, so
+    in bf16 2 rows to a line; then 2 rows. In fp32 a line has a quarter of that."""
     config = ModelConfig(VOCABULARY, heads=32, kv_heads=1)
-    assert [members_for(dtype, 14, 2) for dtype in (torch.bfloat16, torch.float32)] == [9, 2] and members_for(torch.float32, 32, 1) == 1
+    assert [members_for(dtype, 14, 2) for dtype in (torch.bfloat16, torch.float32)] == [
+        9,
+        2,
+    ] and members_for(torch.float32, 32, 1) == 1
     pool, rows = Pool(config, torch.bfloat16, "cpu", shared=True), Rows.blank(8, 1, (END,), "cpu")
     level = pool.level(3, 5, torch.tensor([4, 5, 2]))
     tables = Tables(config, pool, rows, 8, 1)
@@ -466,13 +604,26 @@ def test_tables_by_hand():
     rows.nodes[0][:7] = torch.tensor([0, 0, 0, 1, 2, 2, 2])
     tables.admit(0, 7)
     lines, starts, lengths = tables.lines[0]
-    assert lines.tolist() == [[0, 1], [2, -1], [3, -1], [4, 5], [6, -1], [-1, -1], [-1, -1], [-1, -1]]
+    assert lines.tolist() == [
+        [0, 1],
+        [2, -1],
+        [3, -1],
+        [4, 5],
+        [6, -1],
+        [-1, -1],
+        [-1, -1],
+        [-1, -1],
+    ]
     assert starts[:5].tolist() == [0, 0, 5, 10, 10] and lengths.tolist() == [4, 4, 5, 2, 2, 0, 0, 0]
     assert rows.start[:7].tolist() == [15 + 6 * i for i in range(7)] and tables.vacant == [7]
     tables.keep(torch.tensor([False, True, False, False, False, False, True]), 7)
     rows.nodes[0][:2] = torch.tensor([0, 2])
     tables.kept(2)
-    assert lines[:3].tolist() == [[0, -1], [1, -1], [-1, -1]] and lengths[:3].tolist() == [4, 2, 0] and tables.vacant == [7, 0, 2, 3, 4, 5]
+    assert (
+        lines[:3].tolist() == [[0, -1], [1, -1], [-1, -1]]
+        and lengths[:3].tolist() == [4, 2, 0]
+        and tables.vacant == [7, 0, 2, 3, 4, 5]
+    )
 
 
 def test_a_cache_too_small_is_named(gpt):
@@ -481,26 +632,41 @@ def test_a_cache_too_small_is_named(gpt):
         Sampler(gpt, cache_tokens=20).generate([[1, 2, 3]], 2, 30)
 
 
-@pytest.mark.parametrize("switches", [dict(leave=False), dict(share=False), dict(share=False, leave=False)])
+@pytest.mark.parametrize(
+    "switches", [dict(leave=False), dict(share=False), dict(share=False, leave=False)]
+)
 def test_switches_change_speed_alone(gpt, random_prompts, switches):
     """Catches a line of bench.py's ladder that samples something else."""
-    results = [s.generate(random_prompts, 5, 40, seed=2).tokens.tolist() for s in (Sampler(gpt), Sampler(gpt, **switches))]
+    results = [
+        s.generate(random_prompts, 5, 40, seed=2).tokens.tolist()
+        for s in (Sampler(gpt), Sampler(gpt, **switches))
+    ]
     assert results[0] == results[1]
 
 
 def test_each_row_has_its_limit(gpt, random_prompts):
-    """Catches one limit for all, and rows that write beyond theirs: row i is cut after its own number of tokens, or ends before."""
+    """Catches one limit for all, and rows that write beyond theirs: row i is cut after its own
+    number of tokens, or ends before."""
     limits = [1 + 5 * i % 33 for i in range(14)]
-    whole, c = Sampler(gpt).generate(random_prompts, 2, 33, seed=2), Sampler(gpt).generate(random_prompts, 2, limits, seed=2)
-    assert c.lengths.tolist() == [min(limit, length) for limit, length in zip(limits, whole.lengths.tolist())]
+    whole, c = (
+        Sampler(gpt).generate(random_prompts, 2, 33, seed=2),
+        Sampler(gpt).generate(random_prompts, 2, limits, seed=2),
+    )
+    assert c.lengths.tolist() == [
+        min(limit, length) for limit, length in zip(limits, whole.lengths.tolist())
+    ]
     for i, length in enumerate(c.lengths.tolist()):
-        assert c.tokens[i, :length].tolist() == whole.tokens[i, :length].tolist() and not c.tokens[i, length:].any()
+        assert (
+            c.tokens[i, :length].tolist() == whole.tokens[i, :length].tolist()
+            and not c.tokens[i, length:].any()
+        )
     with pytest.raises(ValueError, match="3 limits for 14 rows"):
         Sampler(gpt).generate(random_prompts, 2, [4, 5, 6])
 
 
 class Late:
-    """sample.Watch as it is on CUDA, without CUDA: what it says is three steps old, and it says it every third step."""
+    """sample.Watch as it is on CUDA, without CUDA: what it says is three steps old, and it says it
+    every third step."""
 
     def __init__(self, device):
         self.forget()
@@ -518,8 +684,9 @@ class Late:
 
 @pytest.mark.parametrize("cache_tokens", [0, 200])
 def test_late_news_of_who_has_ended(gpt, random_prompts, cache_tokens, monkeypatch):
-    """Catches rows that go on after their end until the host hears of it (it looks every few steps on CUDA): tokens, lengths and ends are those of a
-    host that sees everything, with and without rows that wait."""
+    """Catches rows that go on after their end until the host hears of it (it looks every few steps
+    on CUDA): tokens, lengths and ends are those of a host that sees everything, with and without
+    rows that wait."""
     prompt, late = Sampler(gpt, workers=1), Sampler(gpt, workers=1, cache_tokens=cache_tokens)
     results = []
     for sampler, watch in ((prompt, sample.Watch), (late, Late)):
@@ -530,41 +697,62 @@ def test_late_news_of_who_has_ended(gpt, random_prompts, cache_tokens, monkeypat
         for name in ("tokens", "lengths", "ended"):
             assert getattr(on_time, name).tolist() == getattr(behind, name).tolist(), name
         assert worst_gap(gpt, behind) < 1e-4
-    assert len(set(results[0][0].lengths.tolist())) > 20, "rows must end at different times, or nothing is late"
+    assert len(set(results[0][0].lengths.tolist())) > 20, (
+        "rows must end at different times, or nothing is late"
+    )
 
 
 def test_an_outdated_cache_is_not_used(gpt, random_prompts):
-    """Catches corrections sampled on keys of weights that are gone: after refresh() what is extended is what a fresh prompt gives."""
+    """Catches corrections sampled on keys of weights that are gone: after refresh() what is
+    extended is what a fresh prompt gives."""
     sampler = Sampler(gpt)
     first = sampler.generate(random_prompts, 1, 20, seed=3)
     with torch.no_grad():
         gpt.blocks[0].qkv.weight.add_(torch.randn_like(gpt.blocks[0].qkv.weight))
     sampler.refresh()
     second = sampler.extend(first, phrases_for(len(first)), 1, 20, temperature=0)
-    assert second.tokens.tolist() == sampler.generate(second.prompts, 1, 20, temperature=0).tokens.tolist() and worst_gap(gpt, second) < 1e-4
+    assert (
+        second.tokens.tolist()
+        == sampler.generate(second.prompts, 1, 20, temperature=0).tokens.tolist()
+        and worst_gap(gpt, second) < 1e-4
+    )
 
 
 def test_filters_by_hand():
-    """Catches the token that crosses top-p left out, a strict inequality, and filters on the wrong side of the temperature."""
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()[:, [2, 0, 3, 1]]                    # probabilities .2 .4 .1 .3
+    """Catches the token that crosses top-p left out, a strict inequality, and filters on the wrong
+    side of the temperature."""
+    # probabilities .2 .4 .1 .3
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()[:, [2, 0, 3, 1]]
     kept = lambda **filters: torch.isfinite(filtered(logits, **filters))[0].tolist()
     assert kept(top_k=2) == [False, True, False, True] and kept(top_k=9) == [True] * 4
-    assert kept(top_p=0.75) == [True, True, False, True] and kept(top_p=0.3) == [False, True, False, False] and kept(top_p=1.0) == [True] * 4
+    assert (
+        kept(top_p=0.75) == [True, True, False, True]
+        and kept(top_p=0.3) == [False, True, False, False]
+        and kept(top_p=1.0) == [True] * 4
+    )
     assert kept(min_p=0.6) == [False, True, False, True] and kept(min_p=0.0) == [True] * 4
     assert kept(top_k=3, min_p=0.6) == [False, True, False, True]
 
 
 def test_filters_in_the_sampler(gpt, random_prompts):
-    """Catches filters that reach no token: the likeliest alone is greedy whatever the temperature, in either layer."""
+    """Catches filters that reach no token: the likeliest alone is greedy whatever the temperature,
+    in either layer."""
     sampler = Sampler(gpt)
-    greedy, one = sampler.generate(random_prompts, 1, 12, temperature=0), sampler.generate(random_prompts, 1, 12, temperature=2.0, top_k=1)
+    greedy, one = (
+        sampler.generate(random_prompts, 1, 12, temperature=0),
+        sampler.generate(random_prompts, 1, 12, temperature=2.0, top_k=1),
+    )
     assert greedy.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any()
-    second, one = (sampler.extend(greedy, phrases_for(7), 1, 5, **how) for how in (dict(temperature=0), dict(temperature=2.0, top_p=1e-6)))
+    second, one = (
+        sampler.extend(greedy, phrases_for(7), 1, 5, **how)
+        for how in (dict(temperature=0), dict(temperature=2.0, top_p=1e-6))
+    )
     assert second.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any()
 
 
 def test_training_rollouts_are_not_filtered(gpt, encoding):
-    """Catches the bias of training on log-probabilities that are not the policy's: refused with the reason."""
+    """Catches the bias of training on log-probabilities that are not the policy's: refused with the
+    reason."""
     with pytest.raises(ValueError, match="whole distribution"):
         collect(Sampler(gpt), encoding, [], 2, 2, Sampling(5, 1.0, 0, filters=dict(top_p=0.9)))
 
@@ -575,12 +763,20 @@ def test_graphs_need_kernels(gpt):
         Sampler(gpt, fused=False, graph=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad requests
+# ---- bad requests --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("prompts, new, match", [
-    ([], 5, "no prompts"), ([[1], []], 5, "empty"), ([[1, VOCABULARY]], 5, "vocabulary"), ([[-1]], 5, "vocabulary"), ([[1] * 250], 10, "context"),
-    ([[1]], 0, "context"),
-])
+
+@pytest.mark.parametrize(
+    "prompts, new, match",
+    [
+        ([], 5, "no prompts"),
+        ([[1], []], 5, "empty"),
+        ([[1, VOCABULARY]], 5, "vocabulary"),
+        ([[-1]], 5, "vocabulary"),
+        ([[1] * 250], 10, "context"),
+        ([[1]], 0, "context"),
+    ],
+)
 def test_bad_prompts_are_named(gpt, prompts, new, match):
     """Catches an index error from deep inside torch where a sentence should stand."""
     with pytest.raises(ValueError, match=match):
@@ -588,7 +784,8 @@ def test_bad_prompts_are_named(gpt, prompts, new, match):
 
 
 def test_bad_requests_are_named(gpt):
-    """Catches rows out of order (their attention would be silently wrong), no rows, and a negative temperature."""
+    """Catches rows out of order (their attention would be silently wrong), no rows, and a negative
+    temperature."""
     sampler = Sampler(gpt)
     first = sampler.generate([[1], [2]], 1, 3)
     for rows in ([1, 0], [-1, 0], [1, 2]):
@@ -604,9 +801,14 @@ def test_bad_requests_are_named(gpt):
 
 
 def test_shared_memory_that_is_too_small(gpt, monkeypatch):
-    """Catches torch's traceback in a container whose /dev/shm holds 64 MB, with a model that does not fit."""
+    """Catches torch's traceback in a container whose /dev/shm holds 64 MB, with a model that does
+    not fit."""
+
     def full(self):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: Success (0)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: Success (0)"
+        )
+
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(OSError, match="enlarge /dev/shm"):
         Sampler(gpt, workers=2).generate([[1, 2]] * 40, 2, 3)
