@@ -14,7 +14,7 @@ was trained on are left out, and counted. Errors are standard errors over questi
 goes to a JSONL file, and report.html shows them with the table.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import dataclasses
@@ -26,25 +26,23 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-import bars
-import memory
-import parallel
-import report
-from data import DataSet, names
-from flags import BadInput, check_fields, make_folder, parse_flags, ran_out, read_json
-from journal import say, versions, write_json
-from mathverify import MathVerify
+from huggingface.prompts import model_folder, open_shape, open_weights
+from huggingface.tokenizer import build_encoding
+from huggingface.weights import library
 from mgrpo import Sampling, expand, second_look
 from model import compute_dtype, load_checkpoint
-from pretrain import pick_device
-from prompts import model_folder, open_shape, open_weights
+from report import page
 from reward import agree, extract_answer
+from runtime import bars, distributed, memory
+from runtime.flags import BadInput, check_fields, make_folder, parse_flags, ran_out, read_json
+from runtime.log import say, versions, write_json
+from runtime.transcripts import Dialogues
 from sample import Sampler
 from tables import details, several, summarise, table
-from tasks import TASKS, draw, longest_phrase, prompts_and_golds, task_of, token_limits
-from tokenizer import build_encoding
-from transcripts import Dialogues
-from weights import library
+from tasks.base import pick_device
+from tasks.catalog import TASKS, draw, longest_phrase, prompts_and_golds, task_of, token_limits
+from tasks.files import DataSet, names
+from verifier.math_verify import MathVerify
 
 ROWS = 1024  # sampled at a time
 # questions, samples or rows that flags may ask for: more end in memory that runs out, or never
@@ -137,13 +135,13 @@ def evaluate(
     mean of both turns together, "length1", "length2", "undecided": verifier's failures,
     "questions", "samples", "temperature"}, of all ranks' shares of the questions together.
     record(problems, layers, how) sees every batch of this rank's."""
-    parallel.agree("questions to be asked", [problem.question for problem in problems])
+    distributed.agree("questions to be asked", [problem.question for problem in problems])
     parts, votes, undecided, at_once, mine = (
         [],
         [],
         0,
         max(1, ROWS // samples),
-        parallel.share(len(problems)),
+        distributed.share(len(problems)),
     )
     with bars.rows_of(sampler, len(mine) * samples * turns, say):
         for start in range(mine.start, mine.stop, at_once):
@@ -174,7 +172,7 @@ def evaluate(
             if record:
                 record(batch, layers, how)
     parts, votes, undecided = (
-        sum(found, type(found[0])()) for found in zip(*parallel.everyone((parts, votes, undecided)))
+        sum(found, type(found[0])()) for found in zip(*distributed.everyone((parts, votes, undecided)))
     )
     right, cut, tokens = (torch.cat(column) for column in zip(*parts))  # [Q, samples, turns] each
     lengths = {f"length{turn + 1}": tokens[..., turn].mean().item() for turn in range(turns)}
@@ -372,7 +370,7 @@ def real_subject(c, folder):
     library()  # missing? say so before the weights are needed
     device = pick_device(c.device)
     model = open_weights(
-        path, shape, encoding, parallel.from_rank0(lambda: compute_dtype(c.dtype, device)), device
+        path, shape, encoding, distributed.from_rank0(lambda: compute_dtype(c.dtype, device)), device
     )
     return Subject(
         model,
@@ -563,8 +561,8 @@ def main():
                 "--max-new-tokens or --samples"
             ) from None
         raise
-    report.at_the_end(subject.folder, print, paths, bool(c.transcripts))
+    page.at_the_end(subject.folder, print, paths, bool(c.transcripts))
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    distributed.run(main)

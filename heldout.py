@@ -17,7 +17,7 @@ import functools
 import time
 
 from eval import evaluate, held_out_questions
-from journal import say, write_json
+from runtime.log import say, write_json
 from tables import as_look, percent, table
 
 

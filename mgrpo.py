@@ -56,13 +56,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bars import rows_of
-from kernels import fold
+from engine.kernels import fold
+from huggingface.tokenizer import PHRASES
 from model import token_logprobs
 from reward import score
+from runtime.bars import rows_of
 from sample import filtering
-from tasks import phrase_text, prompts_and_golds
-from tokenizer import PHRASES
+from tasks.catalog import phrase_text, prompts_and_golds
 
 # |log r| is cut here before exp: e^20 is far outside of any clip range, and finite
 MAX_LOG_RATIO = 20.0

@@ -39,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flags import guarded
+from runtime.flags import guarded
 
 CHUNK = 1024  # tokens whose logits exist at a time in training
 # of what a file may ask for; of any other size a million
@@ -324,13 +324,13 @@ class GPT(nn.Module):
     @staticmethod
     def from_pretrained(folder, compute=torch.float32, device="cpu"):
         """weights.from_pretrained: a GPT from a folder in Hugging Face's format."""
-        import weights  # which imports this file
+        from huggingface import weights  # which imports this file
 
         return weights.from_pretrained(folder, compute, device)
 
     def save_pretrained(self, folder, dtype=torch.bfloat16):
         """weights.save_pretrained: a folder in Hugging Face's format."""
-        import weights
+        from huggingface import weights
 
         return weights.save_pretrained(self, folder, dtype)
 

@@ -31,9 +31,8 @@ import sys
 from fractions import Fraction
 from typing import NamedTuple
 
-import algebra
-import answers
-from flags import BadInput, guarded
+from runtime.flags import BadInput, guarded
+from verifier import algebra, answers
 
 LONGEST = 1_000  # characters of an answer that are looked at; a real one has tens
 END = 100_000  # characters at the end of a response in which its answer is looked for

@@ -43,12 +43,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import kernels
-from cache import Grouped, Level, Pool, Prefill, Rows, Tables
-from crew import Crew, Home, crew_size
-from kernels import fold, row_keys
+from engine import kernels
+from engine.cache import Grouped, Level, Pool, Prefill, Rows, Tables
+from engine.kernels import fold, row_keys
+from engine.workers import Crew, Home, crew_size
 from model import narrow_copy
-from parallel import whole
+from runtime.distributed import whole
 
 # rows of a CUDA graph
 BUCKETS = (

@@ -24,7 +24,7 @@ or, from --init, model/ in Hugging Face's format (eval.py reads both). README ex
 of the log.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import dataclasses
@@ -36,14 +36,24 @@ from typing import Literal, NamedTuple, get_type_hints
 
 import torch
 
-import bars
 import heldout
-import memory
-import parallel
-import pretrain
-import report
-import transcripts
-from checkpoints import (
+from engine.kernels import fold
+from engine.packing import batch_of, by_layer, leaf, logprobs, row_packs, tree_packs
+from eval import make_sampler
+from huggingface.weights import save_pretrained
+from mgrpo import (
+    Sampling,
+    collect,
+    completion_logprobs,
+    loss_denominator,
+    pad_rows,
+    policy_loss,
+    targets,
+)
+from model import narrow_copy, save_checkpoint, weights_checksum
+from report import page
+from runtime import bars, distributed, memory, transcripts
+from runtime.checkpoints import (
     FREE,
     Progress,
     Stop,
@@ -55,9 +65,8 @@ from checkpoints import (
     save_state,
     saved,
 )
-from eval import make_sampler
-from flags import BadInput, Maybe, check_fields, parse_flags, ran_out
-from journal import (
+from runtime.flags import BadInput, Maybe, check_fields, parse_flags, ran_out
+from runtime.log import (
     log,
     note_resume,
     open_board,
@@ -68,22 +77,10 @@ from journal import (
     write_json,
     write_samples,
 )
-from kernels import fold
-from mgrpo import (
-    Sampling,
-    collect,
-    completion_logprobs,
-    loss_denominator,
-    pad_rows,
-    policy_loss,
-    targets,
-)
-from model import narrow_copy, save_checkpoint, weights_checksum
-from packing import batch_of, by_layer, leaf, logprobs, row_packs, tree_packs
-from pretrain import pick_preset
-from starting import later, method, plan, prepare, row_tokens, wanted_tokens
-from tasks import draw
-from weights import save_pretrained
+from tasks import base as pretrain
+from tasks.base import pick_preset
+from tasks.catalog import draw
+from tasks.opening import later, method, plan, prepare, row_tokens, wanted_tokens
 
 
 @dataclass(frozen=True)
@@ -257,7 +254,7 @@ def train(c):
         if ran_out(error):
             raise memory.out_of_memory(planned, error, total) from None
         raise
-    report.at_the_end(folder, say)
+    page.at_the_end(folder, say)
     return folder
 
 
@@ -275,7 +272,7 @@ def assemble(setup, planned):
     policy.recompute = c.recompute == "yes"
     progress = Progress(
         base=str(base),
-        reference=weights_checksum(policy) if c.kl_coef and parallel.rank() == 0 else "",
+        reference=weights_checksum(policy) if c.kl_coef and distributed.rank() == 0 else "",
     )
     if not c.resume:
         folder = run_folder(c.name, settings(c), base, time.time() - clock)
@@ -287,7 +284,7 @@ def assemble(setup, planned):
             "new run"
         )
     # cast at every use anyway
-    reference = parallel.shard(narrow_copy(policy)) if c.kl_coef else None
+    reference = distributed.shard(narrow_copy(policy)) if c.kl_coef else None
     if state:
         policy.load_state_dict(state["weights"])
     sampler = make_sampler(
@@ -295,7 +292,7 @@ def assemble(setup, planned):
     )
     if c.compile:
         policy.compile_blocks()
-    parallel.shard(policy)  # the sampler's copy is whole; the masters are in slices from here on
+    distributed.shard(policy)  # the sampler's copy is whole; the masters are in slices from here on
     optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
     if state:
         progress = go_on(state, folder, policy, optimizer)
@@ -315,7 +312,7 @@ def rollouts_and_steps(setup, planned):
                 heldout.table_of("base", sampler, setup, progress)
                 write_json(folder / "result.json", progress.results)
             # of all processes together, or they would wait for each other
-            stopping = parallel.most(stop.asked)
+            stopping = distributed.most(stop.asked)
             while progress.generated < c.tokens and not stopping:
                 before = progress.generated
                 metrics, trees = one_step(
@@ -327,12 +324,12 @@ def rollouts_and_steps(setup, planned):
                 progress.seconds = time.time() - start
                 metrics |= dict(
                     seconds=progress.seconds,
-                    peak_gb=parallel.most(memory.peak(c.device) / memory.GB),
+                    peak_gb=distributed.most(memory.peak(c.device) / memory.GB),
                 )
                 log(folder, metrics, board, c.quiet)
                 watch(folder, progress, metrics, trees, c)
                 bar.update(progress.generated - before)
-                stopping = parallel.most(stop.asked)
+                stopping = distributed.most(stop.asked)
                 if (
                     progress.step == 1
                     or stopping
@@ -402,7 +399,7 @@ def one_step(policy, reference, optimizer, sampler, setup, progress, folder):
     learned = learn(policy, reference, optimizer, trees, c)
     sampler.refresh()
     seconds = sampled - clock, time.perf_counter() - recorded, recorded - sampled
-    counts = parallel.total(
+    counts = distributed.total(
         dict(
             new=sum(int(layer.lengths.sum()) for tree in trees for layer in tree.layers),
             resampled=sum(int((tree.slots < 0).sum()) for tree in trees),
@@ -440,7 +437,7 @@ def rollout(sampler, setup, step):
     c, trees, slots = setup.c, [], list(range(setup.c.prompts))
     for turn in range(c.resample + 1):
         mine, stream, key = (
-            parallel.share(len(slots)),
+            distributed.share(len(slots)),
             f"rl/{c.seed}" + turn * "/again",
             (c.seed, step) + turn * (0xA6A1,),
         )
@@ -472,7 +469,7 @@ def rollout(sampler, setup, step):
             trees.append(Trees(layers, problems, torch.tensor([slots[i] for i in mine])))
         if turn < c.resample:
             slots = sorted(
-                slot for some in parallel.everyone(dull(trees[-1]) if mine else []) for slot in some
+                slot for some in distributed.everyone(dull(trees[-1]) if mine else []) for slot in some
             )
     return trees
 
@@ -541,7 +538,7 @@ def learn(policy, reference, optimizer, trees, c):
             # else no advantages: momentum is no reason to move
             if accumulate(policy, reference, trees, parts, c, sums, first):
                 seen.add((epoch, number if c.update == "joint" else number // c.layers))
-                norm = parallel.whole(
+                norm = distributed.whole(
                     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 ).item()
                 if math.isfinite(norm):
@@ -551,7 +548,7 @@ def learn(policy, reference, optimizer, trees, c):
                     skipped += 1
                 optimizer.zero_grad(set_to_none=True)
     sums = {name: float(value) for name, value in sums.items()}
-    gauge_max, sums = parallel.most(sums.pop("gauge_max")), parallel.total(sums)
+    gauge_max, sums = distributed.most(sums.pop("gauge_max")), distributed.total(sums)
     tokens = max(sums["tokens"], 1)
     return dict(
         loss=sums["loss"] / max(len(seen), 1),
@@ -601,7 +598,7 @@ def accumulate(policy, reference, trees, parts, c, sums, first):
     into micro-batches and ranks nor which of them carry a gradient changes the result. Ranks make
     as many passes as the busiest: a gather or a sum of gradients needs everybody.
     """
-    denominators = parallel.total(
+    denominators = distributed.total(
         {
             depth: sum(
                 loss_denominator(layer.lengths[rows], c.normalize, c.max_new_tokens)
@@ -617,7 +614,7 @@ def accumulate(policy, reference, trees, parts, c, sums, first):
         for row in rows[layer.active(c.kl_coef)[rows]].tolist()
     ]
     batches = (tree_packs if c.pack == "tree" else row_packs)(leaves, c.tokens_per_microbatch)
-    passes = int(parallel.most(len(batches)))
+    passes = int(distributed.most(len(batches)))
     for some in batches:
         loss, found = loss_of(policy, reference, some, denominators, c)
         loss.backward()
@@ -725,10 +722,10 @@ def save(folder, policy, optimizer, progress, c):
         progress.best, progress.accuracy = progress.step, accuracy
     progress.recent = []
     weights, moments = (
-        parallel.gathered(policy),
-        parallel.gathered_optimizer(optimizer, policy.parameters()),
+        distributed.gathered(policy),
+        distributed.gathered_optimizer(optimizer, policy.parameters()),
     )
-    if parallel.rank() > 0:
+    if distributed.rank() > 0:
         return
     save_state(
         folder / "state",
@@ -769,4 +766,4 @@ def main():
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    distributed.run(main)

@@ -17,8 +17,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
 
+from huggingface.tokenizer import build_encoding
 from model import GPT, ModelConfig
-from tokenizer import build_encoding
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -29,15 +29,20 @@ VOCABULARY = build_encoding().n_vocab
 END = build_encoding().eot_token
 
 
+def command(*words):
+    """The command line of a script: train.py or eval.py by path, tools.chat and others by module."""
+    return [sys.executable, *([str(ROOT / words[0])] if words[0].endswith(".py") else ["-m", words[0]]), *words[1:]]
+
+
 def script(cwd, *words, threads=1):
     """Runs a script in a process of its own, in folder cwd -> what it printed."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / words[0]), *words[1:]],
+        command(*words),
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
-        env=os.environ | dict(OMP_NUM_THREADS=str(threads)),
+        env=os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT)),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -5,8 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-import algebra
-from algebra import (
+from verifier import algebra
+from verifier.algebra import (
     EXACT,
     PRIME,
     OutOfTime,
@@ -21,7 +21,7 @@ from algebra import (
     root_of_minus_one,
     values,
 )
-from latex import Unreadable, clean, parse
+from verifier.latex import Unreadable, clean, parse
 
 
 def parsed(*texts):
@@ -427,7 +427,7 @@ def test_the_garbage_collector_is_not_the_answers_fault():
     once in 5,000 under hypothesis); and a collector that stays off."""
     import gc
 
-    import algebra
+    from verifier import algebra
 
     with algebra.deadline:
         assert not gc.isenabled()

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-import algebra
-from answers import Interval, Matrix, Sequence, read, same
-from latex import clean
-from units import with_unit
+from verifier import algebra
+from verifier.answers import Interval, Matrix, Sequence, read, same
+from verifier.latex import clean
+from verifier.units import with_unit
 
 CASES = [  # category, gold, right answers, wrong answers
     ("int", "0", ["-0"], []),

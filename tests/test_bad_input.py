@@ -14,10 +14,10 @@ from conftest import VOCABULARY
 from test_flags import SCRIPTS
 from test_prompts import TOKENS, make_folder
 
-import data
-import prompts
-from flags import BadInput, guarded
+from huggingface import prompts
 from model import GPT, ModelConfig, save_checkpoint
+from runtime.flags import BadInput, guarded
+from tasks import files as data
 
 MAINS = SCRIPTS | dict(data=data, prompts=prompts)
 CONFIG = dict(

@@ -15,12 +15,12 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT, script
 
-import bars
-import crew
-import starting
 import train
-from flags import BadInput
+from engine import workers as crew
+from runtime import bars
+from runtime.flags import BadInput
 from sample import Sampler
+from tasks import opening
 
 SHORT = (
     "train.py",
@@ -280,6 +280,6 @@ def test_tensorboard_has_the_log(folder):
 
 def test_without_tensorboard_it_is_said_at_once(monkeypatch):
     """Catches an ImportError after the base was made."""
-    monkeypatch.setattr(starting.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(opening.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install tensorboard"):
-        starting.validate(train.Config(tensorboard=True))
+        opening.validate(train.Config(tensorboard=True))

@@ -225,7 +225,7 @@ def test_the_task(change, encoding):
     import random
 
     from reward import is_correct
-    from tasks import token_limits
+    from tasks.catalog import token_limits
 
     folder = change("The task")
     tasks = module(folder, "tasks")
@@ -259,7 +259,7 @@ def test_the_task(change, encoding):
 def test_the_guiding_phrase(change):
     """Catches a phrase that is not a token of its own, or that never reaches a second look."""
     folder = change("The guiding phrase")
-    import tokenizer
+    from huggingface import tokenizer
 
     changed = module(folder, "tokenizer")
     (phrase,), (old,) = (

@@ -18,16 +18,16 @@ import torch
 from conftest import END, PATIENCE, ROOT, VOCABULARY
 from test_prompts import TOKENS, make_folder
 
-import chat
-from chat import Config, Dialogue, Partner, Stream, inert, open_partner, split_gold, verdict
 from eval import two_turns
-from flags import BadInput, guarded
+from huggingface.prompts import open_tokenizer
+from huggingface.tokenizer import PHRASES
 from mgrpo import Sampling, draw_phrases
 from model import GPT, ModelConfig, save_checkpoint
-from prompts import open_tokenizer
+from runtime.flags import BadInput, guarded
 from sample import Sampler
-from tasks import draw, make_task, phrase_text
-from tokenizer import PHRASES
+from tasks.catalog import draw, make_task, phrase_text
+from tools import chat
+from tools.chat import Config, Dialogue, Partner, Stream, inert, open_partner, split_gold, verdict
 
 TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4)
 FLOAT = ("--device", "cpu", "--dtype", "float32")

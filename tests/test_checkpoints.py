@@ -20,12 +20,11 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT, script
 
-import checkpoints
 import heldout
-import journal
-import pretrain
 import train
-from checkpoints import (
+from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from runtime import checkpoints, log
+from runtime.checkpoints import (
     Progress,
     Stop,
     alone_in,
@@ -37,9 +36,9 @@ from checkpoints import (
     save_state,
     saved,
 )
-from flags import BadInput, guarded, parse
-from memory import HostAdamW
-from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from runtime.flags import BadInput, guarded, parse
+from runtime.memory import HostAdamW
+from tasks import base as pretrain
 
 KILLS = int(os.environ.get("KILLS", 4))
 TOKENS = 30_000 * (1 + KILLS)
@@ -446,7 +445,7 @@ def test_logs_are_cut_to_the_state(tmp_path):
     (tmp_path / "rollouts.jsonl").write_bytes(
         '{"step": 2, "q": "é"}\n{"step": 2, "q": "é'.encode()[:-1]
     )
-    journal.cut_log(tmp_path, 2)
+    log.cut_log(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n' and (
         tmp_path / "rollouts.jsonl"
     ).read_text() == '{"step": 2, "q": "é"}\n'
@@ -668,19 +667,19 @@ def test_the_reference_is_the_one_that_the_run_began_with(resume, monkeypatch):
     )
     shutil.copytree("out/one", "out/two")
     (base,) = Path("out").glob("base-*.pt")
-    whole, (model, extra) = base.read_bytes(), load_checkpoint(base)
+    whole, (model, extra) = pretrain.read_bytes(), load_checkpoint(base)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "fingerprint", lambda config: "changed")
-        base.unlink()
+        patch.setattr(base, "fingerprint", lambda config: "changed")
+        pretrain.unlink()
         assert refused(
             resume("--resume", "out/one"),
             str(base),
             "there is no such file",
             "bring it back, or start a new run",
         )
-        base.write_bytes(whole[:-1])
+        pretrain.write_bytes(whole[:-1])
         assert refused(resume("--resume", "out/one"), str(base), "does not end with its checksum")
-        base.write_bytes(whole)
+        pretrain.write_bytes(whole)
         assert resume("--resume", "out/one")[0] == 0
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -691,7 +690,7 @@ def test_the_reference_is_the_one_that_the_run_began_with(resume, monkeypatch):
         str(base),
         "its weights are not those that out/two began with",
     )
-    base.write_bytes(whole[:-1])
+    pretrain.write_bytes(whole[:-1])
     monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
     code, printed, wrong = resume("--resume", "out/two")
     assert code == 0 and f"it is put aside as {base}.damaged, and made anew" in printed, wrong
@@ -711,7 +710,7 @@ def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
             **pretrain.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")
         )
     )
-    whole, (model, extra), said = base.read_bytes(), load_checkpoint(base), []
+    whole, (model, extra), said = pretrain.read_bytes(), load_checkpoint(base), []
     monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
     flipped, zeroed, cut = bytearray(whole), bytearray(whole), whole[: len(whole) // 2]
     flipped[len(whole) // 2] ^= 1
@@ -727,7 +726,7 @@ def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
         Path("other.pt").read_bytes(),
         Path("unmeasured.pt").read_bytes(),
     ):
-        base.write_bytes(damaged)
+        pretrain.write_bytes(damaged)
         said.clear()
         found, measured, path = pretrain.base_model(config, said.append)
         assert (

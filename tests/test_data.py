@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import SHARED
 
-import data
-from data import DataSet, names, read_problem, read_problems
-from flags import BadInput, guarded
 from reward import is_correct
+from runtime.flags import BadInput, guarded
+from tasks import files
+from tasks.files import DataSet, names, read_problem, read_problems
 
 WORDS = SimpleNamespace(template=str.split)  # an encoding whose prompts are words
 GSM8K = dict(question="How many?", answer="48/2 = <<48/2=24>>24\n#### 1,024")
@@ -219,14 +219,14 @@ def test_some_are_in_the_files_order(tmp_path):
 def test_data_shows_what_is_there(tmp_path, monkeypatch, capsys):
     """Catches a script that only its author can run."""
     monkeypatch.setattr(sys, "argv", ["data.py", write(tmp_path / "a.jsonl", [GSM8K, MATH])])
-    data.main()
+    files.main()
     assert "1 GSM8K, 1 problem and solution" in capsys.readouterr().out and names(" a, b,") == [
         "a",
         "b",
     ]
     monkeypatch.setattr(sys, "argv", ["data.py"])
     with pytest.raises(SystemExit):
-        guarded(data.main)
+        guarded(files.main)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")

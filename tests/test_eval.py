@@ -11,11 +11,11 @@ from test_mgrpo import scripted_rollout
 
 import eval as evaluation
 from eval import Config, evaluate, held_out_questions, majority, max_new_tokens, open_subject
-from flags import BadInput
 from mgrpo import Sampling
+from runtime.flags import BadInput
+from runtime.transcripts import Dialogues
 from tables import details, mean_and_error, pass_at, several, summarise, table
-from tasks import Problem, make_task
-from transcripts import Dialogues
+from tasks.catalog import Problem, make_task
 
 
 def test_transitions_by_hand():

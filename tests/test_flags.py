@@ -13,16 +13,14 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT
 
-import bench
-import chat
-import compare
 import eval as evaluation
-import memory
-import pretrain
-import report
-import tasks
 import train
-from flags import BadInput, comments, guarded, help_text, parse, parse_flags, writing
+from report import page as report
+from runtime import memory
+from runtime.flags import BadInput, comments, guarded, help_text, parse, parse_flags, writing
+from tasks import base as pretrain
+from tasks import catalog as tasks
+from tools import bench, chat, compare
 
 SCRIPTS = dict(
     train=train,

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from data import read_problems
-from flags import BadInput
 from reward import Reward, extract_answer, score
+from runtime.flags import BadInput
+from tasks.files import read_problems
 
 hypothesis = pytest.importorskip(
     "hypothesis", reason="needs hypothesis: pip install -r requirements-extra.txt"

@@ -16,8 +16,8 @@ import torch
 from conftest import END, PATIENCE, ROOT, VOCABULARY
 from test_sample import seated, worst_gap
 
-import kernels
-from kernels import exponentials, row_keys, tl, waits
+from engine import kernels
+from engine.kernels import exponentials, row_keys, tl, waits
 from model import GPT, ModelConfig
 from sample import Sampler
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
-import mathverify
-from flags import BadInput
-from mathverify import MathVerify
 from reward import LONGEST, Makes, VerifierFailed, score
+from runtime.flags import BadInput
+from verifier import math_verify
+from verifier.math_verify import MathVerify
 
 ECHO = """
 import json, sys, time
@@ -52,7 +52,7 @@ def is_alive(pid):
 
 def test_the_library_is_asked_for(monkeypatch):
     """Catches an ImportError in the middle of a run instead of one sentence at its start."""
-    monkeypatch.setattr(mathverify.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(math_verify.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install math-verify"):
         MathVerify()
 

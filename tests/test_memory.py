@@ -12,11 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import memory
-import starting
 import train
-from flags import BadInput, guarded
-from memory import (
+from huggingface.tokenizer import build_encoding
+from mgrpo import completion_logprobs, pad_rows
+from model import CHUNK, GPT, ModelConfig, token_logprobs
+from runtime import memory
+from runtime.flags import BadInput, guarded
+from runtime.memory import (
     HostAdamW,
     activations,
     block_bytes,
@@ -27,9 +29,7 @@ from memory import (
     plan,
     plan_text,
 )
-from mgrpo import completion_logprobs, pad_rows
-from model import CHUNK, GPT, ModelConfig, token_logprobs
-from tokenizer import build_encoding
+from tasks import opening
 
 SHAPE = ModelConfig(3000, 128, 6, 4, 2, 32, 512, 600)
 
@@ -382,7 +382,7 @@ def test_out_of_memory_is_one_sentence_with_three_flags(tmp_path, monkeypatch):
             train, "rollouts_and_steps", lambda *_, error=error: (_ for _ in ()).throw(error)
         )
         monkeypatch.setattr(
-            train, "prepare", lambda c: starting.Setup(c, build_encoding(), None, SHAPE, None, None)
+            train, "prepare", lambda c: opening.Setup(c, build_encoding(), None, SHAPE, None, None)
         )
         with pytest.raises(BadInput) as said:
             train.train(train.Config(name="r", max_new_tokens=9, dtype="float32", device="cpu"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import END, SHARED
 
+from engine.packing import Leaf, batch_of
 from mgrpo import (
     Sampling,
     choose_sources,
@@ -23,8 +24,7 @@ from mgrpo import (
     targets,
 )
 from model import GPT, ModelConfig
-from packing import Leaf, batch_of
-from tasks import Problem
+from tasks.catalog import Problem
 
 GOLDEN = SHARED / "golden" / "trl_loss.json"
 

@@ -396,10 +396,10 @@ def test_compiled_blocks_are_the_same(gpt):
 
 def test_compile_without_a_compiler_is_said(monkeypatch):
     """Catches a traceback of torch's after the base has been made."""
-    import starting
     import train
+    from tasks import opening
 
-    monkeypatch.setattr(starting.shutil, "which", lambda name: None)
+    monkeypatch.setattr(opening.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(starting.BadInput, match="needs a C\\+\\+ compiler"):
-        starting.validate(train.Config(compile=True))
+    with pytest.raises(opening.BadInput, match="needs a C\\+\\+ compiler"):
+        opening.validate(train.Config(compile=True))

@@ -9,9 +9,8 @@ import torch
 from conftest import VOCABULARY
 from torch.nn.attention.flex_attention import flex_attention
 
-import packing
-from model import GPT, ModelConfig
-from packing import (
+from engine import packing
+from engine.packing import (
     BLOCK,
     block_mask,
     by_flex,
@@ -23,6 +22,7 @@ from packing import (
     row_packs,
     tree_packs,
 )
+from model import GPT, ModelConfig
 
 
 def random_layers(rng, depth, questions=3, most=9):
@@ -150,13 +150,12 @@ def test_a_pass_waits_for_nobody():
     wait: torch is told to raise on any."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    import bench
-    import training_speed
+    from tools import bench, bench_training
 
-    one = training_speed.Bench(
+    one = bench_training.Bench(
         bench.Config(rows=8, group=4, corrections=2, new=9), torch.bfloat16, "cuda"
     )
-    layers = one.rollout(training_speed.Clock("cuda"))
+    layers = one.rollout(bench_training.Clock("cuda"))
     leaves = tree_packs(
         [
             leaf(layers, depth, row)

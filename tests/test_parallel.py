@@ -12,14 +12,13 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT
 
-import memory
-import parallel
-from checkpoints import load_state, saved
-from flags import BadInput
-from mathverify import MathVerify
 from model import load_checkpoint
-from pretrain import pick_device
-from transcripts import lines_of
+from runtime import distributed, memory
+from runtime.checkpoints import load_state, saved
+from runtime.flags import BadInput
+from runtime.transcripts import lines_of
+from tasks.base import pick_device
+from verifier.math_verify import MathVerify
 
 RUN = (
     "train.py",
@@ -252,16 +251,16 @@ def main():
     policy, _ = setup.load()
     sampler = make_sampler(policy, 0, 300)
     shapes = [p.shape for p in policy.parameters()]
-    parallel.shard(policy)
+    distributed.shard(policy)
     optimizer = make_optimizer(policy, 1e-4, False)
     trees = train.rollout(sampler, setup, 0)
     train.learn(policy, None, optimizer, trees, setup.c)
     from pathlib import Path
     transcripts.record(Path("."), policy, trees[0], setup.encoding, setup.c, 1, 0)
-    moments = parallel.gathered_optimizer(optimizer, policy.parameters())
-    if parallel.rank() == 0:
+    moments = distributed.gathered_optimizer(optimizer, policy.parameters())
+    if distributed.rank() == 0:
         torch.save([(type(m["exp_avg"]).__name__, m["exp_avg"].shape, like) for m, like in zip(moments["state"].values(), shapes)], "moments.pt")
-parallel.run(main)
+distributed.run(main)
 """
 
 
@@ -278,8 +277,8 @@ def main():
         for layer in tree.layers:
             c = layer.completions
             rows += [(layer.completions.depth, int(tree.slots[layer.questions[i]]), int(c.numbers[i]), c.prompts[i // c.n], c.sampled[i], float(layer.advantages[i])) for i in range(len(c))]
-    json.dump(rows, open(f"rollouts-{sys.argv[1]}-{parallel.rank()}.json", "w"))
-parallel.run(main)
+    json.dump(rows, open(f"rollouts-{sys.argv[1]}-{distributed.rank()}.json", "w"))
+distributed.run(main)
 """
 
 
@@ -291,12 +290,12 @@ def write(folder, name, text):
 def test_shares_are_everything_once(monkeypatch):
     """Catches a question that two ranks have, or none; and shares that differ by more than one."""
     for size in (1, 2, 3, 8):
-        monkeypatch.setattr(parallel, "size", lambda size=size: size)
+        monkeypatch.setattr(distributed, "size", lambda size=size: size)
         for count in (0, 1, 7, 8, 64):
             shares = []
             for rank in range(size):
-                monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-                shares.append(parallel.share(count))
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                shares.append(distributed.share(count))
             assert [i for share in shares for i in share] == list(range(count)) and max(
                 map(len, shares)
             ) - min(map(len, shares)) <= 1
@@ -332,19 +331,19 @@ def main():
     for dtype in (torch.float32, torch.bfloat16):
         model, frozen = (GPT(ModelConfig(400, 64, 3, 4, 2, 16, 96, 64), dtype) for _ in range(2))
         frozen.to(dtype).requires_grad_(False)
-        parallel.broadcast(model)
+        distributed.broadcast(model)
         sampler = Sampler(model, workers=1)
-        parallel.shard(model)
-        parallel.shard(frozen)
+        distributed.shard(model)
+        distributed.shard(frozen)
         train.idle_pass(model, frozen)    # the first gathers the reference's embeddings, which stay
         moved.clear()
         for _ in range(3):
             train.idle_pass(model, frozen)
-        counted, parts = sum(moved), parallel.traffic(model.config, dtype, 2, 3, True)
+        counted, parts = sum(moved), distributed.traffic(model.config, dtype, 2, 3, True)
         found.append((str(dtype), counted, sum(parts.values()) - parts["sampler"]))
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         json.dump(found, open("traffic.json", "w"))
-parallel.run(main)
+distributed.run(main)
 """
 
 
@@ -405,7 +404,7 @@ from flags import BadInput
 how, real = sys.argv.pop(1), train.one_step
 def one_step(*args):
     found = real(*args)
-    if found[0]["step"] == 2 and parallel.rank() == 1:
+    if found[0]["step"] == 2 and distributed.rank() == 1:
         if how == "raise":
             raise ValueError("the cat sat on the cable")
         if how == "kill":
@@ -415,7 +414,7 @@ def one_step(*args):
         time.sleep(1000)
     return found
 train.one_step = one_step
-parallel.run(train.main)
+distributed.run(train.main)
 """
 
 
@@ -499,9 +498,9 @@ def test_more_processes_than_gpus_is_said(monkeypatch):
 def test_ranks_that_differ_are_named(monkeypatch):
     """Catches two runs in one: machines with other data or other flags are told, before they meet
     in a collective."""
-    monkeypatch.setattr(parallel, "everyone", lambda digest: [digest, digest[::-1]])
+    monkeypatch.setattr(distributed, "everyone", lambda digest: [digest, digest[::-1]])
     with pytest.raises(BadInput, match="do not have the same questions"):
-        parallel.agree("questions", ["one"])
+        distributed.agree("questions", ["one"])
 
 
 def test_math_verifys_worker_starts_under_torchrun(monkeypatch, tmp_path):

@@ -6,10 +6,10 @@ import sys
 import pytest
 from conftest import SHARED
 
-import prompts
-from flags import BadInput, guarded
-from prompts import Special, choose_template, encode_parts, end_tokens, open_tokenizer
-from tokenizer import byte_of
+from huggingface import prompts
+from huggingface.prompts import Special, choose_template, encode_parts, end_tokens, open_tokenizer
+from huggingface.tokenizer import byte_of
+from runtime.flags import BadInput, guarded
 
 MESSAGES = [
     ("system", "Be brief.\n"),

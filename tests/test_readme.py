@@ -9,7 +9,7 @@ import pytest
 from conftest import script
 from test_flags import SCRIPTS, config_of
 
-from flags import parse
+from runtime.flags import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

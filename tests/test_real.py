@@ -13,9 +13,9 @@ from test_prompts import TOKENS, make_folder
 
 import eval as evaluation
 import heldout
-import pretrain
 import train
-from flags import BadInput, guarded
+from runtime.flags import BadInput, guarded
+from tasks import base as pretrain
 
 FLOAT = ("--dtype", "float32", "--device", "cpu")
 SMALL = ("--prompt-tokens", "640", "--max-new-tokens", "24")
@@ -209,7 +209,7 @@ def test_transformers_loads_what_we_leave(walked):
     transformers = pytest.importorskip(
         "transformers", reason="needs transformers: pip install -r requirements-extra.txt"
     )
-    from prompts import open_shape, open_weights
+    from huggingface.prompts import open_shape, open_weights
 
     folder = walked[0] / "out/r/model"
     shape, encoding = open_shape(folder)
@@ -334,7 +334,7 @@ def test_a_run_from_a_run(walked):
 def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, capsys):
     """Catches minutes of loading before a missing data file, and a model written over by
     pretrain.py."""
-    import weights
+    from huggingface import weights
 
     monkeypatch.chdir(walked[0])
     monkeypatch.setattr(weights, "Shards", lambda folder: pytest.fail("weights were read"))

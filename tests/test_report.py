@@ -17,17 +17,17 @@ from conftest import script
 from test_mgrpo import scripted_rollout
 from test_train import rollout  # noqa: F401 - a fixture
 
-import curves
-import report
-import transcripts
 from eval import evaluate
-from flags import BadInput, guarded
+from huggingface.tokenizer import PHRASES
 from mgrpo import completion_logprobs, pad_rows
+from report import curves
+from report import page as report
+from runtime import transcripts
+from runtime.flags import BadInput, guarded
+from runtime.transcripts import Dialogues, answers, pieces, read_trees
 from sample import Sampler
-from tasks import draw, make_task
-from tokenizer import PHRASES
+from tasks.catalog import draw, make_task
 from train import Trees
-from transcripts import Dialogues, answers, pieces, read_trees
 
 HOSTILE = (
     "<script>window.hacked = 1</script>",
@@ -375,7 +375,7 @@ def test_damaged_lines_are_counted_aloud(tmp_path, monkeypatch, capsys, many):
     with open(folder / "eval-solve.jsonl", "a") as file:
         file.write('{"quest')
     if many:
-        monkeypatch.setattr(report, "ROOM", 3000)
+        monkeypatch.setattr(page, "ROOM", 3000)
     text = page_of(folder)
     said = capsys.readouterr().err.splitlines()
     assert said == [
@@ -607,7 +607,7 @@ def test_a_run_does_not_fail_for_its_page(run, tmp_path, monkeypatch, what):
         (folder / "eval-x.jsonl").write_text('{"question": "q"}\n')
     elif what == "full disk":
         monkeypatch.setattr(
-            report.Path,
+            page.Path,
             "write_bytes",
             lambda path, text: (_ for _ in ()).throw(OSError(28, "No space left on device")),
         )
@@ -833,18 +833,18 @@ def questions(page):
 @pytest.mark.extra
 def test_filters_in_a_browser(page):
     """Catches filters that show other trees than they say."""
-    assert len(questions(page)) == 11 and "11 of 11 trees" in page.inner_text("#count")
+    assert len(questions(page)) == 11 and "11 of 11 trees" in report.inner_text("#count")
     for kind, found in (("fixed", ["1", "6"]), ("broken", ["2"]), ("cut", ["3"])):
-        page.select_option("#kind", kind)
+        report.select_option("#kind", kind)
         assert questions(page) == found
         assert page.locator("#trees li.found").count() == len(found)
-    page.select_option("#kind", "all")
+    report.select_option("#kind", "all")
     page.fill("#from", "2")
     page.fill("#to", "4")
     page.keyboard.press("Tab")
     assert questions(page) == ["2", "3", "4"]
-    page.select_option("#kind", "fixed")
-    assert questions(page) == [] and page.inner_text("#count") == "no tree is like this"
+    report.select_option("#kind", "fixed")
+    assert questions(page) == [] and report.inner_text("#count") == "no tree is like this"
 
 
 @pytest.mark.extra
@@ -862,10 +862,10 @@ def test_tints_and_numbers_in_a_browser(page):
         assert (
             look()[0] == name
             and look()[1] != "rgba(0, 0, 0, 0)"
-            and page.get_attribute(f"[data-tint={tint}]", "aria-pressed") == "true"
+            and report.get_attribute(f"[data-tint={tint}]", "aria-pressed") == "true"
         )
     token.hover()
-    says = page.inner_text("#inspector")
+    says = report.inner_text("#inspector")
     assert (
         all(
             part in says
@@ -888,7 +888,7 @@ def test_tints_and_numbers_in_a_browser(page):
 def test_hostile_text_is_text_in_a_browser(page):
     """Catches markup of a model that becomes part of the page: it is there to read, and made no
     element (the fixture sees that nothing ran)."""
-    shown = page.inner_text("#trees")
+    shown = report.inner_text("#trees")
     assert (
         HOSTILE[0] in shown and HOSTILE[1] in shown and "\u241b[31m \u2400 \ufffdgnp.exe" in shown
     )
@@ -912,12 +912,12 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("k")
     assert focused() == 1
     page.keyboard.press("t")
-    assert page.get_attribute("[data-tint=advantage]", "aria-pressed") == "true"
+    assert report.get_attribute("[data-tint=advantage]", "aria-pressed") == "true"
     page.keyboard.press("Tab")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
-    assert '"7+8=4"' in page.inner_text("#inspector") and page.locator(".cursor").count() == 1
+    assert '"7+8=4"' in report.inner_text("#inspector") and page.locator(".cursor").count() == 1
     page.focus("nav a")
     reached = set()
     for _ in range(20):
@@ -956,7 +956,7 @@ def test_the_page_is_readable_small_and_dark(browser, run):
         assert (sum(i * count for i, count in enumerate(shades)) / sum(shades) < 80) == (
             scheme == "dark"
         )
-        page.close()
+        report.close()
 
 
 @pytest.mark.extra
@@ -970,13 +970,13 @@ def test_a_large_page_is_drawn_in_parts(browser, tmp_path):
     page = new_page(browser)
     page.goto(f"file://{folder}/report.html")
     first = page.locator("#trees > article").count()
-    assert 10 < first < 500 and f"{first} of 2000 trees" in page.inner_text("#count")
+    assert 10 < first < 500 and f"{first} of 2000 trees" in report.inner_text("#count")
     page.click("#more")
     assert page.locator("#trees > article").count() == 2 * first
     for _ in range(2 * first + 1):
         page.keyboard.press("j")
     assert page.locator("#trees > article").count() == 3 * first
-    page.close()
+    report.close()
 
 
 def test_scripted_trees_reach_the_page(encoding, tmp_path, gpt):

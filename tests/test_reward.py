@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import algebra
-import answers
 from reward import (
     LONGEST,
     Makes,
@@ -21,6 +19,7 @@ from reward import (
     parse_number,
     score,
 )
+from verifier import algebra, answers
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import END, VOCABULARY
 
-import crew as crew_module
-import kernels
 import sample
-from cache import Pool, Rows, Tables
-from kernels import choose_torch, exponentials, fold, members_for, mix, row_keys, waits
+from engine import kernels
+from engine import workers as crew_module
+from engine.cache import Pool, Rows, Tables
+from engine.kernels import choose_torch, exponentials, fold, members_for, mix, row_keys, waits
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import GPT, ModelConfig
 from sample import Sampler, filtered

@@ -15,9 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, script
 
-import bench
-import compare
-import training_speed
+from tools import bench, bench_training, compare
 
 # ---- compare -------------------------------------------------------------------------------------
 
@@ -331,13 +329,13 @@ def test_the_floor_of_training_by_hand():
     """Catches a token of the trunk counted twice, or a pair of tokens left out: one question of 3,
     two attempts of 2 tokens (of which the last needs no vector), one of them gone on from."""
     c = dataclasses.replace(bench.Config(), rows=2, group=2, corrections=1, prompt=3, new=2)
-    one = training_speed.Bench(c, torch.float32, "cpu", ragged=False)
-    layers, m = one.rollout(training_speed.Clock("cpu")), one.model.config
-    attempt = 2 + len(training_speed.PHRASE)  # both are gone on from: whole, with a phrase
+    one = bench_training.Bench(c, torch.float32, "cpu", ragged=False)
+    layers, m = one.rollout(bench_training.Clock("cpu")), one.model.config
+    attempt = 2 + len(bench_training.PHRASE)  # both are gone on from: whole, with a phrase
     tokens = 3 + 2 * (attempt + 1)
     pairs = 3 * 4 // 2 + 2 * sum(3 + i + 1 for i in range(attempt)) + 2 * (3 + attempt + 1)
     assert (
-        training_speed.work(m, layers)
+        bench_training.work(m, layers)
         == 6 * sum(p.numel() for p in one.model.parameters()) * tokens
         + 12 * m.heads * m.head_size * m.depth * pairs
     )

@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-import tasks
 from eval import held_out_questions
-from flags import BadInput
+from huggingface.tokenizer import PHRASES, TAGS, WORDS
 from reward import is_correct, score
-from tasks import draw, make_task, phrase_text, prompt_text
-from tokenizer import PHRASES, TAGS, WORDS
+from runtime.flags import BadInput
+from tasks import catalog
+from tasks.catalog import draw, make_task, phrase_text, prompt_text
 
 NAMES = ("solve", "chain", "countdown")
 
@@ -40,7 +40,7 @@ def test_no_held_out_computation_is_met_in_training(name):
     other candidates: none of 20,000 training-side draws has a computation of the held-out
     questions, told apart here by other means than in tasks.py; and a split that leaves too few."""
     functions = lambda operations: tuple(
-        tuple(tasks.apply(op, x, b) % 11 for x in range(11)) for op, b in operations
+        tuple(catalog.apply(op, x, b) % 11 for x in range(11)) for op, b in operations
     )
     # an attempt may try any candidate
     worked = dict(
@@ -109,7 +109,7 @@ def test_every_small_task_has_two_sides():
         *(make_task("countdown", numbers=n) for n in range(2, 7)),
     ]:
         for split in ("train", "held out"):
-            assert tasks.held_out(task, draw(task, split, 0, 0)) == (split == "held out")
+            assert catalog.held_out(task, draw(task, split, 0, 0)) == (split == "held out")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +142,7 @@ def test_solve_has_exactly_one_solution():
         task = make_task("solve", modulus=modulus, candidates=5)
         for i in range(300):
             candidates, operations, target = draw(task, "train", 0, i).data
-            assert sum(tasks.compute(x, operations, modulus)[-1] == target for x in candidates) == 1
+            assert sum(catalog.compute(x, operations, modulus)[-1] == target for x in candidates) == 1
 
 
 def test_the_base_doubts_as_stated():
@@ -155,7 +155,7 @@ def test_the_base_doubts_as_stated():
         said[is_correct(attempt.text, problem.gold)].append(
             ": no. " in task.review(problem, attempt, rng)
         )
-    for right, p in ((True, tasks.DOUBTS_RIGHT), (False, tasks.DOUBTS_WRONG)):
+    for right, p in ((True, catalog.DOUBTS_RIGHT), (False, catalog.DOUBTS_WRONG)):
         n = len(said[right])
         assert abs(sum(said[right]) / n - p) < 4 * (p * (1 - p) / n) ** 0.5
 
@@ -167,11 +167,11 @@ def test_reviews_of_countdown_see_right_attempts_half_of_the_time():
     problems = [draw(task, "train", 0, i) for i in range(2000)]
     alone = sum(task.attempt(p, rng).reached == p.gold.target for p in problems) / 2000
     reviewed = (
-        sum(tasks.attempt_to_review(task, p, rng).reached == p.gold.target for p in problems) / 2000
+        sum(catalog.attempt_to_review(task, p, rng).reached == p.gold.target for p in problems) / 2000
     )
     assert 0.10 < alone < 0.25 and abs(reviewed - (0.5 + alone / 2)) < 4 * (0.25 / 2000) ** 0.5
     assert {
-        tasks.attempt_to_review(
+        catalog.attempt_to_review(
             make_task("solve"), draw(make_task("solve"), "train", 0, i), rng
         ).choice
         for i in range(200)

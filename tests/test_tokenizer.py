@@ -9,8 +9,8 @@ import unicodedata
 import pytest
 from conftest import SHARED
 
-from flags import BadInput
-from tokenizer import GPT2, QWEN2, byte_of, check_merges, convert, merged
+from huggingface.tokenizer import GPT2, QWEN2, byte_of, check_merges, convert, merged
+from runtime.flags import BadInput
 
 FILES = SHARED / "tokenizers"
 needs_shared = pytest.mark.skipif(not FILES.exists(), reason="needs ../shared/tokenizers")

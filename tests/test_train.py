@@ -17,19 +17,19 @@ import torch
 from conftest import PATIENCE, ROOT, script
 from test_mgrpo import scripted_rollout
 
-import journal
 import train
-from checkpoints import Progress
-from flags import BadInput
-from journal import rollout_metrics, tree_text
+from huggingface.tokenizer import build_encoding
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import load_checkpoint
-from pretrain import learning_rate
+from runtime import log
+from runtime.checkpoints import Progress
+from runtime.flags import BadInput
+from runtime.log import rollout_metrics, tree_text
+from runtime.transcripts import lines_of
 from sample import Sampler
-from tasks import Problem, draw, make_task, prompts_and_golds
-from tokenizer import build_encoding
+from tasks.base import learning_rate
+from tasks.catalog import Problem, draw, make_task, prompts_and_golds
 from train import SUMS, Config, Trees, accumulate, learn, optimiser_steps
-from transcripts import lines_of
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_metrics_of_a_hand_written_tree(encoding):
 
 def test_tree_text_shows_the_whole_tree(encoding):
     """Catches a transcript that lacks the phrase, a node, or who was right."""
-    from tasks import Problem
+    from tasks.catalog import Problem
 
     layers, sampler = scripted_rollout(encoding)
     text = tree_text(layers, Problem("a", "1", None), 0, encoding)
@@ -323,7 +323,7 @@ def test_nobody_goes_on_to_layer_2(encoding, gpt):
     1's alone."""
     from test_mgrpo import Scripted
 
-    from tasks import Problem
+    from tasks.catalog import Problem
 
     sampler = Scripted(encoding, ["<answer>1</answer>"] * 4, [])
     layers = collect(
@@ -403,7 +403,7 @@ def test_smoke_run_leaves_what_the_readme_promises(smoke):
         f.name for f in dataclasses.fields(Config)
     } <= set(config)
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert {name for name, _, _ in journal.LINE} <= set(line) and line["gauge_max"] < 0.5
+    assert {name for name, _, _ in log.LINE} <= set(line) and line["gauge_max"] < 0.5
     assert len((run / "rollouts.jsonl").read_text().splitlines()) == 2 * len(
         (run / "metrics.jsonl").read_text().splitlines()
     )
@@ -576,13 +576,13 @@ def test_every_field_of_the_log_is_explained(smoke):
         lines
     ) > 20
     shown = " ".join(column for column, _ in rows).replace("&#124;", "|")
-    assert [title for _, title, _ in journal.LINE if title.strip() not in shown] == []
+    assert [title for _, title, _ in log.LINE if title.strip() not in shown] == []
 
 
 def test_a_changed_setting_never_reuses_the_base(smoke):
     """Catches a cache keyed by too little: every field of the base's config, preset's name aside,
     changes its name."""
-    import pretrain
+    from tasks import base as pretrain
 
     c = pretrain.resolve(
         pretrain.Config(**pretrain.PRESETS["smoke"], device="cpu", dtype="float32")
@@ -612,7 +612,7 @@ def test_changed_code_never_reuses_the_base(tmp_path, monkeypatch):
     """Catches a base made by other code; comments and docstrings are free to change."""
     import importlib
 
-    import pretrain
+    from tasks import base as pretrain
 
     monkeypatch.syspath_prepend(tmp_path)
     texts = []
@@ -648,7 +648,7 @@ def test_a_run_is_never_written_over(smoke):
 def test_the_log_is_json_whatever_happens(tmp_path):
     """Catches NaN in metrics.jsonl, which no strict reader takes, and learning rates rounded to
     0."""
-    journal.log(tmp_path, dict(step=2, cut1=0.0, loss=float("nan"), lr=5.4321987e-7, skipped=1))
+    log.log(tmp_path, dict(step=2, cut1=0.0, loss=float("nan"), lr=5.4321987e-7, skipped=1))
     line = json.loads(
         (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
     )
@@ -700,20 +700,20 @@ def test_no_half_made_run_folder(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match=re.escape("config.json could not be written (No space left on device)")
     ):
-        journal.run_folder("run", dict(seed=0), "", 0.0)
+        log.run_folder("run", dict(seed=0), "", 0.0)
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_other_threads_are_said_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
     """Catches a run that goes on with sums rounded otherwise, and no word of it; and a word where
     nothing has changed."""
-    here = journal.versions()
-    journal.write_json(tmp_path / "config.json", dict(made_by=here))
-    journal.note_resume(tmp_path, {}, 3)
+    here = log.versions()
+    log.write_json(tmp_path / "config.json", dict(made_by=here))
+    log.note_resume(tmp_path, {}, 3)
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(journal, "versions", lambda: here | dict(threads=here["threads"] + 1))
+    monkeypatch.setattr(log, "versions", lambda: here | dict(threads=here["threads"] + 1))
     for _ in range(2):  # the second time they are what they were
-        journal.note_resume(tmp_path, {}, 4)
+        log.note_resume(tmp_path, {}, 4)
     said = capsys.readouterr().out
     assert (
         said.count("resume: ") == 1

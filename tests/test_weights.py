@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-import weights
-from flags import BadInput
+from huggingface import weights
 from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from runtime.flags import BadInput
 from sample import Sampler
 
 transformers = pytest.importorskip(

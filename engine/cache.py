@@ -36,7 +36,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import kernels
+from engine import kernels
 from model import causal_attention
 
 # slots by which rows' own segments grow on a CPU: contiguous blocks are what its matrix products

@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import parallel
-from flags import BadInput, inert, make_folder, read_json, writing
-from parallel import rank0
-from tasks import phrase_text
+from runtime import distributed
+from runtime.distributed import rank0
+from runtime.flags import BadInput, inert, make_folder, read_json, writing
+from tasks.catalog import phrase_text
 
 
 def say(text):
@@ -50,7 +50,7 @@ def rollout_metrics(layers, depth=2):
     a signal: some row is trained with an advantage that is not 0."""
     found = dict(undecided=0)
     for i in range(1, depth + 1):
-        sums = parallel.total(layer_sums(layers, i))
+        sums = distributed.total(layer_sums(layers, i))
         if sums["rows"]:
             found |= {
                 f"{name}{i}": sums[name] / sums["rows"]
@@ -148,7 +148,7 @@ def log(folder, metrics, board=None, quiet=False):
 def open_board(folder, wanted, step):
     """A context with a tensorboard writer in the run's folder, or with None when none is wanted or
     this is not rank 0. What an earlier part of the run wrote after `step` is hidden."""
-    if not wanted or parallel.rank() > 0:
+    if not wanted or distributed.rank() > 0:
         return contextlib.nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
@@ -220,7 +220,7 @@ def post_mortem(folder, step, layers):
         )
         for layer in layers
     ]
-    number = f"-rank{parallel.rank()}" if parallel.size() > 1 else ""
+    number = f"-rank{distributed.rank()}" if distributed.size() > 1 else ""
     path = make_folder(folder) / f"not-finite-{step}{number}.pt"
     # given a name instead, torch makes a RuntimeError of a full disk
     with writing(path), open(path, "wb") as file:
@@ -281,7 +281,7 @@ def run_folder(run, settings, base_path, seconds):
     """Makes out/<run> with config.json: the settings (a dict) and what made it -> its path.
     seconds: that it took to load or make the model. A run that exists is never written over, nor
     one that another process makes at this moment."""
-    folder = parallel.from_rank0(lambda: new_folder(Path("out") / run))
+    folder = distributed.from_rank0(lambda: new_folder(Path("out") / run))
     made_by = dict(base=str(base_path), seconds_base=round(seconds, 1)) | versions()
     try:
         write_json(folder / "config.json", settings | dict(made_by=made_by))
@@ -321,7 +321,7 @@ def versions():
         machine=platform.platform(),
         processor=processor(),
         threads=torch.get_num_threads(),
-        processes=parallel.size(),
+        processes=distributed.size(),
         commit=commit(),
     )
 
@@ -329,7 +329,7 @@ def versions():
 def command():
     """The command line of this process; of several, as on one machine."""
     start = (
-        ["torchrun", f"--nproc_per_node={parallel.size()}"] if parallel.size() > 1 else ["python"]
+        ["torchrun", f"--nproc_per_node={distributed.size()}"] if distributed.size() > 1 else ["python"]
     )
     return shlex.join([*start, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
@@ -361,7 +361,7 @@ def commit():
     try:
         words = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         return subprocess.run(
-            words, capture_output=True, text=True, cwd=Path(__file__).parent
+            words, capture_output=True, text=True, cwd=Path(__file__).parents[1]
         ).stdout.strip()
     except OSError:
         return ""

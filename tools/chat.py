@@ -17,7 +17,7 @@ until it is whole; and since what a model writes is anybody's text, control char
 not obeyed.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import codecs
@@ -29,14 +29,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from eval import load_policy, make_verifier, max_new_tokens, run_config
-from flags import BadInput, guarded, inert, parse_flags, ran_out
+from huggingface.prompts import model_folder, open_shape, open_weights
+from huggingface.tokenizer import PHRASES, build_encoding
 from mgrpo import Sampling, draw_phrases, expand
 from model import compute_dtype
-from pretrain import pick_device
-from prompts import model_folder, open_shape, open_weights
 from reward import Makes, extract_answer
+from runtime.flags import BadInput, guarded, inert, parse_flags, ran_out
+from runtime.transcripts import bytes_of
 from sample import Sampler
-from tasks import (
+from tasks.base import pick_device
+from tasks.catalog import (
     Problem,
     draw,
     longest_phrase,
@@ -45,8 +47,6 @@ from tasks import (
     task_of,
     token_limits,
 )
-from tokenizer import PHRASES, build_encoding
-from transcripts import bytes_of
 
 PROMPT = "question> "
 SHOWN = 80  # characters of an answer that a verdict quotes

@@ -31,9 +31,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from flags import BadInput, guarded
 from reward import last_box, same
-from tasks import HELD_OUT, Problem
+from runtime.flags import BadInput, guarded
+from tasks.catalog import HELD_OUT, Problem
 
 
 def after_hashes(answer):

@@ -22,8 +22,8 @@ import sys
 from fractions import Fraction
 from typing import NamedTuple
 
-from flags import BadInput, guarded
-from latex import clean
+from runtime.flags import BadInput, guarded
+from verifier.latex import clean
 
 
 class Unit(NamedTuple):

@@ -42,8 +42,8 @@ from fractions import Fraction
 
 import mpmath  # which torch brings, for sympy
 
-from flags import BadInput, guarded
-from latex import Expression, Unreadable, clean, parse
+from runtime.flags import BadInput, guarded
+from verifier.latex import Expression, Unreadable, clean, parse
 
 BITS = 8_192  # of a numerator or denominator in exact arithmetic
 SECONDS = 0.05  # of CPU time for one comparison

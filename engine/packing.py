@@ -57,9 +57,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from flags import guarded
 from mgrpo import completion_logprobs, pad_rows, sent
 from model import token_logprobs
+from runtime.flags import guarded
 
 BLOCK = 128  # FlexAttention's blocks; on CUDA a pack's length is a multiple of it
 # pairs of tokens whose attention is computed together on a CPU: what they need then stays in its

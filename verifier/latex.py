@@ -20,7 +20,7 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-from flags import BadInput, guarded
+from runtime.flags import BadInput, guarded
 
 DEPTH = 25  # brackets in brackets
 

@@ -30,15 +30,15 @@ import warnings
 
 import torch
 
-import bench
-import memory
 import train
+from engine.packing import leaf, pack, row_packs, tree_packs
+from huggingface.tokenizer import build_encoding
 from mgrpo import Layer
-from packing import leaf, pack, row_packs, tree_packs
-from pretrain import pick_device
 from reward import score
+from runtime import memory
 from sample import Sampler
-from tokenizer import build_encoding
+from tasks.base import pick_device
+from tools import bench
 
 PHASES = ("sample 1", "sample 2", "reward", "forward", "backward", "optimiser", "refresh")
 KINDS = ("padded rows", "sorted rows", "tree")

@@ -27,8 +27,8 @@ import sys
 import time
 from pathlib import Path
 
-from flags import BadInput, guarded
 from reward import LONGEST, VerifierFailed
+from runtime.flags import BadInput, guarded
 
 STARTING = 600  # seconds for a worker to import what it needs
 

@@ -30,11 +30,11 @@ from typing import get_type_hints
 
 import torch
 
-import parallel
-from flags import BadInput, check_fields, is_a, ran_out, read_json
-from journal import cut_log, write_json
 from model import GPT, check_weights, checksum
-from parallel import rank0
+from runtime import distributed
+from runtime.distributed import rank0
+from runtime.flags import BadInput, check_fields, is_a, ran_out, read_json
+from runtime.log import cut_log, write_json
 from tables import COLUMNS
 
 # Settings that may differ when a run goes on: how it is computed, and how long. Any other would
@@ -162,7 +162,7 @@ def newest_state(folder, say):
 def resumed_run(resume, name=""):
     """--resume as it was given ("newest", a run's folder, or a state's file) and --name -> the
     run's folder, the same on all ranks."""
-    return parallel.from_rank0(lambda: find_run(resume, name))
+    return distributed.from_rank0(lambda: find_run(resume, name))
 
 
 def find_run(resume, run):
@@ -236,7 +236,7 @@ def resumed_state(resume, folder, settings, shape, say):
         found["state"] = state
         return path
 
-    path = parallel.from_rank0(look)
+    path = distributed.from_rank0(look)
     say(f"resume: from {path}")
     return found["state"] if found else load_state(path, known=True)
 
@@ -348,7 +348,7 @@ def check_moments(moments, shape, updates):
 
 def go_on(state, folder, policy, optimizer):
     """Puts the rest of a saved state where it belongs -> Progress. The log is cut to it."""
-    moments = parallel.scattered_optimizer(dict(state=state["optimizer"]), policy.parameters())
+    moments = distributed.scattered_optimizer(dict(state=state["optimizer"]), policy.parameters())
     # its settings are those of the flags, not of a file
     optimizer.load_state_dict(optimizer.state_dict() | moments)
     torch.set_rng_state(state["generator"])

@@ -32,10 +32,10 @@ import sys
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import algebra
-from flags import BadInput, guarded
-from latex import Expression, Unreadable, clean, parse
-from units import NO_UNIT, PERCENT, SMALL, TENS, Unit, with_unit
+from runtime.flags import BadInput, guarded
+from verifier import algebra
+from verifier.latex import Expression, Unreadable, clean, parse
+from verifier.units import NO_UNIT, PERCENT, SMALL, TENS, Unit, with_unit
 
 MANY = 40  # elements of a list or a matrix; golds have fewer
 DEEP = 6  # sets of tuples of ...

@@ -19,7 +19,7 @@ is put there as text nodes, and the page's policy names the one script that may 
 no source to load anything from.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import base64
@@ -38,11 +38,19 @@ from typing import NamedTuple
 
 import torch
 
-import curves
-from flags import BadInput, guarded, parse_flags, read_json, reading
-from parallel import rank0
+from report import curves
+from runtime.distributed import rank0
+from runtime.flags import BadInput, guarded, parse_flags, read_json, reading
+from runtime.transcripts import (
+    answers,
+    complain,
+    dialogues,
+    evaluation_of,
+    lines_of,
+    read_trees,
+    set_of,
+)
 from tables import COLUMNS, percent, summarise
-from transcripts import answers, complain, dialogues, evaluation_of, lines_of, read_trees, set_of
 
 ROOM = 9_000_000  # bytes of trees on a page, about
 # they make the questions

@@ -28,46 +28,31 @@ template asks for, and is saved as others save theirs. Such a model is far too s
 anything; it is there so that the way from files to files can be walked without a download.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
-import ast
 import collections
 import dataclasses
 import hashlib
-import inspect
 import os
 import random
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-import algebra
-import answers
-import bars
-import cache
-import crew
-import kernels
-import latex
 import mgrpo
-import model
-import parallel
-import prompts
-import reward
-import sample
-import tasks
-import tokenizer
-import units
-from data import names, read_problems
-from flags import BadInput, check_fields, guarded, make_folder, parse_flags
+from huggingface import prompts
+from huggingface.tokenizer import PHRASES, build_encoding
+from huggingface.weights import library
 from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
+from runtime import bars, distributed
+from runtime.flags import BadInput, check_fields, guarded, make_folder, parse_flags
 from sample import Sampler
-from tasks import (
+from tasks.catalog import (
     TASKS,
     attempt_to_review,
     draw,
@@ -77,8 +62,7 @@ from tasks import (
     task_of,
     token_limits,
 )
-from tokenizer import PHRASES, build_encoding
-from weights import library
+from tasks.files import names, read_problems
 
 CHECK_EVERY = 50  # steps between measurements
 CHECK_ON = 512  # problems per measurement
@@ -170,7 +154,7 @@ def resolve(config):
         raise BadInput(f"--base-tokens {config.base_tokens}: a base reads at least 1")
     device = pick_device(config.device)
     # measured by one for all
-    dtype = str(parallel.from_rank0(lambda: compute_dtype(config.dtype, device))).removeprefix(
+    dtype = str(distributed.from_rank0(lambda: compute_dtype(config.dtype, device))).removeprefix(
         "torch."
     )
     return dataclasses.replace(
@@ -357,55 +341,20 @@ def train_step(gpt, optimizers, micro_batches, lr):
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-def fingerprint(config):
-    """12 hex digits of everything that makes a base: the fields of Config above, the code of the
-    files that run, and torch's version. The preset's name does not count (its values do), nor do
-    comments and docstrings."""
-    fields = {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "preset"
-    }
-    here = sys.modules[Config.__module__]
-    made_by = (
-        here,
-        model,
-        tasks,
-        tokenizer,
-        mgrpo,
-        sample,
-        cache,
-        kernels,
-        crew,
-        reward,
-        answers,
-        latex,
-        algebra,
-        units,
-    )
-    code = [code_of(m) for m in made_by]
-    return hashlib.sha256(
-        repr([sorted(fields.items()), torch.__version__, *code]).encode()
-    ).hexdigest()[:12]
-
-
-def code_of(module):
-    """A module's syntax tree as text, without docstrings."""
-    return code_in(inspect.getsource(module))
-
-
-def code_in(source):
-    """The same for a file's text."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and ast.get_docstring(node) is not None
-        ):
-            del node.body[0]
-    return ast.dump(tree)
-
-
 def base_path(config):
-    return Path("out") / f"base-{fingerprint(config)}.pt"
+    """out/base-<task>-<hash of settings>-<hash of code>.pt: a change of either is another base.
+
+    The settings are the fields of Config above, the guiding phrases and torch's version. The name
+    of the preset does not count, its values do. The code is model.py and tasks/*.py, byte by byte:
+    a change of a comment there makes a new base, which costs minutes and cannot mislead.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)} | dict(preset="")
+    settings = repr([sorted(fields.items()), PHRASES, torch.__version__]).encode()
+    root = Path(__file__).resolve().parents[1]
+    files = [root / "model.py", *sorted(root.glob("tasks/*.py"))]
+    code = b"".join(path.read_bytes() for path in files)
+    settings, code = (hashlib.sha256(data).hexdigest()[:6] for data in (settings, code))
+    return Path("out") / f"base-{config.task}-{settings}-{code}.pt"
 
 
 def base_model(config, say=print):

@@ -18,7 +18,7 @@ table shows mean ± standard error over seeds, and paired differences (same seed
 interval from Student's t.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import ast
@@ -40,17 +40,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import pretrain
-import starting
 import train
 from eval import held_out_questions, load_policy, majorities
-from flags import BadInput, file_name, guarded, parse_flags, writing
+from huggingface.tokenizer import build_encoding
 from mgrpo import Sampling, expand
+from runtime.flags import BadInput, file_name, guarded, parse_flags, writing
+from runtime.transcripts import lines_of
 from sample import Sampler
 from tables import COLUMNS, mean_and_error
-from tasks import prompts_and_golds, task_of
-from tokenizer import build_encoding
-from transcripts import lines_of
+from tasks import base as pretrain
+from tasks import opening
+from tasks.catalog import prompts_and_golds, task_of
 
 ARMS = {  # name -> what it adds to train.py's defaults
     "grpo": "--layers 1",  # and as many attempts as the tree has nodes, G + G x H (see `words`)
@@ -85,6 +85,7 @@ FIELDS = (
     "extra",
 )  # that a line of the result file needs
 LOCK = threading.Lock()
+ROOT = Path(__file__).resolve().parents[1]
 # Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom
 T95 = (
     12.706,
@@ -133,7 +134,7 @@ def settled(c):
         split_flags(c),
         OURS,
     )
-    starting.validate(config)
+    opening.validate(config)
     return pretrain.resolve(config)
 
 
@@ -152,25 +153,39 @@ def split_flags(c):
 def all_code():
     """{file's name: its code as text} of this file and of every file beside it that it imports,
     directly or not."""
-    found, todo = {}, [Path(__file__).name]
+    found, todo = {}, ["tools/compare.py", "train.py"]
     while todo:
-        path = Path(__file__).with_name(todo.pop())
-        if path.name not in found and path.exists():
-            source = path.read_text(encoding="utf-8")
-            found[path.name] = pretrain.code_in(source)
-            for node in ast.walk(ast.parse(source)):
-                if isinstance(node, ast.Import):
-                    todo += [f"{name.name}.py" for name in node.names]
-                elif isinstance(node, ast.ImportFrom):
-                    todo.append(f"{node.module}.py")
+        name = todo.pop()
+        if name in found or not (ROOT / name).exists():
+            continue
+        source = (ROOT / name).read_text(encoding="utf-8")
+        found[name] = code_in(source)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                todo += [f"{alias.name.replace('.', '/')}.py" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                module = node.module.replace(".", "/")
+                todo += [f"{module}.py", *(f"{module}/{alias.name}.py" for alias in node.names)]
     return found
+
+
+def code_in(source):
+    """The syntax tree of a file's text, without comments and docstrings, as text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def version(c, arm):
     """8 hex digits of all that makes an arm's runs what they are, but for the seed: the base, with
     its device and compute type, the flags, and the code."""
     parts = [
-        pretrain.fingerprint(starting.base_config(settled(c))),
+        pretrain.base_path(opening.base_config(settled(c))).name,
         *arm_words(c, arm),
         *(text for _, text in sorted(all_code().items())),
     ]
@@ -195,7 +210,7 @@ def run_once(c, arm, seed):
     """Trains one arm with one seed in a process of its own -> its line for the result file."""
     words = words_for(c, arm, seed)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // c.jobs))}
-    script = str(Path(__file__).with_name("train.py"))
+    script = str(ROOT / "train.py")
     done = subprocess.run(
         [sys.executable, script, *words], capture_output=True, text=True, env=environment
     )
@@ -284,7 +299,7 @@ def append(path, line):
 
 def make_base(c):
     """The base all runs share, made once, with all cores, before they start."""
-    pretrain.base_model(starting.base_config(settled(c)))
+    pretrain.base_model(opening.base_config(settled(c)))
 
 
 def missing_runs(c, lines):

@@ -26,7 +26,7 @@ rows as long as one is alive, all rows run the full length, so that nothing is c
 of a step.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import gc
@@ -46,16 +46,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-import answers
-import kernels
-import latex
-from cache import Rows
-from flags import BadInput, guarded, parse_flags
+from engine import kernels
+from engine.cache import Rows
+from huggingface.tokenizer import build_encoding
 from model import GPT, ModelConfig
-from pretrain import pick_device
 from reward import is_correct
+from runtime.flags import BadInput, guarded, parse_flags
 from sample import Sampler
-from tokenizer import build_encoding
+from tasks.base import pick_device
+from verifier import answers, latex
 
 SHAPES = {  # ModelConfig's fields; the large ones are those of Qwen2.5
     "default": dict(vocab_size=build_encoding().n_vocab, qk_norm=True),
@@ -654,9 +653,9 @@ def verdict_seconds(response, gold, forget):
 
 def bench_train(c):
     """A training step (training_speed.py)."""
-    import training_speed  # which imports this file
+    from tools import bench_training  # which imports this file
 
-    training_speed.bench_all(c)
+    bench_training.bench_all(c)
 
 
 def main():

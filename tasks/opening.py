@@ -17,19 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-import memory
-import parallel
-import pretrain
-from data import DataSet, names
 from eval import MOST, ROWS, check_cache, check_counts, make_verifier, max_new_tokens
-from flags import BadInput, file_name, make_folder
-from journal import say
+from huggingface.prompts import model_folder, open_shape, open_weights
+from huggingface.tokenizer import build_encoding
+from huggingface.weights import library
 from model import ModelConfig, load_checkpoint
-from pretrain import base_model, base_path, pick_device, resolve
-from prompts import model_folder, open_shape, open_weights
-from tasks import longest_phrase, task_of, token_limits
-from tokenizer import build_encoding
-from weights import library
+from runtime import distributed, memory
+from runtime.flags import BadInput, file_name, make_folder
+from runtime.log import say
+from tasks import base
+from tasks.base import base_model, base_path, pick_device, resolve
+from tasks.catalog import longest_phrase, task_of, token_limits
+from tasks.files import DataSet, names
 
 
 class Setup(NamedTuple):
@@ -109,12 +108,12 @@ def validate(c):
             "--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or "
             "more"
         )
-    if c.prompts % (c.minibatches * parallel.size()):
-        among = f" on each of {parallel.size()} processes" if parallel.size() > 1 else ""
+    if c.prompts % (c.minibatches * distributed.size()):
+        among = f" on each of {distributed.size()} processes" if distributed.size() > 1 else ""
         raise BadInput(
             f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}{among}: "
             "choose a multiple of "
-            f"{c.minibatches * parallel.size()}"
+            f"{c.minibatches * distributed.size()}"
         )
     if c.failed == "raw" and c.group == "question":
         raise BadInput(
@@ -178,8 +177,8 @@ def prepare(c):
     )
     setup = (real_model if c.init else tiny_model)(c)
     check_cache(c.cache_tokens, row_tokens(setup))
-    parallel.agree("settings", setup.c)
-    parallel.agree(
+    distributed.agree("settings", setup.c)
+    distributed.agree(
         "questions to learn from",
         [problem.question for problem in getattr(setup.task, "splits", dict(train=()))["train"]],
     )
@@ -198,7 +197,7 @@ def tiny_model(c):
             f"model; use at most {longest}, or 0 for that"
         )
     c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
-    shape = pretrain.shape_for(c, encoding, task)
+    shape = base.shape_for(c, encoding, task)
     return Setup(c, encoding, task, shape, lambda began=None: base_of_rank0(c, shape, began), None)
 
 
@@ -209,8 +208,8 @@ def base_of_rank0(c, shape, began=None):
     any model of this shape will do. BadInput when that base is not there and would not be made by
     this code.
     """
-    if began == "" or parallel.rank():
-        model, path = pretrain.new_model(c, shape), began or ""
+    if began == "" or distributed.rank():
+        model, path = base.new_model(c, shape), began or ""
     elif began is None or str(base_path(base_config(c))) == began:
         model, _, path = base_model(base_config(c), say)
     else:
@@ -223,7 +222,7 @@ def base_of_rank0(c, shape, began=None):
                 "this code would make "
                 "another, so bring it back, or start a new run"
             ) from None
-    return model if began == "" else parallel.broadcast(model), path
+    return model if began == "" else distributed.broadcast(model), path
 
 
 def real_model(c):
@@ -265,7 +264,7 @@ def plan(setup, total):
         device=c.device,
         total=total,
         phrase=phrase,
-        ranks=parallel.size(),
+        ranks=distributed.size(),
     )
 
 
@@ -283,7 +282,7 @@ def wanted_tokens(setup):
     """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
     c = setup.c
     rollout = memory.kv_tokens(
-        len(parallel.share(c.prompts)),
+        len(distributed.share(c.prompts)),
         c.attempts,
         c.corrections,
         c.prompt_tokens,
@@ -303,6 +302,6 @@ def later(planned):
 
 def base_config(c):
     """The part of a config that makes the base."""
-    return pretrain.Config(
-        **{field.name: getattr(c, field.name) for field in dataclasses.fields(pretrain.Config)}
+    return base.Config(
+        **{field.name: getattr(c, field.name) for field in dataclasses.fields(base.Config)}
     )

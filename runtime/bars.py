@@ -16,7 +16,7 @@ import contextlib
 
 from tqdm import tqdm
 
-import parallel
+from runtime import distributed
 
 DELAY = 1.0  # seconds before a phase is worth a bar
 QUIET = []  # holds something when the script is to be quiet
@@ -29,7 +29,7 @@ def quieten(quiet):
 
 def bar(total, name, unit, **options):
     """-> a tqdm bar over `total` units; hidden on ranks above 0, in a pipe, and when quiet."""
-    hidden = True if parallel.rank() > 0 or QUIET else None  # None: shown if stderr is a terminal
+    hidden = True if distributed.rank() > 0 or QUIET else None  # None: shown if stderr is a terminal
     return tqdm(total=total, desc=name, unit=unit, disable=hidden, dynamic_ncols=True, **options)
 
 

@@ -15,7 +15,7 @@ turns; for it there is the paper's template, which explains the format. `--templ
 Layer 2 needs no template of its own: it continues the model's turn (mgrpo.py, deviation 1).
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import functools
@@ -23,10 +23,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from flags import BadInput, guarded, read_json
+from huggingface.tokenizer import convert
+from huggingface.weights import FILES, ids_of, read_config
 from model import GPT
-from tokenizer import convert
-from weights import FILES, ids_of, read_config
+from runtime.flags import BadInput, guarded, read_json
 
 # The paper's system text (its Table 1) as one public re-implementation has it; the other has the
 # same sentences but for "mathematical" and an ending that names no <answer>.

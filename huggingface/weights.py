@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from flags import BadInput, check_fields, is_a, read_json, reading
 from model import GPT, ModelConfig, rope_tables
+from runtime.flags import BadInput, check_fields, is_a, read_json, reading
 
 NAMES = {  # ours: theirs, in the order in which they are stacked; {} is the layer
     "embed.weight": ("model.embed_tokens.weight",),

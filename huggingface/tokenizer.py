@@ -28,7 +28,7 @@ from pathlib import Path
 import regex  # which tiktoken cuts with, too
 import tiktoken
 
-from flags import BadInput, check_fields, guarded, is_a, read_json, reading
+from runtime.flags import BadInput, check_fields, guarded, is_a, read_json, reading
 
 # The seven guiding phrases of MGRPO's layer 2 (as both public re-implementations give them; see
 # mgrpo.py, unknown 1).

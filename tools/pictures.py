@@ -11,7 +11,7 @@ it. SVGs come out the same to the byte wherever the same matplotlib is installed
 the committed ones to it.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import html
@@ -23,15 +23,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import compare
-import curves
-import report
-from curves import COLOURS, INK, LINES
-from flags import BadInput, guarded, parse_flags
+from report import curves
+from report import page as report
+from report.curves import COLOURS, INK, LINES
+from runtime.flags import BadInput, guarded, parse_flags
+from runtime.transcripts import lines_of
 from tables import mean_and_error
-from transcripts import lines_of
+from tools import compare
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("solve-grpo-0", "solve-mgrpo-0")
 ARMS = ("grpo", "mgrpo", "keep", "raw", "wrong")
 HEIGHT, SIGNS = 19, {True: ("✓", "#00664a"), False: ("✗", "#a33200")}

@@ -40,8 +40,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flags import BadInput, guarded, processes
 from model import GPT
+from runtime.flags import BadInput, guarded, processes
 
 # for a rank that has nothing to do while rank 0 makes a base, or writes a large state
 PATIENCE = datetime.timedelta(hours=12)

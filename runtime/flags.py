@@ -34,6 +34,8 @@ import traceback
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+
 
 class Maybe(str):
     """The type of a flag that may stand without a value: it is "newest" then."""
@@ -318,7 +320,7 @@ def last_words(error):
         return f"error: {error}", 2
     if (
         isinstance(error, ModuleNotFoundError)
-        and not (Path(__file__).parent / f"{error.name}.py").exists()
+        and not any(ROOT.glob(f"**/{str(error.name).rpartition('.')[2]}.py"))
     ):
         return f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
     if ran_out(error):
@@ -360,13 +362,14 @@ def reader_has_left():
 
 def place(error):
     """ "train.py:231", the innermost line of this project that an exception came through."""
-    here = Path(__file__).parent
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).parent == here
+        if Path(frame.filename).is_relative_to(ROOT)
     ]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "outside of it"
+    if not frames:
+        return "outside of it"
+    return f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}"
 
 
 def evidence(error):
@@ -435,11 +438,9 @@ def while_importing(kind, error, trace):
 
 
 def is_ours(module):
-    """Whether the file of a module stands beside this one."""
-    return (
-        Path(getattr(module, "__file__", None) or "/").resolve().parent
-        == Path(__file__).resolve().parent
-    )
+    """Whether a module is a script of this project: a file of its root or of one of its rooms."""
+    path = Path(getattr(module, "__file__", None) or "/").resolve()
+    return ROOT in (path.parent, path.parent.parent)
 
 
 # not where somebody imports this at a prompt

@@ -32,12 +32,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import parallel
-from flags import make_folder, writing
+from engine.packing import batch_of, leaf, logprobs, row_packs, tree_packs
+from huggingface.tokenizer import PHRASES
 from mgrpo import completion_logprobs, draw_phrases, pad_rows
-from packing import batch_of, leaf, logprobs, row_packs, tree_packs
 from reward import extract_answer
-from tokenizer import PHRASES
+from runtime import distributed
+from runtime.flags import make_folder, writing
 
 REPLACEMENT = "\ufffd".encode()
 
@@ -54,7 +54,7 @@ def record(folder, policy, tree, encoding, c, step, generated):
     """
     rows = (
         [layer.questions < c.transcripts for layer in tree.layers]
-        if c.transcripts and parallel.rank() == 0
+        if c.transcripts and distributed.rank() == 0
         else []
     )
     leaves = [
@@ -81,7 +81,7 @@ def entropies(policy, leaves, c):
     device, found = policy.cos.device, {}
     batches = (tree_packs if c.pack == "tree" else row_packs)(leaves, c.tokens_per_microbatch)
     # asked before the first pass, which needs everybody
-    idle = int(parallel.most(len(batches))) - len(batches)
+    idle = int(distributed.most(len(batches))) - len(batches)
     for some in batches:
         _, entropy = logprobs(policy, batch_of(some, c.pack, device), c.temperature)
         found |= {
@@ -90,7 +90,7 @@ def entropies(policy, leaves, c):
         }
     for _ in range(idle):
         completion_logprobs(policy, pad_rows([[0]], [[0]], device))
-    parallel.released(policy)
+    distributed.released(policy)
     return found
 
 
@@ -173,15 +173,15 @@ class Dialogues:
 
     def __init__(self, folder, name, about):
         make_folder(folder)
-        ranks = [f"-rank{rank}" if parallel.size() > 1 else "" for rank in range(parallel.size())]
+        ranks = [f"-rank{rank}" if distributed.size() > 1 else "" for rank in range(distributed.size())]
         names = (
             [folder / f"{name}{rank}{'' if number == 1 else f'.{number}'}.jsonl" for rank in ranks]
             for number in itertools.count(1)
         )
-        self.paths = parallel.from_rank0(
+        self.paths = distributed.from_rank0(
             lambda: next(paths for paths in names if not any(path.exists() for path in paths))
         )
-        self.path, self.about = self.paths[parallel.rank()], about
+        self.path, self.about = self.paths[distributed.rank()], about
 
     def record(self, problems, layers, how):
         """Appends the dialogues of a batch, as eval.evaluate hands them over."""

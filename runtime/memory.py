@@ -29,7 +29,7 @@ being in pieces.
 Letters: L layers, N query heads, K key/value heads, C head size, D width, V vocabulary.
 """
 
-import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import os
@@ -43,9 +43,9 @@ from typing import Literal
 
 import torch
 
-import parallel
-from flags import BadInput, guarded, parse_flags
 from model import CHUNK, GPT, ModelConfig
+from runtime import distributed
+from runtime.flags import BadInput, guarded, parse_flags
 from sample import SHARE
 
 GB = 1e9
@@ -242,7 +242,7 @@ class HostAdamW:
 
     def __init__(self, params, lr, **options):
         self.params = list(params)  # on several ranks slices, of which each has its part
-        mine = [parallel.local(p.detach()) for p in self.params]
+        mine = [distributed.local(p.detach()) for p in self.params]
         buffer = torch.empty(2, sum(x.numel() for x in mine))  # masters, and gradients on their way
         if self.params[0].is_cuda:
             self.pin(buffer)
@@ -271,13 +271,13 @@ class HostAdamW:
     def step(self):
         for master, grad, p in zip(self.masters, self.grads, self.params):
             master.grad = (
-                None if p.grad is None else grad.copy_(parallel.local(p.grad), non_blocking=True)
+                None if p.grad is None else grad.copy_(distributed.local(p.grad), non_blocking=True)
             )
         if self.params[0].is_cuda:
             torch.cuda.synchronize(self.params[0].device)
         self.adam.step()
         for master, p in zip(self.masters, self.params):
-            parallel.local(p).copy_(master, non_blocking=True)
+            distributed.local(p).copy_(master, non_blocking=True)
 
     def zero_grad(self, set_to_none=True):
         for p in self.params:
@@ -290,13 +290,13 @@ class HostAdamW:
     def load_state_dict(self, state):
         """Moments from a state, masters from the parameters as they are now."""
         moments = {
-            i: {name: parallel.local(value) for name, value in found.items()}
+            i: {name: distributed.local(value) for name, value in found.items()}
             for i, found in state["state"].items()
         }
         self.adam.load_state_dict(state | dict(state=moments))
         with torch.no_grad():
             for master, p in zip(self.masters, self.params):
-                master.copy_(parallel.local(p))
+                master.copy_(distributed.local(p))
 
 
 def make_optimizer(policy, lr, offload):
@@ -346,7 +346,7 @@ class Config:
 def received(shape, c, passes):
     """Bytes that a rank receives in a step of so many passes."""
     return sum(
-        parallel.traffic(
+        distributed.traffic(
             shape, getattr(torch, c.dtype), c.ranks, passes, c.reference == "yes"
         ).values()
     )

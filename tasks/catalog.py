@@ -45,9 +45,9 @@ import random
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from flags import BadInput, guarded, parse_flags
+from huggingface.tokenizer import PHRASES
 from reward import Makes
-from tokenizer import PHRASES
+from runtime.flags import BadInput, guarded, parse_flags
 
 # how often a review in the base's texts says "no" to a wrong / a right attempt
 DOUBTS_WRONG, DOUBTS_RIGHT = 0.92, 0.60
