@@ -27,9 +27,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from huggingface.prompts import model_folder, open_shape, open_weights
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from huggingface.weights import library
-from mgrpo import Sampling, expand, second_look
+from mgrpo import Sampling, expand, longest_phrase, second_look
 from model import compute_dtype, load_checkpoint
 from report import page
 from reward import agree, extract_answer
@@ -40,7 +40,8 @@ from runtime.transcripts import Dialogues
 from sample import Sampler
 from tables import details, several, summarise, table
 from tasks.base import pick_device
-from tasks.catalog import TASKS, draw, longest_phrase, prompts_and_golds, task_of, token_limits
+from tasks.catalog import TASKS
+from tasks.legacy import draw, prompts_and_golds, task_of, token_limits
 from tasks.files import DataSet, names
 from verifier.math_verify import MathVerify
 
@@ -88,7 +89,7 @@ def held_out_questions(task, count, seed=0):
     """`count` DIFFERENT held-out problems; fewer, and said, when 20 x count draws do not bring as
     many (Countdown has few). Of a data set 0 is all."""
     if isinstance(task, DataSet):
-        return task.some("held out", count, seed)
+        return task.held_out(count, seed)
     found = {}
     for index in range(20 * count):
         problem = draw(task, "held out", seed, index)
@@ -363,7 +364,7 @@ def real_subject(c, folder):
     )
     known = learnt_questions(trained, encoding)
     sets = {
-        name: DataSet([], encoding, prompt_tokens, [name], print, known) for name in names(c.data)
+        name: DataSet([], encoding, prompt_tokens, [name], known=known) for name in names(c.data)
     }
     row = prompt_tokens + 2 * new + longest_phrase(encoding)
     check_cache(c.cache_tokens, row)

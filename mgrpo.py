@@ -57,15 +57,38 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.kernels import fold
-from huggingface.tokenizer import PHRASES
 from model import token_logprobs
 from reward import score
 from runtime.bars import rows_of
 from sample import filtering
-from tasks.catalog import phrase_text, prompts_and_golds
+
+# The seven guiding phrases of layer 2, as both public re-implementations give them (deviation 1).
+PHRASES = (
+    "Where might I have gone wrong this time? Let me double-check carefully.",
+    "Wait, let me double-check that.",
+    "Wait a minute, let me make sure I didn't make a mistake.",
+    "Hmm, let me think if there's another way to approach this problem.",
+    "Wait, maybe I can think about it like this:",
+    "Another thought: maybe I can",
+    "But wait, let me just make sure I didn't miss anything in the original problem.",
+)
 
 # |log r| is cut here before exp: e^20 is far outside of any clip range, and finite
 MAX_LOG_RATIO = 20.0
+
+
+# ---- phrases -------------------------------------------------------------------------------------
+
+
+def phrase_text(phrase):
+    """What layer 2 appends to an answer: a newline and the guiding phrase. The model continues its
+    own turn."""
+    return "\n" + phrase
+
+
+def longest_phrase(encoding):
+    """Tokens of the longest guiding phrase, as it is appended."""
+    return max(len(encoding.encode_ordinary(phrase_text(phrase))) for phrase in PHRASES)
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -322,6 +345,8 @@ def collect(
             "log-probabilities are trained: no top-k, "
             "top-p or min-p"
         )
+    from tasks.legacy import prompts_and_golds  # until rollout takes a Task
+
     prompts, golds = prompts_and_golds(encoding, problems)
     with rows_of(sampler, len(prompts) * attempts, "attempts"):
         first = expand(sampler, encoding, golds, prompts, attempts, how)

@@ -79,7 +79,7 @@ from runtime.log import (
 )
 from tasks import base as pretrain
 from tasks.base import pick_preset
-from tasks.catalog import draw
+from tasks.legacy import draw
 from tasks.opening import later, method, plan, prepare, row_tokens, wanted_tokens
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from runtime import distributed
 from runtime.distributed import rank0
 from runtime.flags import BadInput, inert, make_folder, read_json, writing
-from tasks.catalog import phrase_text
+from mgrpo import phrase_text
 
 
 def say(text):

@@ -45,23 +45,16 @@ import torch
 
 import mgrpo
 from huggingface import prompts
-from huggingface.tokenizer import PHRASES, build_encoding
+from tasks.tokenizer import build_encoding
 from huggingface.weights import library
-from mgrpo import Sampling, completion_logprobs, expand, pad_rows, second_look
+from mgrpo import PHRASES, Sampling, completion_logprobs, expand, pad_rows, phrase_text, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
 from runtime import bars, distributed
 from runtime.flags import BadInput, check_fields, guarded, make_folder, parse_flags
 from sample import Sampler
-from tasks.catalog import (
-    TASKS,
-    attempt_to_review,
-    draw,
-    phrase_text,
-    prompt_text,
-    prompts_and_golds,
-    task_of,
-    token_limits,
-)
+from tasks.catalog import TASKS
+from tasks.legacy import attempt_to_review, draw, prompts_and_golds, task_of, token_limits
+from tasks.problems import prompt_text
 from tasks.files import names, read_problems
 
 CHECK_EVERY = 50  # steps between measurements

@@ -19,7 +19,7 @@ import torch
 
 from eval import MOST, ROWS, check_cache, check_counts, make_verifier, max_new_tokens
 from huggingface.prompts import model_folder, open_shape, open_weights
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from huggingface.weights import library
 from model import ModelConfig, load_checkpoint
 from runtime import distributed, memory
@@ -27,7 +27,8 @@ from runtime.flags import BadInput, file_name, make_folder
 from runtime.log import say
 from tasks import base
 from tasks.base import base_model, base_path, pick_device, resolve
-from tasks.catalog import longest_phrase, task_of, token_limits
+from mgrpo import longest_phrase
+from tasks.legacy import task_of, token_limits
 from tasks.files import DataSet, names
 
 
@@ -234,7 +235,7 @@ def real_model(c):
         max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
         template=encoding.template_name,
     )
-    task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
+    task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say=say)
     library()  # missing? say so before the weights are needed
     load = lambda began=None: (
         open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device),

@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
 
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from model import GPT, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]

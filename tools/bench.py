@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 from engine import kernels
 from engine.cache import Rows
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from model import GPT, ModelConfig
 from reward import is_correct
 from runtime.flags import BadInput, guarded, parse_flags

@@ -32,7 +32,7 @@ import torch
 
 import train
 from engine.packing import leaf, pack, row_packs, tree_packs
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from mgrpo import Layer
 from reward import score
 from runtime import memory
