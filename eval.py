@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from huggingface.prompts import model_folder, open_shape, open_weights
-from tasks.tokenizer import build_encoding
 from huggingface.weights import library
 from mgrpo import Sampling, expand, longest_phrase, second_look
 from model import compute_dtype, load_checkpoint
@@ -41,8 +40,9 @@ from sample import Sampler
 from tables import details, several, summarise, table
 from tasks.base import pick_device
 from tasks.catalog import TASKS
-from tasks.legacy import draw, prompts_and_golds, task_of, token_limits
 from tasks.files import DataSet, names
+from tasks.legacy import draw, prompts_and_golds, task_of, token_limits
+from tasks.tokenizer import build_encoding
 from verifier.math_verify import MathVerify
 
 ROWS = 1024  # sampled at a time
@@ -173,7 +173,8 @@ def evaluate(
             if record:
                 record(batch, layers, how)
     parts, votes, undecided = (
-        sum(found, type(found[0])()) for found in zip(*distributed.everyone((parts, votes, undecided)))
+        sum(found, type(found[0])())
+        for found in zip(*distributed.everyone((parts, votes, undecided)))
     )
     right, cut, tokens = (torch.cat(column) for column in zip(*parts))  # [Q, samples, turns] each
     lengths = {f"length{turn + 1}": tokens[..., turn].mean().item() for turn in range(turns)}
@@ -371,7 +372,11 @@ def real_subject(c, folder):
     library()  # missing? say so before the weights are needed
     device = pick_device(c.device)
     model = open_weights(
-        path, shape, encoding, distributed.from_rank0(lambda: compute_dtype(c.dtype, device)), device
+        path,
+        shape,
+        encoding,
+        distributed.from_rank0(lambda: compute_dtype(c.dtype, device)),
+        device,
     )
     return Subject(
         model,

@@ -20,15 +20,13 @@ trusted.
 """
 
 import itertools
-import re
-import sys
 import unicodedata
 from pathlib import Path
 
 import regex  # which tiktoken cuts with, too
 import tiktoken
 
-from runtime.flags import BadInput, check_fields, guarded, is_a, read_json, reading
+from runtime.flags import BadInput, check_fields, is_a, read_json, reading
 
 # ---- Hugging Face's byte-level BPE ---------------------------------------------------------------
 

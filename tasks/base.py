@@ -45,7 +45,6 @@ import torch
 
 import mgrpo
 from huggingface import prompts
-from tasks.tokenizer import build_encoding
 from huggingface.weights import library
 from mgrpo import PHRASES, Sampling, completion_logprobs, expand, pad_rows, phrase_text, second_look
 from model import GPT, ModelConfig, compute_dtype, load_checkpoint, save_checkpoint
@@ -53,9 +52,10 @@ from runtime import bars, distributed
 from runtime.flags import BadInput, check_fields, guarded, make_folder, parse_flags
 from sample import Sampler
 from tasks.catalog import TASKS
+from tasks.files import names, read_problems
 from tasks.legacy import attempt_to_review, draw, prompts_and_golds, task_of, token_limits
 from tasks.problems import prompt_text
-from tasks.files import names, read_problems
+from tasks.tokenizer import build_encoding
 
 CHECK_EVERY = 50  # steps between measurements
 CHECK_ON = 512  # problems per measurement

@@ -39,7 +39,7 @@ class TaskConfig:
 
 
 def make_puzzle(config):
-    """TaskConfig -> Solve, Chain or Countdown. Raises BadInput for a difficulty out of its range."""
+    """TaskConfig -> Solve, Chain or Countdown. Raises BadInput for a number out of its range."""
     unflat(TaskConfig, vars(config))  # checks the ranges of a config that comes from a file, too
     if config.candidates > config.modulus:
         raise BadInput(

@@ -19,17 +19,17 @@ import torch
 
 from eval import MOST, ROWS, check_cache, check_counts, make_verifier, max_new_tokens
 from huggingface.prompts import model_folder, open_shape, open_weights
-from tasks.tokenizer import build_encoding
 from huggingface.weights import library
+from mgrpo import longest_phrase
 from model import ModelConfig, load_checkpoint
 from runtime import distributed, memory
 from runtime.flags import BadInput, file_name, make_folder
 from runtime.log import say
 from tasks import base
 from tasks.base import base_model, base_path, pick_device, resolve
-from mgrpo import longest_phrase
-from tasks.legacy import task_of, token_limits
 from tasks.files import DataSet, names
+from tasks.legacy import task_of, token_limits
+from tasks.tokenizer import build_encoding
 
 
 class Setup(NamedTuple):

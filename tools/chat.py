@@ -37,9 +37,9 @@ from runtime.flags import BadInput, guarded, inert, parse_flags, ran_out
 from runtime.transcripts import bytes_of
 from sample import Sampler
 from tasks.base import pick_device
-from tasks.tokenizer import build_encoding
 from tasks.legacy import draw, prompts_and_golds, task_of, token_limits
 from tasks.problems import Problem
+from tasks.tokenizer import build_encoding
 
 PROMPT = "question> "
 SHOWN = 80  # characters of an answer that a verdict quotes
