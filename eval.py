@@ -38,7 +38,7 @@ from runtime.log import say, versions, write_json
 from runtime.transcripts import Dialogues
 from sample import Sampler
 from tables import details, several, summarise, table
-from tasks.base import pick_device
+from tasks.legacy import pick_device
 from tasks.catalog import TASKS
 from tasks.files import DataSet, names
 from tasks.legacy import draw, prompts_and_golds, task_of, token_limits

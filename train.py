@@ -77,7 +77,7 @@ from runtime.log import (
     write_json,
     write_samples,
 )
-from tasks import base as pretrain
+from tasks import legacy as pretrain
 from tasks.base import pick_preset
 from tasks.legacy import draw
 from tasks.opening import later, method, plan, prepare, row_tokens, wanted_tokens

@@ -25,10 +25,9 @@ from model import ModelConfig, load_checkpoint
 from runtime import distributed, memory
 from runtime.flags import BadInput, file_name, make_folder
 from runtime.log import say
-from tasks import base
-from tasks.base import base_model, base_path, pick_device, resolve
+from tasks import legacy as base
 from tasks.files import DataSet, names
-from tasks.legacy import task_of, token_limits
+from tasks.legacy import base_model, base_path, pick_device, resolve, task_of, token_limits
 from tasks.tokenizer import build_encoding
 
 

@@ -52,7 +52,7 @@ from model import GPT, ModelConfig
 from reward import is_correct
 from runtime.flags import BadInput, guarded, parse_flags
 from sample import Sampler
-from tasks.base import pick_device
+from tasks.legacy import pick_device
 from tasks.tokenizer import build_encoding
 from verifier import answers, latex
 

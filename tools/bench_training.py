@@ -36,7 +36,7 @@ from mgrpo import Layer
 from reward import score
 from runtime import memory
 from sample import Sampler
-from tasks.base import pick_device
+from tasks.legacy import pick_device
 from tasks.tokenizer import build_encoding
 from tools import bench
 

@@ -36,7 +36,7 @@ from reward import Makes, extract_answer
 from runtime.flags import BadInput, guarded, inert, parse_flags, ran_out
 from runtime.transcripts import bytes_of
 from sample import Sampler
-from tasks.base import pick_device
+from tasks.legacy import pick_device
 from tasks.legacy import draw, prompts_and_golds, task_of, token_limits
 from tasks.problems import Problem
 from tasks.tokenizer import build_encoding

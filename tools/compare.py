@@ -47,7 +47,7 @@ from runtime.flags import BadInput, file_name, guarded, parse_flags, writing
 from runtime.transcripts import lines_of
 from sample import Sampler
 from tables import COLUMNS, mean_and_error
-from tasks import base as pretrain
+from tasks import legacy as pretrain
 from tasks import opening
 from tasks.legacy import prompts_and_golds, task_of
 from tasks.tokenizer import build_encoding
