@@ -40,7 +40,7 @@ import heldout
 from engine.kernels import fold
 from engine.packing import batch_of, by_layer, leaf, logprobs, row_packs, tree_packs
 from eval import make_sampler
-from huggingface.weights import save_pretrained
+from huggingface.weights import save_model
 from mgrpo import (
     Sampling,
     collect,
@@ -741,7 +741,7 @@ def save(folder, policy, optimizer, progress, c):
         c.keep,
     )
     if c.init:
-        save_pretrained(policy, folder / "model", policy.compute, weights)
+        save_model(policy, folder / "model", policy.compute, weights)
     else:
         save_checkpoint(folder / "checkpoint.pt", policy, weights, config=settings(c))
 
