@@ -75,6 +75,8 @@ def test_a_line_is_recognised_by_its_fields(row, form, question, gold):
         ('{"question": "", "answer": "1"}', "its question is empty"),
         ('{"question": 3, "answer": "1"}', "its question is empty or not text"),
         ('{"problem": "p", "answer": [1]}', "its answer is list"),
+        ('{"question": "p", "answer": ["#### 1"]}', "its answer is list"),
+        ('{"question": "p", "final_answer": ["1"], "unit": "\\udc00"}', "half of a character"),
         ('{"problem": "p", "answer": true}', "its answer is bool"),
         ('{"question": "p", "final_answer": 3}', "not a list of texts"),
         ('{"question": "\\ud800", "answer": "1"}', "half of a character"),
