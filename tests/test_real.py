@@ -118,6 +118,7 @@ def walked(tmp_path_factory):
     return folder, printed
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_the_run_leaves_a_model(walked):
     """Catches a run that trains and loses the result, a config that claims a task, a plan that is
@@ -153,6 +154,7 @@ def test_the_run_leaves_a_model(walked):
     assert "You are a helpful" not in (folder / "out/r/samples.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_the_table_of_each_set(walked):
     """Catches sets mixed into one table, figures that are asked for and missing, and transcripts
@@ -204,6 +206,7 @@ def test_the_table_of_each_set(walked):
     assert sorted(line["sample"] for line in lines) == [0] * 10 + [1] * 5 + [2] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_transformers_loads_what_we_leave(walked):
     """Catches an export that only we can read: transformers' logits of the same prompt equal ours,
@@ -233,6 +236,7 @@ def test_transformers_loads_what_we_leave(walked):
     assert encoding.template_name == "paper"
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_what_is_saved_is_what_was_evaluated(walked):
     """Catches an export rounded to bf16 after fp32 training: steps of RL are smaller than a bf16
@@ -244,6 +248,7 @@ def test_what_is_saved_is_what_was_evaluated(walked):
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_transcripts_are_kept(walked):
     """Catches one set's transcripts written over another's of the same file name, and over those of
@@ -280,6 +285,7 @@ def test_transcripts_are_kept(walked):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_a_run_from_a_run(walked):
     """Catches a model of ours that we cannot start from again, --layers 1 on a real model, and a
@@ -332,6 +338,7 @@ def test_a_run_from_a_run(walked):
     assert (folder / "out/again/eval-copy.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, capsys):
     """Catches minutes of loading before a missing data file, and a model written over by
@@ -371,6 +378,7 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, 
         assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_ctrl_c_shows_what_there_is(walked, monkeypatch, capsys):
     """Catches an interrupted evaluation that throws away the greedy table, and a training run that
