@@ -321,35 +321,6 @@ class GPT(nn.Module):
                 torch.compile(part, dynamic=True) for part in (block.before, block.after)
             )
 
-    @staticmethod
-    def from_pretrained(folder, compute=torch.float32, device="cpu"):
-        """weights.from_pretrained: a GPT from a folder in Hugging Face's format."""
-        from huggingface import weights  # which imports this file
-
-        return weights.from_pretrained(folder, compute, device)
-
-    def save_pretrained(self, folder, dtype=torch.bfloat16):
-        """weights.save_pretrained: a folder in Hugging Face's format."""
-        from huggingface import weights
-
-        return weights.save_pretrained(self, folder, dtype)
-
-    def parameter_groups(self):
-        """-> {"matrices", "embeddings", "vectors"}: every parameter once. The field decays matrices
-        alone: embeddings hold rows that most batches do not touch, and vectors (norms, biases) set
-        scales, not directions."""
-        groups = dict(matrices=[], embeddings=[], vectors=[])
-        for name, parameter in self.named_parameters():
-            kind = (
-                "vectors"
-                if parameter.dim() < 2
-                else "embeddings"
-                if name.startswith(("embed", "head"))
-                else "matrices"
-            )
-            groups[kind].append(parameter)
-        return groups
-
 
 # ---- from vectors to probabilities ---------------------------------------------------------------
 

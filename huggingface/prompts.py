@@ -228,7 +228,7 @@ def open_shape(folder, template="auto"):
 
 def open_weights(folder, config, encoding, compute, device):
     """The rest -> GPT with the config and the template of `open_shape`. BadInput for whatever
-    weights.from_pretrained refuses."""
+    weights.load_model refuses."""
     model = GPT.from_pretrained(folder, compute, device)
     model.config, model.prompt_template = config, encoding.template_name
     return model

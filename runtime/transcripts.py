@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from engine.packing import batch_of, leaf, logprobs, row_packs, tree_packs
-from huggingface.tokenizer import PHRASES
+from mgrpo import PHRASES
 from mgrpo import completion_logprobs, draw_phrases, pad_rows
 from reward import extract_answer
 from runtime import distributed

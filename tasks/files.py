@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from reward import last_box, same
 from runtime.flags import BadInput, guarded
-from tasks.catalog import HELD_OUT, Problem
+from tasks.problems import HELD_OUT, Problem
 
 
 def after_hashes(answer):
@@ -202,90 +202,10 @@ def shorter(problems, encoding, prompt_tokens):
     ]
 
 
-class DataSet:
-    """Problems of files, drawn like those of a task of tasks.py: `draw(split, seed, index)` is a
-    pure function of its arguments.
-
-    Every epoch is a permutation of its own, so each problem comes once before any comes twice.
-    `held_out` are files to evaluate on: what is asked there never comes in training, even if it
-    stands in both. Without them every eighth problem (by hash) is held out; without files to train
-    on there is only what is held out.
-    """
-
-    def __init__(self, paths, encoding, prompt_tokens, held_out=(), say=print, known=frozenset()):
-        """known: questions (canonical) that a model has been trained on; they are left out of
-        `held_out`, and counted."""
-        self.paths = [*paths] or [*held_out]
-        train, held = (
-            load(paths, encoding, prompt_tokens, say),
-            load(held_out, encoding, prompt_tokens, say),
-        )
-        if known and held:
-            new = [problem for problem in held if self.canonical(problem) not in known]
-            if len(new) < len(held):
-                say(
-                    f"data: {len(held) - len(new):,} of these {len(held):,} problems were trained "
-                    "on by this run, and are left out"
-                )
-            held = new
-        if held_out:
-            asked = {self.canonical(problem) for problem in held}
-            kept = [problem for problem in train if self.canonical(problem) not in asked]
-            if len(kept) < len(train):
-                say(
-                    f"data: {len(train) - len(kept)} of the training problems are in the "
-                    "evaluation data too, and are not trained on"
-                )
-        else:
-            kept, held = (
-                [p for p in train if (digest(self.canonical(p)) % HELD_OUT > 0) == kind]
-                for kind in (True, False)
-            )
-        self.splits = {"train": kept, "held out": held}
-        for split, problems in self.splits.items():
-            if not problems and (split != "train" or paths):
-                raise BadInput(
-                    f"{', '.join(self.paths)}: no problem is left for the split {split!r}; give "
-                    "more data, or --eval-data"
-                )
-
-    def __str__(self):
-        train, held = (len(self.splits[name]) for name in ("train", "held out"))
-        return f"{', '.join(Path(path).name for path in self.paths)}: {train:,} problems to train on, {held:,} held out"
-
-    def canonical(self, problem):
-        """What makes two problems the same: the question, but for white space."""
-        return " ".join(problem.question.split())
-
-    def draw(self, split, seed, index):
-        problems = self.splits[split]
-        return problems[
-            permutation(len(problems), f"{split}/{seed}/{index // len(problems)}")[
-                index % len(problems)
-            ]
-        ]
-
-    def some(self, split, count, seed):
-        """`count` problems (all for 0, or when there are no more), in the order of the file."""
-        problems = self.splits[split]
-        return [
-            problems[i]
-            for i in sorted(permutation(len(problems), f"{split}/{seed}")[: count or len(problems)])
-        ]
-
-
-@functools.lru_cache(8)
-def permutation(count, seed):
-    return random.Random(seed).sample(range(count), count)
-
-
-def digest(text):
-    return hashlib.sha256(text.encode()).digest()[0]
-
-
 def load(paths, encoding, prompt_tokens, say):
-    """The problems of several files whose prompts are not too long; says what was found."""
-    found = []
+    """The problems of several files whose prompts fit -> [Problem]. A line of output for each file
+    counts what it holds."""
+    loaded = []
     for path in paths:
         problems, counts = read_problems(path)
         fitting = shorter(problems, encoding, prompt_tokens)
@@ -295,28 +215,163 @@ def load(paths, encoding, prompt_tokens, say):
             + ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
             + ("" if len(fitting) == sum(counts.values()) else f"; {len(fitting):,} are used")
         )
-        found += fitting
-    if paths and not found:
+        loaded += fitting
+    if paths and not loaded:
         raise BadInput(
             f"{', '.join(paths)}: every prompt has more than {prompt_tokens} tokens; raise "
             "--prompt-tokens"
         )
-    return found
+    return loaded
+
+
+# ---- a task --------------------------------------------------------------------------------------
+
+
+class DataSet:
+    """Problems of files as a Task (tasks/problems.py).
+
+    Files of `held_out` are evaluated on: their questions are never trained on, even if `paths`
+    repeat them. Without such files every eighth problem (by a hash of its question) is held out.
+    Without `paths` the set has held-out problems only.
+    """
+
+    unit = "questions"
+
+    def __init__(
+        self,
+        paths,
+        encoding,
+        prompt_tokens,
+        held_out=(),
+        *,
+        max_new_tokens=1024,
+        verifier=None,
+        known=frozenset(),
+        say=print,
+    ):
+        """paths, held_out: tuples of files. encoding: of the model, with its `template`
+        (huggingface/prompts.py). prompt_tokens: problems with a longer prompt are left out, and
+        counted. max_new_tokens: of a completion. verifier: see make_verifier. known: canonical
+        questions that the model was trained on; they are left out of `held_out`, and counted.
+
+        Raises BadInput for a file that is no data set, and for a split without problems.
+        """
+        self.encoding, self.verifier = encoding, verifier
+        self.prompt_tokens, self.max_new_tokens = prompt_tokens, max_new_tokens
+        self.paths = tuple(paths) or tuple(held_out)
+        self.name = label(tuple(held_out) or self.paths)
+        train = load(paths, encoding, prompt_tokens, say)
+        asked = load(held_out, encoding, prompt_tokens, say)
+        if known and asked:
+            new = [problem for problem in asked if self.canonical(problem) not in known]
+            if len(new) < len(asked):
+                say(
+                    f"data: {len(asked) - len(new):,} of these {len(asked):,} problems were "
+                    "trained on by this run, and are left out"
+                )
+            asked = new
+        if held_out:
+            questions = {self.canonical(problem) for problem in asked}
+            kept = [problem for problem in train if self.canonical(problem) not in questions]
+            if len(kept) < len(train):
+                say(
+                    f"data: {len(train) - len(kept)} of the training problems are in the "
+                    "evaluation data too, and are not trained on"
+                )
+        else:
+            is_held_out = [digest(self.canonical(problem)) % HELD_OUT == 0 for problem in train]
+            kept = [problem for problem, held in zip(train, is_held_out) if not held]
+            asked = [problem for problem, held in zip(train, is_held_out) if held]
+        self.splits = {"train": kept, "held out": asked}
+        for split, problems in self.splits.items():
+            if not problems and (split != "train" or paths):
+                raise BadInput(
+                    f"{', '.join(map(str, self.paths))}: no problem is left for the split "
+                    f"{split!r}; give more data, or --eval-data"
+                )
+
+    def __str__(self):
+        train, asked = (len(self.splits[name]) for name in ("train", "held out"))
+        files = ", ".join(Path(path).name for path in self.paths)
+        return f"{files}: {train:,} problems to train on, {asked:,} held out"
+
+    def prompt_ids(self, problem):
+        """-> [int], the tokens of a problem's layer-1 prompt, in the model's own template."""
+        return self.encoding.template(problem.question)
+
+    def train_problems(self, seed, step, count):
+        """The `count` problems of a training step, of all ranks together -> [Problem].
+
+        A pure function of (seed, step). Each epoch is a permutation of its own, so every problem
+        comes once before any comes twice.
+        """
+        stream = f"rl/{seed}"
+        return [self.draw("train", stream, step * count + i) for i in range(count)]
+
+    def held_out(self, count=0, seed=0):
+        """-> `count` held-out problems (0: all of them) in the order of the files. A part is chosen
+        at random by `seed`."""
+        problems = self.splits["held out"]
+        chosen = permutation(len(problems), f"held out/{seed}")[: count or len(problems)]
+        return [problems[i] for i in sorted(chosen)]
+
+    def canonical(self, problem):
+        """-> str, equal for problems that ask the same: the question, but for white space."""
+        return " ".join(problem.question.split())
+
+    def draw(self, split, seed, index):
+        """Problem `index` of an endless stream over a split -> Problem."""
+        problems = self.splits[split]
+        epoch, place = divmod(index, len(problems))
+        return problems[permutation(len(problems), f"{split}/{seed}/{epoch}")[place]]
+
+
+@functools.lru_cache(8)  # one epoch's permutation serves all of its draws
+def permutation(count, seed):
+    return random.Random(seed).sample(range(count), count)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).digest()[0]
+
+
+def label(paths):
+    """A name for files about a data set: "gsm8k-test" for ("data/gsm8k/test.jsonl",)."""
+    stems = ("-".join(filter(None, (Path(p).parent.name, Path(p).stem))) for p in paths)
+    return "+".join(stems)[:100]
+
+
+def make_verifier(name):
+    """--verifier -> None for "rules", the rules of verifier/; a MathVerify for "math-verify".
+
+    Raises BadInput where that library is not installed.
+    """
+    if name == "rules":
+        return None
+    from verifier.math_verify import MathVerify  # an extra: only who asks for it needs it
+
+    try:
+        return MathVerify()
+    except ImportError as error:
+        raise BadInput(f"--verifier {name}: {error}") from None
 
 
 def names(text):
-    """ "a.jsonl,b.jsonl" -> ["a.jsonl", "b.jsonl"]. BadInput for commas alone."""
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if text and not found:
+    """ "a.jsonl,b.jsonl" -> ["a.jsonl", "b.jsonl"]. Raises BadInput for commas alone."""
+    files = [name.strip() for name in text.split(",") if name.strip()]
+    if text and not files:
         raise BadInput(
-            f"{text!r} names no file: give files of problems (data.py), with commas between them"
+            f"{text!r} names no file: give JSONL files of problems, with commas between them"
         )
-    return found
+    return files
 
 
 def main():
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(__doc__.strip())
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise BadInput("usage: python data.py FILE.jsonl [FILE.jsonl ...]")
+        raise BadInput("usage: python -m tasks.files FILE.jsonl [FILE.jsonl ...]")
     for path in sys.argv[1:]:
         problems, counts = read_problems(path)
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))

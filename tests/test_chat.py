@@ -20,12 +20,11 @@ from test_prompts import TOKENS, make_folder
 
 from eval import two_turns
 from huggingface.prompts import open_tokenizer
-from huggingface.tokenizer import PHRASES
-from mgrpo import Sampling, draw_phrases
+from mgrpo import PHRASES, Sampling, draw_phrases, phrase_text
 from model import GPT, ModelConfig, save_checkpoint
 from runtime.flags import BadInput, guarded
 from sample import Sampler
-from tasks.catalog import draw, make_task, phrase_text
+from tasks.legacy import draw, make_task
 from tools import chat
 from tools.chat import Config, Dialogue, Partner, Stream, inert, open_partner, split_gold, verdict
 

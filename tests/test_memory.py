@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from mgrpo import completion_logprobs, pad_rows
 from model import CHUNK, GPT, ModelConfig, token_logprobs
 from runtime import memory

@@ -17,7 +17,7 @@ from runtime import distributed, memory
 from runtime.checkpoints import load_state, saved
 from runtime.flags import BadInput
 from runtime.transcripts import lines_of
-from tasks.base import pick_device
+from tasks.legacy import pick_device
 from verifier.math_verify import MathVerify
 
 RUN = (

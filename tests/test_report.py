@@ -18,7 +18,7 @@ from test_mgrpo import scripted_rollout
 from test_train import rollout  # noqa: F401 - a fixture
 
 from eval import evaluate
-from huggingface.tokenizer import PHRASES
+from mgrpo import PHRASES
 from mgrpo import completion_logprobs, pad_rows
 from report import curves
 from report import page as report
@@ -26,7 +26,7 @@ from runtime import transcripts
 from runtime.flags import BadInput, guarded
 from runtime.transcripts import Dialogues, answers, pieces, read_trees
 from sample import Sampler
-from tasks.catalog import draw, make_task
+from tasks.legacy import draw, make_task
 from train import Trees
 
 HOSTILE = (

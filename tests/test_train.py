@@ -18,7 +18,7 @@ from conftest import PATIENCE, ROOT, script
 from test_mgrpo import scripted_rollout
 
 import train
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import load_checkpoint
 from runtime import log
@@ -28,7 +28,8 @@ from runtime.log import rollout_metrics, tree_text
 from runtime.transcripts import lines_of
 from sample import Sampler
 from tasks.base import learning_rate
-from tasks.catalog import Problem, draw, make_task, prompts_and_golds
+from tasks.legacy import draw, make_task, prompts_and_golds
+from tasks.problems import Problem
 from train import SUMS, Config, Trees, accumulate, learn, optimiser_steps
 
 
@@ -242,7 +243,7 @@ def test_metrics_of_a_hand_written_tree(encoding):
 
 def test_tree_text_shows_the_whole_tree(encoding):
     """Catches a transcript that lacks the phrase, a node, or who was right."""
-    from tasks.catalog import Problem
+    from tasks.problems import Problem
 
     layers, sampler = scripted_rollout(encoding)
     text = tree_text(layers, Problem("a", "1", None), 0, encoding)
@@ -323,7 +324,7 @@ def test_nobody_goes_on_to_layer_2(encoding, gpt):
     1's alone."""
     from test_mgrpo import Scripted
 
-    from tasks.catalog import Problem
+    from tasks.problems import Problem
 
     sampler = Scripted(encoding, ["<answer>1</answer>"] * 4, [])
     layers = collect(

@@ -48,12 +48,12 @@ import torch.nn.functional as F
 
 from engine import kernels
 from engine.cache import Rows
-from huggingface.tokenizer import build_encoding
 from model import GPT, ModelConfig
 from reward import is_correct
 from runtime.flags import BadInput, guarded, parse_flags
 from sample import Sampler
-from tasks.base import pick_device
+from tasks.legacy import pick_device
+from tasks.tokenizer import build_encoding
 from verifier import answers, latex
 
 SHAPES = {  # ModelConfig's fields; the large ones are those of Qwen2.5

@@ -30,23 +30,16 @@ from typing import Any, Literal, NamedTuple
 
 from eval import load_policy, make_verifier, max_new_tokens, run_config
 from huggingface.prompts import model_folder, open_shape, open_weights
-from huggingface.tokenizer import PHRASES, build_encoding
-from mgrpo import Sampling, draw_phrases, expand
+from mgrpo import PHRASES, Sampling, draw_phrases, expand, longest_phrase, phrase_text
 from model import compute_dtype
 from reward import Makes, extract_answer
 from runtime.flags import BadInput, guarded, inert, parse_flags, ran_out
 from runtime.transcripts import bytes_of
 from sample import Sampler
-from tasks.base import pick_device
-from tasks.catalog import (
-    Problem,
-    draw,
-    longest_phrase,
-    phrase_text,
-    prompts_and_golds,
-    task_of,
-    token_limits,
-)
+from tasks.legacy import pick_device
+from tasks.legacy import draw, prompts_and_golds, task_of, token_limits
+from tasks.problems import Problem
+from tasks.tokenizer import build_encoding
 
 PROMPT = "question> "
 SHOWN = 80  # characters of an answer that a verdict quotes
