@@ -497,6 +497,7 @@ def measure(c, subject, name, task, sampler, verifier):
         Path(c.transcripts) if c.transcripts else subject.folder,
         f"{subject.prefix}eval-{label}",
         about,
+        extract_answer,
     )
     ask = functools.partial(
         evaluate,

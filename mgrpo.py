@@ -216,6 +216,7 @@ class Layer:
     trained: torch.Tensor = None  # bool: in the loss at all
     # bool: the verifier failed, and the reward is 0 for want of another
     undecided: torch.Tensor = None
+    phrases: list = None  # the guiding phrase of each row; None in layer 1
 
     @functools.cached_property
     def lengths(self):
@@ -293,7 +294,9 @@ def second_look(sampler, encoding, golds, first, n, how, sources="all"):
         return None
     phrases = draw_phrases(how.seed, first.completions.numbers[rows].tolist())
     prefixes = [encoding.encode_ordinary(phrase_text(phrase)) for phrase in phrases]
-    return expand(sampler, encoding, golds, prefixes, n, how, first, rows)
+    layer = expand(sampler, encoding, golds, prefixes, n, how, first, rows)
+    layer.phrases = [phrase for phrase in phrases for _ in range(n)]
+    return layer
 
 
 def collect(

@@ -390,9 +390,15 @@ def one_step(policy, reference, optimizer, sampler, setup, progress, folder):
     c, clock = setup.c, time.perf_counter()
     trees = rollout(sampler, setup, progress.step)
     sampled = time.perf_counter()
-    transcripts.record(
-        folder, policy, trees[0], setup.encoding, c, progress.step + 1, progress.generated
-    )
+    if c.transcripts:
+        transcripts.write_trees(
+            folder / "rollouts.jsonl",
+            trees[0].layers,
+            trees[0].problems,
+            setup.encoding,
+            c.transcripts,
+            dict(step=progress.step + 1, generated=progress.generated),
+        )
     recorded = time.perf_counter()
     for parameters in optimizer.param_groups:
         parameters["lr"] = c.lr * (1 - progress.generated / c.tokens)

@@ -13,10 +13,10 @@ import torch
 from conftest import PATIENCE, ROOT
 
 from model import load_checkpoint
+from report.trees import lines_of
 from runtime import distributed, memory
 from runtime.checkpoints import load_state, saved
 from runtime.flags import BadInput
-from runtime.transcripts import lines_of
 from tasks.base import pick_device
 from verifier.math_verify import MathVerify
 

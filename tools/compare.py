@@ -44,8 +44,8 @@ import train
 from eval import held_out_questions, load_policy, majorities
 from huggingface.tokenizer import build_encoding
 from mgrpo import Sampling, expand
+from report.trees import lines_of
 from runtime.flags import BadInput, file_name, guarded, parse_flags, writing
-from runtime.transcripts import lines_of
 from sample import Sampler
 from tables import COLUMNS, mean_and_error
 from tasks import base as pretrain
