@@ -23,19 +23,38 @@ Letters: Q questions, n samples of each.
 """
 
 import math
+import re
 
 import torch
 
-COLUMNS = {"t1": "Acc@t1", "t2": "Acc@t2", "delta": "Δ(t1,t2)", "i2c": "Δ i→c", "c2i": "Δ c→i"}
+
+def columns(turns):
+    """{name of a result's column: its title} of the table, in its order. Columns of a pair of
+    turns name the second of them where there is more than one pair."""
+    pair = lambda k: "" if turns == 2 else f", t{k}"
+    titles = {f"t{k}": f"Acc@t{k}" for k in range(1, turns + 1)}
+    titles |= {"delta": f"Δ(t1,t{turns})"} if turns > 1 else {}
+    for k in range(2, turns + 1):
+        titles |= {f"fix{k}": f"Δ i→c{pair(k)}", f"broke{k}": f"Δ c→i{pair(k)}"}
+    return titles
+
+
+COLUMNS = columns(2)
+
+
+def turns_of(names):
+    """The number of turns of a result with columns of these names."""
+    return sum(re.fullmatch(r"t\d+", name) is not None for name in names)
 
 
 def summarise(right):
-    """right: [Q, samples, turns] 0/1 -> {name: (mean, standard error over questions)} of the
-    columns that apply."""
-    c1, c2 = right[..., 0], right[..., -1]
-    values = dict(t1=c1)
-    if right.shape[-1] == 2:
-        values |= dict(t2=c2, delta=c2 - c1, i2c=(1 - c1) * c2, c2i=c1 * (1 - c2))
+    """right: [Q, samples, turns] 0/1 -> {column: (mean, standard error over questions)}."""
+    c = right.unbind(-1)  # of each turn [Q, samples]
+    values = {f"t{k}": now for k, now in enumerate(c, 1)}
+    values |= {"delta": c[-1] - c[0]} if len(c) > 1 else {}
+    for k in range(2, len(c) + 1):
+        before, now = c[k - 2], c[k - 1]
+        values |= {f"fix{k}": (1 - before) * now, f"broke{k}": before * (1 - now)}
     return {name: mean_and_error(x.mean(1)) for name, x in values.items()}
 
 
@@ -60,15 +79,16 @@ def pass_at(k, n, c):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def as_look(found):
-    """A result of eval.evaluate as the fields of a look at held-out questions, with standard
-    errors."""
-    names = dict(t1="heldout1", t2="heldout2", i2c="heldout_fix", c2i="heldout_broke")
-    return {
-        f"{field}{end}": found[name][i]
-        for name, field in names.items()
-        for i, end in enumerate(("", "_se"))
-    }
+def as_look(result):
+    """A result of eval.evaluate as the held-out fields of metrics.jsonl, with standard errors."""
+    fields = {}
+    for k in range(1, turns_of(result) + 1):
+        names = {f"t{k}": "heldout", f"fix{k}": "heldout_fix", f"broke{k}": "heldout_broke"}
+        for name, field in names.items():
+            if name in result:
+                mean, error = result[name]
+                fields |= {f"{field}{k}": mean, f"{field}{k}_se": error}
+    return fields
 
 
 def mean_and_error(x):
@@ -87,7 +107,8 @@ def percent(pair, sign=""):
 def table(rows, what="held-out questions"):
     """{name: result of evaluate} -> the paper's table as text, in percent. Rows may have been asked
     different numbers of them."""
-    shown = {k: v for k, v in COLUMNS.items() if all(k in result for result in rows.values())}
+    turns = min(turns_of(result) for result in rows.values())
+    shown = columns(turns)
     lines = [
         f"{'':24}" + "".join(f"{title:>15}" for title in shown.values()) + f"{'questions':>12}"
     ]
@@ -105,7 +126,7 @@ def details(rows, verifier):
     verifier's failures."""
     lines = []
     for name, result in rows.items():
-        turns = [turn for turn in (1, 2) if f"length{turn}" in result]
+        turns = range(1, turns_of(result) + 1)
         for turn in turns if f"pass{turns[0]}" in result else ():
             found = [f"pass@{k} {percent(value)}" for k, value in result[f"pass{turn}"].items()]
             lines.append(

@@ -21,11 +21,11 @@ import train
 from tasks.tokenizer import build_encoding
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import load_checkpoint
+from report.trees import lines_of
 from runtime import log
 from runtime.checkpoints import Progress
 from runtime.flags import BadInput
 from runtime.log import rollout_metrics, tree_text
-from runtime.transcripts import lines_of
 from sample import Sampler
 from tasks.base import learning_rate
 from tasks.legacy import draw, make_task, prompts_and_golds
