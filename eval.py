@@ -31,7 +31,7 @@ from runtime import distributed, memory
 from runtime.flags import Above, AtLeast, AtMost, BadInput, Below, Between, flat, parse_flags
 from runtime.log import bar_of_rows, versions, write_json
 from runtime.transcripts import Dialogues
-from tasks.opening import RealConfig, make_sampler, open_model_and_task
+from tasks.opening import RealConfig, make_sampler, open_model_and_tasks
 from verifier import equal
 
 ROWS = 1024  # sampled at a time: more hardly pays, and takes memory
@@ -84,7 +84,7 @@ def evaluate(
     parts, votes, undecided = (sum(lists, type(lists[0])()) for lists in found)
     right, truncated, lengths = (torch.cat(c) for c in zip(*parts))  # [Q, samples, turns] each
     return {
-        **accuracies(right),
+        **summarise(right),
         **several_samples(right, votes),
         **{f"length{k}": lengths[..., k - 1].mean().item() for k in range(1, turns + 1)},
         "truncated": truncated.mean().item(),
@@ -96,7 +96,7 @@ def evaluate(
     }
 
 
-def accuracies(right):
+def summarise(right):
     """right: [Q, samples, turns] 0/1 -> {column: (mean, standard error over questions)}."""
     turns = right.shape[-1]
     columns = {f"t{k}": right[..., k - 1] for k in range(1, turns + 1)}
@@ -178,7 +178,7 @@ def percent(pair, sign=""):
     return f"{100 * pair[0]:{sign}.1f} ± {error}"
 
 
-def titles(turns):
+def columns(turns):
     """{column of a result: its title} of a table with so many turns."""
     shown = {f"t{k}": f"Acc@t{k}" for k in range(1, turns + 1)}
     if turns > 1:
@@ -196,7 +196,7 @@ def turns_of(results):
 
 def table(rows, unit="held-out questions"):
     """{name: result of evaluate} -> the paper's table as text, in percent."""
-    shown = titles(min(turns_of(results) for results in rows.values()))
+    shown = columns(min(turns_of(results) for results in rows.values()))
     heads = "".join(f"{title:>15}" for title in shown.values())
     lines = [f"{'':24}{heads}{'questions':>12}"]
     for name, results in rows.items():
@@ -266,32 +266,27 @@ def main():
     if config.json:
         flags.make_folder(Path(config.json).parent)  # now, not after hours
 
-    results, sampler, policy = {}, None, None
     with memory.explained():
         # Every data file is a set with a table of its own; a built-in task is a single set.
-        for files in [(file,) for file in config.data] or [()]:
-            policy, task = open_model_and_task(
-                config.model,
-                opened=policy,
-                eval_data=files,
-                real=config.real,
-                device=config.device,
-                dtype=config.dtype,
-                max_new_tokens=config.max_new_tokens,
-                turns=config.turns,
-            )
-            longest = memory.row_tokens(task.prompt_tokens, task.max_new_tokens, config.turns)
-            sampler = sampler or make_sampler(
-                policy, config.cache_tokens, longest, wanted=ROWS * longest
-            )
-            print(f"{config.model}: {task}")
-            results[str(task)] = measure(config, policy, task, sampler)
+        policy, tasks = open_model_and_tasks(
+            config.model,
+            sets=[((), (file,)) for file in config.data],
+            real=config.real,
+            device=config.device,
+            dtype=config.dtype,
+            max_new_tokens=config.max_new_tokens,
+            turns=config.turns,
+        )
+        longest = max(memory.row_tokens(task, config.turns) for task in tasks)
+        sampler = make_sampler(policy, config.cache_tokens, longest, wanted=ROWS * longest)
+        results = {}
+        for task, name in zip(tasks, config.data or [str(tasks[0])]):
+            results[name] = measure(config, policy, task, sampler)
             if config.json:  # after each, so that no figures are lost with the next set
                 settings = flat(config) | dict(max_new_tokens=task.max_new_tokens)
-                only = results[str(task)] if len(config.data) < 2 else {}
-                write_json(
-                    config.json, dict(settings=settings, made_by=versions(), sets=results) | only
-                )
+                only = results[name] if len(tasks) == 1 else {}
+                figures = dict(settings=settings, made_by=versions(), sets=results) | only
+                write_json(config.json, figures)
 
 
 def measure(config, policy, task, sampler):
@@ -301,7 +296,7 @@ def measure(config, policy, task, sampler):
     about = dict(model=config.model, seed=config.seed)
     if config.transcripts:
         folder = Path(config.transcripts)
-    dialogues = Dialogues(folder, f"{prefix}eval-{task.name}", about)
+    dialogues = Dialogues(folder, f"{prefix}eval-{task.name}", about, extract_answer)
     filters = dict(top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
     rows = {}
     try:
