@@ -142,7 +142,9 @@ def test_solve_has_exactly_one_solution():
         task = make_task("solve", modulus=modulus, candidates=5)
         for i in range(300):
             candidates, operations, target = draw(task, "train", 0, i).data
-            assert sum(catalog.compute(x, operations, modulus)[-1] == target for x in candidates) == 1
+            assert (
+                sum(catalog.compute(x, operations, modulus)[-1] == target for x in candidates) == 1
+            )
 
 
 def test_the_base_doubts_as_stated():
@@ -167,7 +169,8 @@ def test_reviews_of_countdown_see_right_attempts_half_of_the_time():
     problems = [draw(task, "train", 0, i) for i in range(2000)]
     alone = sum(task.attempt(p, rng).reached == p.gold.target for p in problems) / 2000
     reviewed = (
-        sum(catalog.attempt_to_review(task, p, rng).reached == p.gold.target for p in problems) / 2000
+        sum(catalog.attempt_to_review(task, p, rng).reached == p.gold.target for p in problems)
+        / 2000
     )
     assert 0.10 < alone < 0.25 and abs(reviewed - (0.5 + alone / 2)) < 4 * (0.25 / 2000) ** 0.5
     assert {
