@@ -20,6 +20,7 @@ from test_prompts import TOKENS, make_folder
 
 from eval import two_turns
 from huggingface.prompts import open_tokenizer
+from huggingface.weights import save_model
 from mgrpo import PHRASES, Sampling, draw_phrases, phrase_text
 from model import GPT, ModelConfig, save_checkpoint
 from runtime.flags import BadInput, guarded
@@ -622,7 +623,7 @@ def test_a_real_model(tmp_path, monkeypatch, capsys):
     source = make_folder(tmp_path / "source", TOKENS["chatml"], dict(eos_token_id=258))
     model, folder = tiny(1024, vocabulary=320, end=258), tmp_path / "run"
     model.source = source
-    model.save_pretrained(folder / "model", torch.float32)
+    save_model(model, folder / "model", torch.float32)
     flags = dict(device="cpu", dtype="float32")
     alone = open_partner(Config(str(folder / "model"), **flags))
     # beside a prompt of 512

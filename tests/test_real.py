@@ -2,6 +2,7 @@
 one command."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import eval as evaluation
 import heldout
 import train
 from runtime.flags import BadInput, guarded
-from tasks import base as pretrain
+from tools import tiny_qwen
 
 FLOAT = ("--dtype", "float32", "--device", "cpu")
+WORDS = ("--data", "train.jsonl", "--tokenizer", "tokenizer")
 SMALL = ("--prompt-tokens", "640", "--max-new-tokens", "24")
 
 
@@ -36,8 +38,8 @@ def problems(count, first=0):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """pretrain.py --data, train.py --init, eval.py --init in a folder of its own -> folder, what
-    each printed."""
+    """tools.tiny_qwen, train.py --init, eval.py --init in a folder of its own -> folder, what each
+    printed."""
     pytest.importorskip(
         "safetensors", reason="needs safetensors: pip install -r requirements-extra.txt"
     )
@@ -54,7 +56,7 @@ def walked(tmp_path_factory):
     printed = [
         script(
             folder,
-            "pretrain.py",
+            "tools.tiny_qwen",
             "--data",
             "train.jsonl",
             "--tokenizer",
@@ -333,7 +335,7 @@ def test_a_run_from_a_run(walked):
 @pytest.mark.extra
 def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, capsys):
     """Catches minutes of loading before a missing data file, and a model written over by
-    pretrain.py."""
+    tiny_qwen."""
     from huggingface import weights
 
     monkeypatch.chdir(walked[0])
@@ -350,34 +352,16 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, 
             "nowhere.jsonl: there is no such file",
         ),
         (
-            pretrain,
-            [
-                "pretrain.py",
-                "--data",
-                "train.jsonl",
-                "--tokenizer",
-                "tokenizer",
-                "--save",
-                "out/base",
-            ],
+            tiny_qwen,
+            ["tiny_qwen", *WORDS, "--save", "out/base"],
             "there is something already",
         ),
         (
-            pretrain,
-            [
-                "pretrain.py",
-                "--data",
-                "train.jsonl",
-                "--tokenizer",
-                "tokenizer",
-                "--save",
-                "new",
-                "--task",
-                "chain",
-            ],
-            "--task is about",
+            tiny_qwen,
+            ["tiny_qwen", *WORDS, "--save", "new", "--task", "chain"],
+            "unknown flag '--task'",
         ),
-        (pretrain, ["pretrain.py", "--data", "train.jsonl"], "belong together"),
+        (tiny_qwen, ["tiny_qwen", "--data", "train.jsonl"], "belong together"),
     ]
     for module, words, says in cases:
         monkeypatch.setattr(sys, "argv", [*words, *FLOAT])
@@ -467,10 +451,9 @@ def test_solutions_that_are_too_long(tmp_path):
     (tmp_path / "d.jsonl").write_text(
         json.dumps(dict(question="q", answer="x" * 3000 + "#### 1")) + "\n"
     )
+    encoding = tiny_qwen.open_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(BadInput, match="at most 960 tokens"):
-        pretrain.open_solutions(
-            pretrain.Script(data=str(tmp_path / "d.jsonl"), tokenizer=str(tmp_path / "tokenizer"))
-        )
+        tiny_qwen.read_solutions((str(tmp_path / "d.jsonl"),), encoding)
 
 
 @pytest.mark.parametrize(
@@ -507,20 +490,15 @@ def test_nothing_is_learnt_without_safetensors(tmp_path):
     """Catches minutes of work that end at a missing package: it is asked for first."""
     make_folder(tmp_path / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
     (tmp_path / "d.jsonl").write_text(problems(3))
-    hide = "import sys; sys.modules['safetensors'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    words = [
-        str(ROOT / "pretrain.py"),
-        "--data",
-        "d.jsonl",
-        "--tokenizer",
-        "tokenizer",
-        "--save",
-        "m",
-        *FLOAT,
-    ]
+    hide = (
+        "import sys, runpy; sys.modules['safetensors'] = None; "
+        "runpy.run_module('tools.tiny_qwen', run_name='__main__', alter_sys=True)"
+    )
+    words = ["--data", "d.jsonl", "--tokenizer", "tokenizer", "--save", "m", *FLOAT]
     done = subprocess.run(
         [sys.executable, "-c", hide, *words],
         cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
