@@ -176,7 +176,7 @@ def train(config):
     )
 
     with memory.explained(plan), run:
-        sampler.refresh(distributed.full_tensors(policy, policy.compute))
+        sampler.refresh()
         if "base" not in run.results:
             run.table("base", held_out_tables("base", run, sampler, task, config))
         while run.tokens < config.tokens and not run.stop_asked():
@@ -273,7 +273,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
         optimizer.zero_grad(set_to_none=True)
 
     # 5. The sampler decodes with its own copy of the weights: renew it.
-    sampler.refresh(distributed.full_tensors(policy, policy.compute))
+    sampler.refresh()
     trained = time.perf_counter()
 
     new = distributed.sum_over_ranks(dict(new=sum(int(layer.lengths.sum()) for layer in layers)))
