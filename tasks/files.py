@@ -25,9 +25,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from reward import last_box, same
+from reward import last_box
 from runtime.flags import BadInput, guarded
 from tasks.problems import HELD_OUT, Problem
+from verifier import equal
 
 KNOWN = "question + final_answer; question + answer; problem + answer; problem + solution"
 # Fields that tell kinds of problems apart; transcripts repeat them.
@@ -133,7 +134,7 @@ def with_unit(answer, unit):
     """An answer with its set's unit, if the verifier then still takes the bare answer for right: a
     unit that it cannot read would only turn right answers into wrong ones."""
     whole = rf"{answer} {unit}" if "\\" in unit else rf"{answer} \text{{ {unit}}}"
-    return whole if answer and unit and same(answer, whole) else answer
+    return whole if answer and unit and equal(answer, whole) else answer
 
 
 # ---- files ---------------------------------------------------------------------------------------

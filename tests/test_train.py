@@ -20,11 +20,11 @@ from test_mgrpo import scripted_rollout
 import train
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import load_checkpoint
+from report.trees import lines_of
 from runtime import log
 from runtime.checkpoints import Progress
 from runtime.flags import BadInput
 from runtime.log import rollout_metrics, tree_text
-from runtime.transcripts import lines_of
 from sample import Sampler
 from tasks.legacy import draw, make_task, prompts_and_golds
 from tasks.problems import Problem
