@@ -65,7 +65,7 @@ from runtime.checkpoints import (
     save_state,
     saved,
 )
-from runtime.flags import BadInput, Maybe, check_fields, parse_flags, ran_out
+from runtime.flags import BadInput, Maybe, check_fields, kinds, parse_flags, ran_out
 from runtime.log import (
     log,
     note_resume,
@@ -216,7 +216,10 @@ def presets(given):
     other."""
     own = {field.name for field in dataclasses.fields(pretrain.Config)} - {"device", "dtype"}
     if given.get("resume"):
-        return resumed_settings(given, [field.name for field in dataclasses.fields(Config)], say)
+        old = resumed_settings(given, [field.name for field in dataclasses.fields(Config)], say)
+        where = resumed_run(given["resume"], given.get("name", "")) / "config.json"
+        check_fields(old, {name: kind for name, kind in kinds(Config).items() if name in old}, where)
+        return old
     if given.get("init"):
         for name in own & given.keys():
             raise BadInput(
@@ -538,9 +541,7 @@ def learn(policy, reference, optimizer, trees, c):
             # else no advantages: momentum is no reason to move
             if accumulate(policy, reference, trees, parts, c, sums, first):
                 seen.add((epoch, number if c.update == "joint" else number // c.layers))
-                norm = distributed.whole(
-                    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                ).item()
+                norm = distributed.clip_gradient(policy, 1.0)
                 if math.isfinite(norm):
                     norms.append(norm)
                     optimizer.step()
@@ -721,10 +722,7 @@ def save(folder, policy, optimizer, progress, c):
     if progress.recent and accuracy >= progress.accuracy:
         progress.best, progress.accuracy = progress.step, accuracy
     progress.recent = []
-    weights, moments = (
-        distributed.gathered(policy),
-        distributed.gathered_optimizer(optimizer, policy.parameters()),
-    )
+    weights, moments = distributed.full_state(policy, optimizer)
     if distributed.rank() > 0:
         return
     save_state(
@@ -733,7 +731,7 @@ def save(folder, policy, optimizer, progress, c):
         dict(
             settings=settings(c),
             weights=weights,
-            optimizer=moments["state"],
+            optimizer=moments,
             best=progress.best,
             generator=torch.get_rng_state(),
             progress=dataclasses.asdict(progress),

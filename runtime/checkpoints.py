@@ -1,26 +1,20 @@
-"""What a run needs to go on exactly where it was, in files that are whole or not there.
+"""States of runs and checkpoints of models: files that are whole or not there, and run no code.
 
-    python train.py --resume --name solve-mgrpo-0        # goes on after a kill, a crash, Ctrl-C or
-                                                         a full disk
+    out/<run>/state/step-0000120.pt      # all that a run needs to go on exactly where it was
+    out/<run>/checkpoint.pt              # its model
 
-The idea. A run can die at any moment, also while it writes. So a state is written to a temporary
-file, forced to the disk, and only then given its name in one move; and the name holds the checksum
-of the content:
+A process can be killed at any moment, also while it writes. So a file is written under a temporary
+name, forced to the disk, and then renamed in one move. Its last 16 bytes are the checksum of the
+rest: a file that was cut short or has a flipped bit is refused by name, and `newest_state` uses the
+one before it. Files hold tensors and plain values only (torch.load with weights_only).
 
-    out/<run>/state/step-0000120-9f86d081884c7d65.pt
-
-A file that was cut short or has a flipped bit does not match its name. It is named, and the one
-before it is used: the last few are kept, and the best. Everything in a file is tensors and plain
-values; reading one runs no code (torch.load with weights_only). A state holds the settings that
-made it, and `check_state` refuses one that is not of the run that is to go on, or not what
-save_state was given.
-
-Bit-exact resuming needs little besides, since nothing here depends on what was drawn before: data
-order and random numbers are functions of (seed, step, row, position).
+Resuming bit-exactly needs little: weights, moments and counts. Data order and random numbers are
+functions of (seed, step, row, position), so no generator's state decides what comes next.
 """
 
 import dataclasses
 import fcntl
+import hashlib
 import os
 import re
 import signal
@@ -30,7 +24,7 @@ from typing import get_type_hints
 
 import torch
 
-from model import GPT, check_weights, checksum
+from model import GPT, ModelConfig
 from runtime import distributed
 from runtime.distributed import rank0
 from runtime.flags import BadInput, check_fields, is_a, ran_out, read_json
@@ -57,7 +51,7 @@ FREE = (
     "tensorboard",
     "quiet",
 )
-NAME = re.compile(r"step-(\d{7})-([0-9a-f]{16})\.pt")
+NAME = re.compile(r"step-(\d{7})\.pt")
 
 
 @dataclass
@@ -81,42 +75,58 @@ class Progress:
     results: dict = dataclasses.field(default_factory=dict)  # tables
 
 
-def saved(folder):
-    """-> [(step, path)] of the states in a folder, the newest first."""
-    found = ((NAME.fullmatch(path.name), path) for path in Path(folder).glob("step-*.pt"))
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+# ---- files ---------------------------------------------------------------------------------------
+
+CHECKSUM = 16  # hex digits at the end of a file
 
 
-def save_state(folder, step, state, keep=2):
-    """Writes a state (tensors and plain values) as step `step`, then removes all but the last
-    `keep` and the best -> its path.
-
-    state["best"]: the step of the best one so far. OSError for a disk that is full or cannot be
-    written; what was there is intact.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
-        leftover.unlink()
-    temporary = folder / f"{os.getpid()}.tmp"
+def write_file(path, content):
+    """Writes tensors and plain values, and behind them their checksum. The file gets its name when
+    it is whole and on the disk; OSError if it cannot be written, and the old file is intact."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            torch.save(content, file)
+            file.flush()
+            file.write(checksum(temporary).encode())  # torch.load ignores what follows its data
             file.flush()
             os.fsync(file.fileno())
-        path = folder / f"step-{step:07d}-{checksum(temporary)}.pt"
         os.replace(temporary, path)
-        sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise OSError(
-            f"{folder}: step {step} could not be saved ({str(error).splitlines()[0]}); the steps "
-            "before it are intact"
+            f"{path} could not be written ({str(error).splitlines()[0]}); what was there before "
+            "is intact"
         ) from None
-    for other, old in saved(folder)[keep:]:
-        if other != state.get("best"):
-            old.unlink()
-    return path
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path, checked=False):
+    """-> what `write_file` was given, on the CPU, tensors read when they are used. ValueError with
+    the reason for a damaged file or one of another kind. checked: its checksum is known to fit."""
+    if not checked:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - CHECKSUM))
+            if file.read() != checksum(path, but=CHECKSUM).encode():
+                raise ValueError("it does not end with its checksum")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch.load raises many types for many kinds of files
+        raise ValueError(f"it cannot be read: {type(error).__name__}") from error
+
+
+def checksum(path, but=0):
+    """16 hex digits of the SHA-256 of a file's content, without its last `but` bytes."""
+    digest, left = hashlib.sha256(), os.path.getsize(path) - but
+    with open(path, "rb") as file:
+        while piece := file.read(max(0, min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()[:CHECKSUM]
 
 
 def sync_folder(folder):
@@ -128,21 +138,41 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
+# ---- states --------------------------------------------------------------------------------------
+
+
+def saved(folder):
+    """-> [(step, path)] of the states in a folder, the newest first."""
+    matches = ((NAME.fullmatch(path.name), path) for path in Path(folder).glob("step-*.pt"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def save_state(folder, step, state, keep=2):
+    """Writes a state (tensors and plain values) as step `step`, then removes all but the last
+    `keep` and the best -> its path.
+
+    state["best"]: the step of the best state so far. OSError if it cannot be written; the states
+    before it are intact.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    path = folder / f"step-{step:07d}.pt"
+    write_file(path, state)
+    for other, old in saved(folder)[keep:]:
+        if other != state.get("best"):
+            old.unlink()
+    return path
+
+
 def load_state(path, known=False):
-    """-> the state in one file. BadInput for one that is damaged, which its checksum shows, or that
-    is no state. known: it has been looked at, by rank 0."""
-    match = NAME.fullmatch(Path(path).name)
+    """-> the state in one file. BadInput for a file that is damaged or no state. known: rank 0 has
+    checked it."""
     try:
-        if not known and (match is None or checksum(path) != match[2]):
-            raise BadInput(
-                f"{path} is damaged: its content does not have the checksum that its name says"
-            )
-        # read where it is needed
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except BadInput:
-        raise
-    except Exception as error:  # torch.load raises many types for many kinds of files
-        raise BadInput(f"{path} cannot be read ({type(error).__name__})") from None
+        return read_file(path, checked=known)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged, or no state of a run ({error})") from None
 
 
 def newest_state(folder, say):
@@ -154,6 +184,97 @@ def newest_state(folder, say):
         except BadInput as error:
             say(f"{error}; the one before it is used")
     raise BadInput(f"{folder} holds no state to resume from: a run writes one with its first step")
+
+
+def check_moments(moments, shape, updates):
+    """ValueError unless {name of a parameter: its moments} are those of AdamW after so many updates
+    of a GPT of this shape."""
+    with torch.device("meta"):  # a model without memory
+        parameters = dict(GPT(shape).named_parameters()) if updates else {}
+    if moments.keys() != parameters.keys():
+        raise ValueError(
+            f"after {updates} updates it holds the moments of {len(moments)} parameters, of "
+            f"{len(parameters)}"
+        )
+    for name, like in parameters.items():
+        found, shapes = moments[name], dict(step=(), exp_avg=like.shape, exp_avg_sq=like.shape)
+        fits = isinstance(found, dict) and found.keys() == shapes.keys()
+        for kind, shape in shapes.items() if fits else ():
+            x = found[kind]
+            fits &= isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.shape == shape
+            fits = fits and bool(x.isfinite().all())
+        if not fits or found["step"] != updates or found["exp_avg_sq"].amin() < 0:
+            raise ValueError(f"the moments of {name} are not those after {updates} updates")
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, model, weights=None, **extra):
+    """Writes a model's shape, its weights (None: as they are in the model) and `extra` (plain
+    values) to `path`. OSError if that cannot be; the old file is intact."""
+    weights = weights or model.state_dict()
+    shape = dataclasses.asdict(model.config)
+    write_file(path, dict(model_config=shape, weights=weights, extra=extra))
+
+
+def load_checkpoint(path, compute=torch.float32, device="cpu"):
+    """-> model, extra. FileNotFoundError, or ValueError that names the file and why it is not a
+    checkpoint of this project."""
+    try:
+        found = read_file(path)
+        if not isinstance(found, dict) or not all(
+            isinstance(found.get(name), dict) for name in ("model_config", "weights", "extra")
+        ):
+            raise ValueError("it does not hold model_config, weights and extra")
+        if found["model_config"].keys() != {
+            field.name for field in dataclasses.fields(ModelConfig)
+        }:
+            raise ValueError("its model_config has other fields than a model's")
+        config = ModelConfig(**found["model_config"])
+        check_weights(found["weights"], config)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # a config that fits no model fails in many ways
+        reason = (
+            str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
+        )
+        raise ValueError(
+            f"{path} is not a checkpoint of this project, or is damaged ({reason})"
+        ) from error
+    model = GPT(config, compute)
+    model.load_state_dict(found["weights"])
+    return model.to(device), found["extra"]
+
+
+def check_weights(weights, config):
+    """ValueError unless {name: tensor} are the weights of a GPT of this shape: every name, shape
+    and type, and finite numbers."""
+    with torch.device("meta"):  # a model without memory
+        expected = GPT(config).state_dict()
+    if weights.keys() != expected.keys():
+        name = min(map(str, weights.keys() ^ expected.keys()))
+        raise ValueError(f"the weight {name} is there and should not be, or is missing")
+    for name, like in expected.items():
+        x = weights[name]
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} is {type(x).__name__}, not a tensor")
+        if x.dtype != like.dtype or x.shape != like.shape:
+            ours, theirs = f"{like.dtype} {tuple(like.shape)}", f"{x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"{name} is {theirs}, not {ours}")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if config.tied and not torch.equal(weights["head.weight"], weights["embed.weight"]):
+        raise ValueError("head.weight differs from embed.weight, with which it is tied")
+
+
+def weights_checksum(model):
+    """16 hex digits of a model's weights, wherever they were read from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().flatten().numpy())
+    return digest.hexdigest()[:CHECKSUM]
 
 
 # ---- going on, stopping --------------------------------------------------------------------------
@@ -318,39 +439,9 @@ def check_progress(values, step, best):
             raise ValueError("progress: results do not hold the table of the base")
 
 
-def check_moments(moments, shape, updates):
-    """ValueError unless {number of a parameter: its moments} are those of AdamW after so many
-    updates of a GPT of this shape."""
-    with torch.device("meta"):
-        parameters = list(GPT(shape).parameters())
-    if moments.keys() != set(range(len(parameters) if updates else 0)):
-        raise ValueError(
-            f"after {updates} updates it holds the moments of {len(moments)} parameters, of "
-            f"{len(parameters)}"
-        )
-    for i, found in moments.items():
-        likes = dict(step=torch.empty(()), exp_avg=parameters[i], exp_avg_sq=parameters[i])
-        if (
-            not isinstance(found, dict)
-            or found.keys() != likes.keys()
-            or not all(
-                isinstance(x, torch.Tensor)
-                and x.dtype == torch.float32
-                and x.shape == likes[name].shape
-                and x.isfinite().all()
-                for name, x in found.items()
-            )
-            or found["step"] != updates
-            or found["exp_avg_sq"].amin() < 0
-        ):
-            raise ValueError(f"the moments of parameter {i} are not those after {updates} updates")
-
-
 def go_on(state, folder, policy, optimizer):
     """Puts the rest of a saved state where it belongs -> Progress. The log is cut to it."""
-    moments = distributed.scattered_optimizer(dict(state=state["optimizer"]), policy.parameters())
-    # its settings are those of the flags, not of a file
-    optimizer.load_state_dict(optimizer.state_dict() | moments)
+    distributed.load_full_state(policy, optimizer, state["weights"], state["optimizer"])
     torch.set_rng_state(state["generator"])
     progress = Progress(**state["progress"])
     cut_log(folder, progress.step)
