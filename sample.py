@@ -48,7 +48,6 @@ from engine.cache import Grouped, Level, Pool, Prefill, Rows, Tables
 from engine.kernels import fold, row_keys
 from engine.workers import Crew, Home, crew_size
 from model import narrow_copy
-from runtime.distributed import whole
 
 # rows of a CUDA graph
 BUCKETS = (
@@ -243,11 +242,10 @@ class Sampler:
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self):
-        """Copies the master weights (of slices each is gathered for it), so that decoding never
-        casts them again. What is cached belongs to the old ones and is forgotten."""
-        for mine, master in zip(self.model.parameters(), self.source.parameters()):
-            mine.copy_(whole(master, mine.dtype))
+    def refresh(self, weights=None):
+        """Copies full weights (None: those of the source model)."""
+        for mine, full in zip(self.model.parameters(), weights or self.source.parameters()):
+            mine.copy_(full)
         for block, norms in zip(self.model.blocks, self.norms):
             if norms is not None:
                 norms[: self.model.config.heads], norms[self.model.config.heads :] = (
