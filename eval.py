@@ -15,7 +15,7 @@ Errors are standard errors over QUESTIONS: the samples of one question are avera
 they are not independent. Questions are held out: training never drew them.
 """
 
-from runtime import flags
+from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence
 
 # isort: split
 import math
@@ -28,7 +28,17 @@ import torch
 from mgrpo import SamplingParams, rollout
 from reward import extract_answer
 from runtime import distributed
-from runtime.flags import Above, AtLeast, AtMost, BadInput, Below, Between, flat, make_folder, parse_flags
+from runtime.flags import (
+    Above,
+    AtLeast,
+    AtMost,
+    BadInput,
+    Below,
+    Between,
+    flat,
+    make_folder,
+    parse_flags,
+)
 from runtime.log import bar_of_rows, versions, write_json
 from runtime.transcripts import Dialogues
 from tasks.opening import EVALUATED_ROWS, RealConfig, make_sampler, open_model_and_tasks

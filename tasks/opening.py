@@ -322,6 +322,6 @@ def save_policy(policy, folder, weights, settings):
 
 
 def preset(given, presets):
-    """{flag: value} of the command line -> the values of its preset, of the base and of `presets`."""
+    """{flag: value} of the command line -> its preset's values, of the base and in `presets`."""
     name = preset_name(given.get("preset", "auto"), given.get("device", "auto"))
     return pick_preset(given) | presets[name]

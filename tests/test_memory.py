@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from tasks.tokenizer import build_encoding
 from mgrpo import completion_logprobs, pad_rows
 from model import CHUNK, GPT, ModelConfig, token_logprobs
 from runtime import memory
@@ -30,6 +29,7 @@ from runtime.memory import (
     plan_text,
 )
 from tasks import opening
+from tasks.tokenizer import build_encoding
 
 SHAPE = ModelConfig(3000, 128, 6, 4, 2, 32, 512, 600)
 

@@ -23,12 +23,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval import mean_and_error
 from report import curves
 from report import page as report
 from report.curves import COLOURS, INK, LINES
 from runtime.flags import BadInput, guarded, parse_flags
 from runtime.transcripts import lines_of
-from eval import mean_and_error
 from tools import compare
 
 ROOT = Path(__file__).resolve().parents[1]
