@@ -25,7 +25,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,10 +403,7 @@ def at_the_end(folder, say, files=(), elsewhere=False):
 
 def main():
     """Makes the page that the command line asks for."""
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--run", *argv]
-    config = parse_flags(Config, __doc__, argv=argv)
+    config = parse_flags(Config, __doc__, first_word="run")
     if not config.run:
         raise BadInput("no run is named: name a folder, say out/solve-mgrpo-0, as the first word")
     write_page(open_run(config.run), output=config.output)

@@ -186,10 +186,7 @@ def number(value, form):
 
 def main():
     """Prints the trees of a run or of a file."""
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--run", *argv]
-    config = parse_flags(Config, __doc__, argv=argv)
+    config = parse_flags(Config, __doc__, first_word="run")
     path = Path(config.run) / "rollouts.jsonl" if Path(config.run).is_dir() else Path(config.run)
     if not config.run or not path.is_file():
         raise BadInput(

@@ -26,6 +26,8 @@ from runtime.flags import BadInput
 NAME = re.compile(r"step-(\d{7})\.pt")
 
 
+# ---- files ---------------------------------------------------------------------------------------
+
 CHECKSUM = 16  # hex digits at the end of a file
 
 

@@ -277,15 +277,5 @@ def is_first_failure(store):
         return True
 
 
-# Former names, for callers that are still to be moved.
-total, most, everyone, from_rank0, released = (
-    sum_over_ranks,
-    max_over_ranks,
-    gather_objects,
-    broadcast_object,
-    release,
-)
-
-
 def whole(x, dtype=None):
     return x.detach().to(dtype or x.dtype).full_tensor() if isinstance(x, DTensor) else x

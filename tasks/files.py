@@ -207,7 +207,8 @@ class DataSet:
 
     Files of `held_out` are evaluated on: their questions are never trained on, even if `paths`
     repeat them. Without such files every eighth problem (by a hash of its question) is held out.
-    Without `paths` the set has held-out problems only.
+    Without `paths` the set has held-out problems only; without any files it has none, and serves
+    questions that somebody types (tools/chat.py).
     """
 
     unit = "questions"
@@ -259,7 +260,7 @@ class DataSet:
             asked = [problem for problem, held in zip(train, is_held_out) if held]
         self.splits = {"train": kept, "held out": asked}
         for split, problems in self.splits.items():
-            if not problems and (split != "train" or paths):
+            if not problems and self.paths and (split != "train" or paths):
                 raise BadInput(
                     f"{', '.join(map(str, self.paths))}: no problem is left for the split "
                     f"{split!r}; give more data, or --eval-data"
@@ -267,7 +268,7 @@ class DataSet:
 
     def __str__(self):
         train, asked = (len(self.splits[name]) for name in ("train", "held out"))
-        files = ", ".join(Path(path).name for path in self.paths)
+        files = ", ".join(Path(path).name for path in self.paths) or "no files"
         return f"{files}: {train:,} problems to train on, {asked:,} held out"
 
     def prompt_ids(self, problem):
