@@ -50,9 +50,9 @@ from engine import kernels
 from engine.cache import Rows
 from model import GPT, ModelConfig
 from reward import is_correct
+from runtime.device import pick_device
 from runtime.flags import BadInput, guarded, parse_flags
 from sample import Sampler
-from tasks.legacy import pick_device
 from tasks.tokenizer import build_encoding
 from verifier import answers, latex
 

@@ -35,8 +35,8 @@ from engine.packing import leaf, pack, row_packs, tree_packs
 from mgrpo import Layer
 from reward import score
 from runtime import memory
+from runtime.device import pick_device
 from sample import Sampler
-from tasks.legacy import pick_device
 from tasks.tokenizer import build_encoding
 from tools import bench
 
