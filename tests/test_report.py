@@ -413,10 +413,8 @@ def test_a_run_of_three_layers_has_all_of_them_on_its_page(tmp_path):
     folder = write_run(tmp_path / "three", [tree_of(1, "fixed", layers=3)], layers=3)
     text = page_of(folder)
     heads = re.findall(r"<th scope=col>(.*?)</th>", text)
-    assert heads[: len(heads) // 2] == [
-        *("Acc@t1", "Acc@t2", "Acc@t3", "Δ(t1,t3)", "Δ i→c, t2", "Δ c→i, t2"),
-        *("Δ i→c, t3", "Δ c→i, t3", "questions"),
-    ]
+    assert heads[: len(heads) // 2] == [*page.columns(3).values(), "questions"]
+    assert heads[:4] == ["Acc@t1", "Acc@t2", "Acc@t3", "Δ(t1,t3)"] and len(set(heads)) == 9
     assert "+25.0 <small>± 1.0</small>" in text and "(6 answers)" in text
     (tree,) = embedded(text)
     assert [depth for depth, _, _ in walk(tree["answers"])] == [1, 2, 3, 3, 2, 1]
