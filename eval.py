@@ -15,7 +15,7 @@ Errors are standard errors over QUESTIONS: the samples of one question are avera
 they are not independent. Questions are held out: training never drew them.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags
 
 # isort: split
 import math
@@ -31,7 +31,7 @@ from runtime import distributed, memory
 from runtime.flags import Above, AtLeast, AtMost, BadInput, Below, Between, flat, parse_flags
 from runtime.log import bar_of_rows, versions, write_json
 from runtime.transcripts import Dialogues
-from tasks.opening import RealConfig, make_sampler, open_model_and_tasks
+from tasks.opening import RealConfig, make_sampler, open_model_and_tasks, row_tokens
 from verifier import equal
 
 ROWS = 1024  # sampled at a time: more hardly pays, and takes memory
@@ -170,6 +170,17 @@ def agree(answer, other):
         return False
 
 
+def as_metrics(results):
+    """A result as fields of metrics.jsonl: {"heldout1", "heldout1_se", "heldout_fix2", ...}."""
+    metrics = {}
+    for k in range(1, turns_of(results) + 1):
+        names = {f"t{k}": "heldout", f"fix{k}": "heldout_fix", f"broke{k}": "heldout_broke"}
+        for column in names.keys() & results.keys():
+            field = f"{names[column]}{k}"
+            metrics[field], metrics[f"{field}_se"] = results[column]
+    return metrics
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -277,7 +288,7 @@ def main():
             max_new_tokens=config.max_new_tokens,
             turns=config.turns,
         )
-        longest = max(memory.row_tokens(task, config.turns) for task in tasks)
+        longest = max(row_tokens(task, config.turns) for task in tasks)
         sampler = make_sampler(policy, config.cache_tokens, longest, wanted=ROWS * longest)
         results = {}
         for task, name in zip(tasks, config.data or [str(tasks[0])]):

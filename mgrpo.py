@@ -1,4 +1,4 @@
-"""MGRPO (Multi-Layer GRPO, arXiv 2506.04746): phrases, rollout, advantages, loss. The paper is here.
+"""MGRPO (Multi-Layer GRPO, arXiv 2506.04746): phrases, rollout, advantages and loss.
 
     grep -n "MGRPO:" mgrpo.py train.py        # the lines where it differs from plain GRPO
 
@@ -137,7 +137,7 @@ class Layer:
 
 
 def rollout(sampler, task, problems, group_sizes, sampling, sources="all", format_weight=0.0):
-    """Grows a tree of answers on each problem -> [Layer 1, ..., Layer N], scored, no advantages yet.
+    """Grows a tree of answers on each problem -> [Layer 1, ..., Layer N], without advantages.
 
     task, problems: see tasks/. group_sizes: g_1 .. g_N, so (16,) is GRPO and (4, 3) is MGRPO.
     sources: see `choose_sources`. Ends early when no answer is selected.

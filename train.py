@@ -23,24 +23,34 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
 from engine import packing
 from engine.keys import hash_seed
-from eval import evaluate, percent, table
-from mgrpo import SamplingParams, credit, loss_denominator, policy_loss, rollout
+from eval import ROWS, as_metrics, evaluate, percent, table
+from mgrpo import (
+    SamplingParams,
+    credit,
+    longest_phrase,
+    loss_denominator,
+    policy_loss,
+    rollout,
+)
 from report import page
 from runtime import distributed, memory
+from runtime.checkpoints import weights_checksum
 from runtime.device import Hardware
 from runtime.flags import Above, AtLeast, BadInput, Between, Maybe, file_name, flat, parse_flags
 from runtime.log import Logging, Metrics, bar_of_rows, say
-from runtime.run import Run, resumed_run, resumed_settings
-from tasks import opening
-from tasks.base import BaseConfig
+from runtime.run import Run, origin_of, resumed_run, resumed_settings
+from sample import narrow_copy
+from tasks import base, opening
+from tasks.base import BaseConfig, pick_preset, preset_name
 from tasks.catalog import TaskConfig
-from tasks.opening import RealConfig, open_model_and_task
+from tasks.opening import RealConfig, make_sampler, open_model_and_task, row_tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Config:
     tokens: Annotated[int, AtLeast(1)] = 1_260_000  # generated, all layers; then the run ends
     prompts: Annotated[int, AtLeast(1)] = 32  # P, questions a step, of all ranks together
     # g_1,g_2,...: answers to each prompt of a layer. 16 is GRPO, 4,3 MGRPO, 4,3,2 has three layers.
-    group_sizes: tuple[Annotated[int, AtLeast(1)], ...] = (4, 3)
+    group_sizes: Annotated[tuple[int, ...], AtLeast(1)] = (4, 3)
     # Tokens of a completion at most. 0: half as much again as a right answer can need; for a model
     # of --init what fits into its context, at most 1,024.
     max_new_tokens: Annotated[int, AtLeast(0)] = 0
@@ -92,15 +102,10 @@ class Config:
 
 
 PRESETS = {
-    "cpu": {},  # the defaults above: what two cores train in minutes
-    # More of everything that a GPU does in parallel; a harder task, because a larger model
-    # saturates the small one.
-    "gpu": dict(
-        candidates=5,
-        operations=6,
-        modulus=23,
-        depth=12,
-        base_tokens=200_000_000,
+    "cpu": base.PRESETS["cpu"],  # the defaults above: what two cores train in minutes
+    # More of everything that a GPU does in parallel.
+    "gpu": base.PRESETS["gpu"]
+    | dict(
         prompts=128,
         group_sizes=(8, 4),
         tokens=100_000_000,
@@ -108,17 +113,7 @@ PRESETS = {
         lr=3e-5,
         eval_questions=4096,
     ),
-    # The least that still learns both skills.
-    "smoke": dict(
-        candidates=2,
-        operations=2,
-        modulus=5,
-        depth=2,
-        base_tokens=1_500_000,
-        tokens=200_000,
-        prompts=16,
-        eval_questions=256,
-    ),
+    "smoke": base.PRESETS["smoke"] | dict(tokens=200_000, prompts=16, eval_questions=256),
 }
 # For a model of --init: the paper's settings, as public re-implementations report them. (g_2, the
 # tokens and the transcripts are ours.)
@@ -157,16 +152,31 @@ def train(config):
 
     # The sampler decodes with a whole low-precision copy of the weights, so it is made before the
     # fp32 masters are cut into slices. (On one GPU `shard` does nothing.)
-    longest = memory.row_tokens(task.prompt_tokens, config.max_new_tokens, turns(config))
-    sampler = make_sampler(policy, config.hardware.cache_tokens, longest, plan)
+    longest = row_tokens(task, turns(config))
+    sampler = make_sampler(
+        policy,
+        config.hardware.cache_tokens,
+        longest,
+        wanted=max(rollout_tokens(config, task), ROWS * longest),
+        # Gradients, AdamW, activations and logits come after the sampler has measured what is free.
+        reserved=memory.needed_in_training(plan),
+    )
     began_with = weights_checksum(policy) if config.kl_coef else ""
     reference = distributed.shard(narrow_copy(policy)) if config.kl_coef else None
     policy = distributed.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0.0, fused=True)
-    run = Run(config, settings(config), policy, optimizer, began_with, time.time() - clock)
+    run = Run(
+        config,
+        settings(config),
+        policy,
+        optimizer,
+        opening.save_policy,
+        began_with,
+        time.time() - clock,
+    )
 
     with memory.explained(plan), run:
-        sampler.refresh(distributed.full_tensors(policy, policy.compute))
+        sampler.refresh()
         if "base" not in run.results:
             run.table("base", held_out_tables("base", run, sampler, task, config))
         while run.tokens < config.tokens and not run.stop_asked():
@@ -235,7 +245,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
     sums, norms, skipped, parts = Metrics(), [], 0, 0
     for part in minibatches(layers, share.start, config):
         # Denominators count ALL rows of all ranks before the first backward pass: neither how rows
-        # are cut into micro-batches and ranks nor which of them carry a gradient changes the result.
+        # are cut into micro-batches and ranks nor which rows carry a gradient changes the result.
         denominators = distributed.sum_over_ranks(loss_denominators(part, config))
         branches = [
             packing.branch_of(layers, layer.number, row)
@@ -263,24 +273,28 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
         optimizer.zero_grad(set_to_none=True)
 
     # 5. The sampler decodes with its own copy of the weights: renew it.
-    sampler.refresh(distributed.full_tensors(policy, policy.compute))
+    sampler.refresh()
     trained = time.perf_counter()
 
     new = distributed.sum_over_ranks(dict(new=sum(int(layer.lengths.sum()) for layer in layers)))
     new, seconds = int(new["new"]), trained - clock
-    return problems, layers, {
-        "step": number + 1,
-        "generated": generated + new,
-        **rollout_metrics(layers, len(config.group_sizes)),
-        **loss_metrics(sums, parts),
-        "grad_norm": sum(norms) / max(len(norms), 1),
-        "updates": len(norms),
-        "skipped": skipped,
-        "tokens_per_s": new / seconds,
-        "seconds_sampling": sampled - clock,
-        "seconds_training": trained - sampled,
-        "lr": optimizer.param_groups[0]["lr"],
-    }
+    return (
+        problems,
+        layers,
+        {
+            "step": number + 1,
+            "generated": generated + new,
+            **rollout_metrics(layers, len(config.group_sizes)),
+            **loss_metrics(sums, parts),
+            "grad_norm": sum(norms) / max(len(norms), 1),
+            "updates": len(norms),
+            "skipped": skipped,
+            "tokens_per_s": new / seconds,
+            "seconds_sampling": sampled - clock,
+            "seconds_training": trained - sampled,
+            "lr": optimizer.param_groups[0]["lr"],
+        },
+    )
 
 
 def batch_loss(policy, reference, pack, denominators, config, sums, first_update):
@@ -333,8 +347,11 @@ def minibatches(layers, first_question, config):
     """
     for _ in range(config.epochs):
         for m in range(config.minibatches):
-            in_part = lambda layer: (layer.questions + first_question) % config.minibatches == m
-            yield [(layer, in_part(layer).nonzero()[:, 0]) for layer in layers]
+            part = []
+            for layer in layers:
+                slots = layer.questions + first_question  # numbers of the questions in the step
+                part.append((layer, (slots % config.minibatches == m).nonzero()[:, 0]))
+            yield part
 
 
 def loss_denominators(part, config):
@@ -428,18 +445,10 @@ def quick_evaluation(run, sampler, task, config):
     clock = time.perf_counter()
     problems = task.held_out(min(QUICK_QUESTIONS, config.eval_questions))
     with run.evaluating():
-        results = evaluate(
-            sampler, task, problems, turns=turns(config), name="held-out questions"
-        )
-    names = {f"t{k}": f"heldout{k}" for k in range(1, turns(config) + 1)}
-    for k in range(2, turns(config) + 1):
-        names |= {f"fix{k}": f"heldout_fix{k}", f"broke{k}": f"heldout_broke{k}"}
-    accuracies = ", ".join(f"Acc@{key} {percent(results[key])}" for key in names if key[0] == "t")
-    say(f"held out, {results['questions']} questions, greedy: {accuracies}")
-    metrics = dict(seconds_heldout=time.perf_counter() - clock)
-    for key, name in names.items():
-        metrics[name], metrics[f"{name}_se"] = results[key]
-    return metrics
+        results = evaluate(sampler, task, problems, turns=turns(config), name="held-out questions")
+    shown = (f"Acc@t{k} {percent(results[f't{k}'])}" for k in range(1, turns(config) + 1))
+    say(f"held out, {results['questions']} questions, greedy: {', '.join(shown)}")
+    return as_metrics(results) | dict(seconds_heldout=time.perf_counter() - clock)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -473,8 +482,8 @@ def check(config):
         )
     if 1 in sizes[1:] and config.siblings == "parent" and config.failed != "raw":
         raise BadInput(
-            f"--group-sizes {text}: an answer's only correction has no siblings, so its layer would "
-            "learn nothing; use 2 or more, --siblings question, or --failed raw"
+            f"--group-sizes {text}: an answer's only correction has no siblings, so its layer "
+            "would learn nothing; use 2 or more, --siblings question, or --failed raw"
         )
     parts = config.minibatches * distributed.size()
     if config.prompts % parts:
@@ -485,8 +494,8 @@ def check(config):
         )
     if config.failed == "raw" and config.siblings == "question":
         raise BadInput(
-            "--failed raw takes the reward itself as advantage, so --siblings question would change "
-            "nothing; drop one of them"
+            "--failed raw takes the reward itself as advantage, so --siblings question would "
+            "change nothing; drop one of them"
         )
     if config.layer_weights and len(config.layer_weights) != len(sizes):
         raise BadInput(
@@ -498,14 +507,15 @@ def check(config):
     low, high = config.clip[0], config.clip[-1]
     if len(config.clip) > 2 or not 0 < low < 1 or high <= 0:
         raise BadInput(
-            f"--clip {','.join(map(str, config.clip))}: give ε in (0, 1), or two numbers, the first "
-            "in (0, 1) and the second above 0"
+            f"--clip {','.join(map(str, config.clip))}: give ε in (0, 1), or two numbers, the "
+            "first in (0, 1) and the second above 0"
         )
     file_name("name", config.name)
 
 
 def settled(config, policy, task):
     """The config with nothing left open: what config.json and saved states hold."""
+    what = Path(config.init).resolve().name if config.init else task.name
     recompute = {"auto": "yes" if config.init else "no"}
     hardware = dataclasses.replace(
         config.hardware,
@@ -515,8 +525,8 @@ def settled(config, policy, task):
     )
     return dataclasses.replace(
         config,
-        preset=opening.preset_name(config.preset, config.hardware.device),
-        name=config.name or f"{opening.model_name(config.init) or task.name}-{method(config).lower()}-{config.seed}",
+        preset=preset_name(config.preset, config.hardware.device),
+        name=config.name or f"{what}-{method(config).lower()}-{config.seed}",
         max_new_tokens=task.max_new_tokens,
         layer_weights=config.layer_weights or (1.0,) * len(config.group_sizes),
         hardware=hardware,
@@ -540,7 +550,7 @@ def memory_plan(config, policy, task):
         group_sizes=config.group_sizes,
         prompt=task.prompt_tokens,
         completion=config.max_new_tokens,
-        phrase=opening.longest_phrase(task.encoding),
+        phrase=longest_phrase(task.encoding),
         cache_tokens=hardware.cache_tokens,
         reference=config.kl_coef > 0,
         recompute=hardware.recompute == "yes",
@@ -550,6 +560,17 @@ def memory_plan(config, policy, task):
     )
     say(memory.plan_text(plan, memory.available(hardware.device)))
     return plan
+
+
+def rollout_tokens(config, task):
+    """Tokens that the rollout of this rank has in its KV cache at its end."""
+    return memory.kv_tokens(
+        len(distributed.share(config.prompts)),
+        config.group_sizes,
+        task.prompt_tokens,
+        config.max_new_tokens,
+        longest_phrase(task.encoding),
+    )
 
 
 def how_to_evaluate(run, config):
@@ -589,7 +610,7 @@ RENAMED = dict(
 
 
 def presets(given):
-    """The values under the given flags. BadInput for flags of the one kind of run given to another."""
+    """The values under the given flags. BadInput for flags of one kind of run given to another."""
     if given.get("resume"):
         stored = resumed_settings(given)
         return {name: stored[name] for name in flat(Config()) if name in stored}
@@ -608,8 +629,7 @@ def presets(given):
         raise BadInput(
             f"--{name.replace('_', '-')} needs --init: the built-in tasks make their own problems"
         )
-    opening.check_difficulty(given)
-    return PRESETS[opening.preset_name(given.get("preset", "auto"), given.get("device", "auto"))]
+    return pick_preset(given, PRESETS)
 
 
 def main():

@@ -28,6 +28,7 @@ heads, K key/value heads, C head size.
 import functools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,9 @@ def pack_trees(branches, device="cpu"):
 
     S is rounded up to one of 8 sizes an octave, because libraries keep a kernel for every shape
     that they have met; on CUDA to a multiple of BLOCK too. Padding tokens see themselves alone.
+    Without branches: a pack of one token that predicts one, for a rank with nothing to do.
     """
+    branches = branches or [NO_BRANCH]
     on_cuda = torch.device(device).type == "cuda"
     by_key = place_segments(branches)
     segments = list(by_key.values())
@@ -188,8 +191,13 @@ def pack_trees(branches, device="cpu"):
         chunks=[] if on_cuda else same_depth_chunks(segments, S + padding),
         size=(len(branches), max(column) + 1),
         real_tokens=S,
-        layers=rows_by_layer(branches, device),
+        layers=[] if branches == [NO_BRANCH] else rows_by_layer(branches, device),
     )
+
+
+NO_BRANCH = Branch(
+    SimpleNamespace(completions=SimpleNamespace(sampled=[[0]])), 0, (((0, 0), [0]), ((1, 0), []))
+)
 
 
 def subtree_ends(segments, S):
@@ -218,7 +226,8 @@ def rows_by_layer(branches, device):
 def targets(layer, rows):
     """What the loss needs of some rows of a layer besides their log-probabilities.
 
-    -> old_logp [B, T], advantages [B], mask [B, T]: True on sampled tokens. On the sampler's device.
+    -> old_logp [B, T], advantages [B], mask [B, T] (True on sampled tokens), on the sampler's
+    device.
     """
     completions, lengths = layer.completions, layer.lengths[rows]
     device = completions.tokens.device
@@ -402,9 +411,9 @@ def pad_rows(prompts, completions, device):
 def padded_logprobs(model, batch, temperature=1.0):
     """log π of the completion tokens under `model`, and the entropy there.
 
-    -> two fp32 [B, T], zeros behind each row's end. Off by one: with a prompt of 2 tokens, a b | c d,
-    the vectors at b (column 1) and c (column 2) predict c and d: columns prompt_length - 1 onwards.
-    Only they meet the vocabulary.
+    -> two fp32 [B, T], zeros behind each row's end. Off by one: with a prompt of 2 tokens,
+    a b | c d, the vectors at b (column 1) and c (column 2) predict c and d: columns
+    prompt_length - 1 onwards. Only they meet the vocabulary.
     """
     row, t = batch.mask.nonzero(as_tuple=True)  # the M completion tokens
     column = batch.prompt_lengths[row] + t  # where each stands

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tables import as_look
+from eval import as_metrics
 
 # Marks, not colours. matplotlib takes nothing but colours, and keeps these as they are.
 INK, GRID, PAPER = "#010101", "#020202", "#030303"
@@ -182,7 +182,7 @@ def with_ends(metrics, result):
             if name == "base"
             else {k: last[k] for k in ("generated", "step")}
         )
-        | as_look(tables["greedy"])
+        | as_metrics(tables["greedy"])
         for name, tables in result.items()
         if "t1" in tables.get("greedy", ())
     ]

@@ -72,10 +72,12 @@ def bar_of_rows(sampler, total, name):
 # ---- a step --------------------------------------------------------------------------------------
 
 
-def columns(metrics):
-    """The columns of a step's line -> [(title, text), ...]; a value that is missing shows as "-"."""
-    layers = [number for number in range(1, 100) if f"signal{number}" in metrics]
-    corrections = [number for number in layers if number > 1]
+def columns(metrics, count):
+    """The columns of a step's line -> [(title, text), ...]; a value that is missing shows as "-".
+
+    count: layers of the run.
+    """
+    layers, corrections = range(1, count + 1), range(2, count + 1)
     shown = [("step", "step", "{:5.0f}")]
     shown += [(f"reward{k}", f"R{k}", "{:4.2f}") for k in layers]
     shown += [(f"accuracy{k}", f"acc{k}", "{:4.2f}") for k in layers]
@@ -107,9 +109,9 @@ def columns(metrics):
 
 
 @rank0
-def print_line(metrics):
-    """A step as a line on the screen, with the titles above every twentieth."""
-    line = columns(metrics | dict(truncated=max_of(metrics, "truncated")))
+def print_line(metrics, count):
+    """A step as a line on the screen, with the titles above every twentieth. count: of layers."""
+    line = columns(metrics | dict(truncated=max_of(metrics, "truncated")), count)
     if metrics["step"] % 20 == 1:
         say(" ".join(title for title, _ in line))
     say(" ".join(text for _, text in line))

@@ -36,7 +36,6 @@ from runtime.checkpoints import (
     newest_state,
     save_state,
     saved,
-    weights_checksum,
 )
 from runtime.device import Hardware
 from runtime.distributed import rank0
@@ -85,27 +84,26 @@ class Run:
     save_model(folder, weights, settings): writes the model as its users want it.
     """
 
-    def __init__(self, config, settings, policy, shape, optimizer, save_model, seconds_loading=0.0):
+    def __init__(
+        self, config, settings, policy, optimizer, save_model, reference="", seconds_loading=0.0
+    ):
         self.config, self.settings = config, settings
         self.policy, self.optimizer, self.save_model = policy, optimizer, save_model
-        base = str(policy.origin)
-        reference = weights_checksum(policy) if config.kl_coef and distributed.size() == 1 else ""
         if config.resume:
             self.folder = resumed_run(config.resume, config.name)
             self.lock = alone_in(self.folder)
-            state = resumed_state(config.resume, self.folder, settings, shape)
-            if config.kl_coef and reference != state["progress"]["reference"]:
+            state = resumed_state(config.resume, self.folder, settings, policy.config)
+            if reference != state["progress"]["reference"]:
                 raise BadInput(
-                    f"{base}: its weights are not those that {self.folder} began with, and its KL "
-                    "term needs those: restore the file, or start a new run"
+                    f"{policy.origin}: its weights are not those that {self.folder} began with, "
+                    "and its KL term needs those: restore the file, or start a new run"
                 )
             self.restore(state)
         else:
-            self.folder = run_folder(config.name, settings, base, seconds_loading)
+            self.folder = run_folder(config.name, settings, policy.origin, seconds_loading)
             self.lock = alone_in(self.folder)
-            self.progress = Progress(base=base, reference=reference)
+            self.progress = Progress(base=policy.origin, reference=reference)
         self.stop = Stop()
-        self.stop_asked = False
 
     # Where the run stands.
 
@@ -134,8 +132,11 @@ class Run:
         self.bar.update(self.tokens - before)
         # Does this step complete a tenth of the run?
         self.tenth = 10 * self.tokens // config.tokens > 10 * before // config.tokens
-        # All ranks stop together, or one would wait for another's gradients.
-        self.stop_asked = bool(distributed.max_over_ranks(self.stop.asked))
+
+    def stop_asked(self):
+        """Whether Ctrl-C or SIGTERM has asked any rank for a stop: all ranks stop together."""
+        self.stopping = bool(distributed.max_over_ranks(self.stop.asked))
+        return self.stopping
 
     def due(self, what):
         """Whether "eval" (never after the last step: a table follows) or "save" is due."""
@@ -144,12 +145,13 @@ class Run:
             every = self.config.eval_every
             return not over and (self.step % every == 0 if every else self.tenth)
         every = self.config.logging.save_every
-        return (
-            over
-            or self.stop_asked
-            or self.step == 1
-            or (self.step % every == 0 if every else self.tenth)
-        )
+        due = over or self.step == 1 or (self.step % every == 0 if every else self.tenth)
+        return due or self.stop_asked()
+
+    @property
+    def results(self):
+        """{name: {row: result}} of the tables so far."""
+        return self.progress.results
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -167,16 +169,11 @@ class Run:
         peak = distributed.max_over_ranks(memory.peak(config.hardware.device) / memory.GB)
         metrics = metrics | dict(seconds=progress.seconds, peak_gb=peak)
         append_line(self.folder / "metrics.jsonl", metrics)
-        print_line(metrics)
+        print_line(metrics, len(config.group_sizes))
         about = dict(step=self.step, generated=self.tokens)
-        transcripts.write_trees(
-            self.folder / "rollouts.jsonl",
-            layers,
-            problems,
-            encoding,
-            config.logging.transcripts,
-            about,
-        )
+        if config.logging.transcripts:
+            path, count = self.folder / "rollouts.jsonl", config.logging.transcripts
+            transcripts.write_trees(path, layers, problems, encoding, count, about)
         self.warn(metrics, layers)
 
     def warn(self, metrics, layers):
@@ -236,7 +233,7 @@ class Run:
                 progress=dataclasses.asdict(progress),
             )
             save_state(self.folder / "state", progress.step, state, KEPT_STATES)
-            self.save_model(self.folder, weights, self.settings)
+            self.save_model(self.policy, self.folder, weights, self.settings)
 
     def restore(self, state):
         """Puts a saved state back; the log is cut to its step."""
@@ -256,7 +253,7 @@ class Run:
         self.bar.close()
         self.stop.__exit__()
         resume = f"python train.py --resume {self.folder}"
-        if error is None and self.stop_asked:
+        if error is None and self.tokens < self.config.tokens:
             if not self.step:  # stopped during the base's table, which need not be made again
                 self.save()
             say(f"stopped after step {self.step}; {resume} continues")
@@ -407,6 +404,14 @@ def resumed_run(resume, name=""):
     The same on all ranks.
     """
     return distributed.broadcast_object(lambda: find_run(resume, name))
+
+
+def origin_of(config):
+    """Where the run that --resume continues began: the file of its base, or a folder."""
+    path = resumed_run(config.resume, config.name) / "config.json"
+    made_by = read_json(path, "a run has one").get("made_by")
+    check_fields(made_by, dict(base=str), f"{path}: made_by")
+    return made_by["base"]
 
 
 def find_run(resume, name):

@@ -136,7 +136,7 @@ class Dialogues:
             for number in itertools.count(1)
         )
         # Rank 0 chooses for all: another rank could find the first file already written.
-        self.paths = distributed.from_rank0(
+        self.paths = distributed.broadcast_object(
             lambda: next(paths for paths in names if not any(path.exists() for path in paths))
         )
         self.path = self.paths[distributed.rank()]

@@ -30,18 +30,13 @@ from typing import Annotated, Literal
 
 import torch
 
-from mgrpo import (
-    PHRASES,
-    Sampling,
-    completion_logprobs,
-    expand,
-    pad_rows,
-    phrase_text,
-    second_look,
-)
-from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from engine.packing import pad_rows, padded_logprobs
+from mgrpo import PHRASES, SamplingParams, phrase_text, rollout
+from model import GPT, ModelConfig
 from reward import score
-from runtime import bars
+from runtime import log
+from runtime.checkpoints import load_checkpoint, save_checkpoint
+from runtime.device import compute_dtype, pick_device
 from runtime.flags import AtLeast, BadInput, Between, check_fields, guarded, parse_flags
 from sample import Sampler
 from tasks.catalog import TaskConfig, difficulty, make_task
@@ -147,11 +142,8 @@ def measure(sampler, task, count):
     results alone.
     """
     problems = [draw(task.puzzle, "train", "check", index) for index in range(count)]
-    golds = [problem.gold for problem in problems]
-    sampling = Sampling(task.max_new_tokens, 1.0, seed=0)
-    prompts = [task.prompt_ids(problem) for problem in problems]
-    first = expand(sampler, task.encoding, golds, prompts, 1, sampling)
-    second = second_look(sampler, task.encoding, golds, first, 1, sampling)
+    sampling = SamplingParams(task.max_new_tokens, 1.0, seed=0)
+    first, second = rollout(sampler, task, problems, (1, 1), sampling)
     return first.correct.float().mean().item(), second.correct.float().mean().item()
 
 
@@ -198,7 +190,7 @@ def pretrain(task, base, device, dtype, say=print):
     tokens, step, near = 0, 0, False
     decay_from = None  # the step at which the learning rate begins to fall; None: not yet
     recent = collections.deque([(0.0, 0.0)] * CHECKS, CHECKS)
-    bar = bars.bar(base.base_tokens, "base model", "tok", unit_scale=True)
+    bar = log.bar(base.base_tokens, "base model", "tok")
     while decay_from is None or step < decay_from * (1 + DECAY):
         micro_batches = list(batches(task, base, step, device))
         seen = train_step(model, optimizers, micro_batches, learning_rate(peak, step, decay_from))
@@ -274,7 +266,7 @@ def train_step(model, optimizers, micro_batches, lr):
     over all micro-batches together."""
     targets = sum(int(batch.lengths.sum()) for batch in micro_batches)
     for batch in micro_batches:
-        logp, _ = completion_logprobs(model, batch)  # [B, T], 0 behind the end of a row
+        logp, _ = padded_logprobs(model, batch)  # [B, T], 0 behind the end of a row
         (-logp.sum() / targets).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -368,9 +360,6 @@ class Config:
 
 
 def main():
-    from model import compute_dtype
-    from tasks.legacy import pick_device  # until runtime/device.py has both
-
     config = parse_flags(Config, __doc__, pick_preset)
     device = pick_device(config.device)
     dtype = str(compute_dtype(config.dtype, device)).removeprefix("torch.")

@@ -1,25 +1,19 @@
-"""Benchmarks on disk: lines of JSONL become problems, whichever of the known sets they come from.
+"""Data sets on disk: lines of JSONL become problems, whichever of the known sets they come from.
 
-    python data.py gsm8k/train.jsonl math500.jsonl        # what is in these files, and the first
-                                                          problem of each
+    python -m tasks.files gsm8k/train.jsonl math500.jsonl      # what these files hold
 
-The idea. Every set of mathematical problems is a question and a gold answer; they differ in what
-the fields are called. A line is recognised by its fields, so nothing needs to be declared, and
-files of several sets may be mixed:
+The idea. Every set of mathematical problems is a question and a gold answer, and sets differ in the
+names of the fields. A line is recognised by its fields, so nothing is declared and sets may be
+mixed:
 
-    question, answer with "#### 72"        GSM8K              gold: what stands after ####
-    problem, answer (and solution)         MATH-500, plain    gold: the answer
-    problem, solution                      MATH, Minerva      gold: the last \\boxed{...} of the
-                                           solution
-    question, final_answer: [...]          OlympiadBench      gold: the answers, joined with commas;
-                                           its context precedes the question
-    question, answer                       plain              gold: the answer
+    question, answer with "#### 72"     GSM8K             gold: what stands after ####
+    problem, answer (and solution)      MATH-500, plain   gold: the answer
+    problem, solution                   MATH, Minerva     gold: the solution's last \\boxed{...}
+    question, final_answer: [...]       OlympiadBench     gold: the answers, joined with commas
+    question, answer                    plain             gold: the answer
 
-A line that is not a problem stops the run with its file, number and fault, because a set that is
-silently smaller gives another score. Rows that are problems but have no gold answer, and prompts
-that are too long, are left out and COUNTED. OlympiadBench's units are part of its golds where the
-verifier can read them; its tolerances (`error`) are not applied, and its questions with images are
-asked without them.
+A line that is not a problem stops the run, because a set that is silently smaller gives another
+score. Problems without a gold answer and prompts that are too long are left out and counted.
 """
 
 import functools
@@ -36,44 +30,81 @@ from runtime.flags import BadInput, guarded
 from tasks.problems import HELD_OUT, Problem
 from verifier import equal
 
-
-def after_hashes(answer):
-    """GSM8K's gold: what stands behind the last "####"."""
-    return answer.rpartition("####")[2]
-
-
-# What a set's lines hold besides its question: (name, fields that it must have, test on them, where
-# the gold answer is).
-FORMS = (
-    (
-        "OlympiadBench",
-        ("question", "final_answer"),
-        lambda row: True,
-        lambda row: olympiad_gold(row["final_answer"]),
-    ),
-    (
-        "GSM8K",
-        ("question", "answer"),
-        lambda row: "####" in row["answer"] if isinstance(row["answer"], str) else False,
-        lambda row: after_hashes(row["answer"]),
-    ),
-    ("problem and answer", ("problem", "answer"), lambda row: True, lambda row: plain_gold(row)),
-    (
-        "problem and solution",
-        ("problem", "solution"),
-        lambda row: True,
-        lambda row: boxed(row["solution"]),
-    ),
-    ("question and answer", ("question", "answer"), lambda row: True, lambda row: plain_gold(row)),
-)
-KNOWN = "; ".join(dict.fromkeys(" + ".join(fields) for _, fields, _, _ in FORMS))
-# fields that tell kinds of problems apart; they go into transcripts
+KNOWN = "question + final_answer; question + answer; problem + answer; problem + solution"
+# Fields that tell kinds of problems apart; transcripts repeat them.
 ABOUT = ("level", "subject", "type", "subfield")
 
 
-def boxed(solution):
-    """The last \\boxed{...} of a solution, "" without one."""
-    return (last_box(solution)[1] or "") if isinstance(solution, str) else ""
+class Source(NamedTuple):
+    """Where a problem comes from, and its worked solution, if there is one: `data` of a Problem."""
+
+    place: str  # "file:line"
+    solution: str = ""
+    about: dict = {}  # the fields of ABOUT that its line has
+
+
+# ---- a line --------------------------------------------------------------------------------------
+
+
+def read_problem(line):
+    """One line of JSON -> name of its form, question, gold, solution, fields of ABOUT.
+
+    gold is "" for a problem without one. Raises ValueError that tells what is wrong with the line.
+    """
+    row = read_object(line)
+    name, field, gold = form_of(row)
+    question, solution = row[field], row.get("solution")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"its {field} is empty or not text")
+    gold, context, unit = gold.strip(), row.get("context"), row.get("unit")
+    if name != "OlympiadBench":  # which alone has these; another set may mean something else
+        context = unit = None
+    if isinstance(context, str) and context.strip():
+        question = f"{context.strip()}\n\n{question}"
+    try:
+        f"{question}{gold}{unit}".encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a character (a lone surrogate)") from None
+    # OlympiadBench's tolerances (`error`) are not applied, and its images are not shown.
+    if isinstance(unit, str):
+        gold = with_unit(gold, unit.strip().strip("$"))
+    if name == "GSM8K":
+        solution = row["answer"].rpartition("####")[0]
+    solution = solution.strip() if isinstance(solution, str) else ""
+    return name, question.strip(), gold, solution, {x: row[x] for x in ABOUT if x in row}
+
+
+def read_object(line):
+    """A line -> dict. Raises ValueError for what is no JSON object."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        hint = ""
+        if line.lstrip().startswith("["):
+            hint = "; a file that is one JSON array must be written with an object a line"
+        raise ValueError(f"it is not JSON ({getattr(error, 'msg', error)}){hint}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {type(row).__name__}, not an object with fields")
+    return row
+
+
+def form_of(row):
+    """A line's fields -> name of its form, field of its question, gold. Raises ValueError for
+    fields of no known set."""
+    if {"question", "final_answer"} <= row.keys():
+        return "OlympiadBench", "question", olympiad_gold(row["final_answer"])
+    answer = row.get("answer")
+    if "question" in row and isinstance(answer, str) and "####" in answer:
+        return "GSM8K", "question", answer.rpartition("####")[2]
+    if {"problem", "answer"} <= row.keys():
+        return "problem and answer", "problem", plain_gold(row)
+    if {"problem", "solution"} <= row.keys():
+        return "problem and solution", "problem", boxed(row["solution"])
+    if {"question", "answer"} <= row.keys():
+        return "question and answer", "question", plain_gold(row)
+    raise ValueError(f"its fields are {', '.join(row) or 'none'}; a problem has {KNOWN}")
 
 
 def plain_gold(row):
@@ -86,21 +117,17 @@ def plain_gold(row):
     return (answer or "").strip() or boxed(row.get("solution"))
 
 
+def boxed(solution):
+    """The last \\boxed{...} of a solution, "" without one."""
+    return (last_box(solution)[1] or "") if isinstance(solution, str) else ""
+
+
 def olympiad_gold(answers):
-    """OlympiadBench keeps a list, nearly always of one text that may itself hold several
-    answers."""
+    """OlympiadBench has a list, nearly always of one text that may itself hold several answers."""
     answers = [answers] if isinstance(answers, str) else answers or []
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("its final_answer is not a list of texts")
     return ", ".join(answers)
-
-
-class Source(NamedTuple):
-    """Where a problem is from, and its worked solution, if there is one."""
-
-    place: str  # "file:line"
-    solution: str = ""
-    about: dict = {}  # the fields of ABOUT that its line has
 
 
 def with_unit(answer, unit):
@@ -110,72 +137,26 @@ def with_unit(answer, unit):
     return whole if answer and unit and equal(answer, whole) else answer
 
 
-def read_problem(line):
-    """One line of JSON -> (form's name, question, gold, solution, what it is about). Raises
-    ValueError saying what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        whole = (
-            "; a file that is one JSON array must be written with an object a line"
-            if line.lstrip().startswith("[")
-            else ""
-        )
-        raise ValueError(f"it is not JSON ({getattr(error, 'msg', error)}){whole}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"it is {type(row).__name__}, not an object with fields")
-    for name, fields, test, gold in FORMS:
-        if all(field in row for field in fields) and test(row):
-            question = row[fields[0]]
-            if not isinstance(question, str) or not question.strip():
-                raise ValueError(f"its {fields[0]} is empty or not text")
-            context = row.get("context") if name == "OlympiadBench" else None
-            question = (
-                f"{context.strip()}\n\n{question}"
-                if isinstance(context, str) and context.strip()
-                else question
-            )
-            answer, solution = (
-                gold(row).strip(),
-                row["answer"].rpartition("####")[0] if name == "GSM8K" else row.get("solution"),
-            )
-            try:
-                f"{question}{answer}".encode()
-            except UnicodeEncodeError:
-                raise ValueError("it holds half of a character (a lone surrogate)") from None
-            if name == "OlympiadBench" and isinstance(row.get("unit"), str):
-                answer = with_unit(answer, row["unit"].strip().strip("$"))
-            solution = solution.strip() if isinstance(solution, str) else ""
-            return (
-                name,
-                question.strip(),
-                answer,
-                solution,
-                {field: row[field] for field in ABOUT if field in row},
-            )
-    raise ValueError(f"its fields are {', '.join(row) or 'none'}; a problem has {KNOWN}")
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read_problems(path):
-    """-> ([Problem], Counter of what was found and left out). `data` of a problem is its Source.
+    """A file -> [Problem] with a Source each, Counter of the forms and of what is left out.
 
-    BadInput names the file and line of what is not a problem, or a file that is missing, not UTF-8,
-    or holds nothing.
+    Raises BadInput that names the file and line of what is not a problem, or a file that is
+    missing, not UTF-8, or without a problem.
     """
     problems, counts = [], Counter()
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    name, question, gold, solution, about = read_problem(line)
-                    counts[name if gold else "without a gold answer"] += 1
-                    problems += (
-                        [Problem(question, gold, Source(f"{path}:{number}", solution, about))]
-                        if gold
-                        else []
-                    )
+                if not line.strip():
+                    continue
+                name, question, gold, solution, about = read_problem(line)
+                counts[name if gold else "without a gold answer"] += 1
+                if gold:
+                    source = Source(f"{path}:{number}", solution, about)
+                    problems.append(Problem(question, gold, source))
     except FileNotFoundError:
         raise BadInput(
             f"{path}: there is no such file; data is JSONL, a problem a line, with the fields "
@@ -196,20 +177,13 @@ def read_problems(path):
     return problems, counts
 
 
-def shorter(problems, encoding, prompt_tokens):
-    """Those whose prompt has at most `prompt_tokens` tokens."""
-    return [
-        problem for problem in problems if len(encoding.template(problem.question)) <= prompt_tokens
-    ]
-
-
 def load(paths, encoding, prompt_tokens, say):
     """The problems of several files whose prompts fit -> [Problem]. A line of output for each file
     counts what it holds."""
     loaded = []
     for path in paths:
         problems, counts = read_problems(path)
-        fitting = shorter(problems, encoding, prompt_tokens)
+        fitting = [p for p in problems if len(encoding.template(p.question)) <= prompt_tokens]
         counts[f"with a prompt of more than {prompt_tokens} tokens"] = len(problems) - len(fitting)
         say(
             f"data: {path}: "

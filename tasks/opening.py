@@ -13,8 +13,6 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from huggingface.prompts import RealConfig, model_folder, open_shape, open_weights
 from huggingface.weights import library, save_model
 from mgrpo import longest_phrase
@@ -24,7 +22,7 @@ from runtime.device import compute_dtype, pick_device
 from runtime.flags import BadInput, check_fields, flag_name, kinds, read_json
 from sample import Sampler
 from tasks.base import BaseConfig, base_model, base_path, base_shape, new_model, with_context
-from tasks.catalog import TASKS, TaskConfig, difficulty, make_task
+from tasks.catalog import TaskConfig, make_task
 from tasks.files import DataSet, make_verifier
 
 NEW_TOKENS = 1024  # of a real model's completion, unless asked otherwise
@@ -116,7 +114,9 @@ def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
     try:
         policy, extra = load_checkpoint(path, dtype, device)
     except FileNotFoundError:
-        raise BadInput(f"{path}: there is no such file; `python train.py` makes out/<run>") from None
+        raise BadInput(
+            f"{path}: there is no such file; `python train.py` makes out/<run>"
+        ) from None
     except ValueError as error:
         raise BadInput(str(error)) from None
     where = f"{path}: what it was trained on"
@@ -133,12 +133,10 @@ def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
         raise BadInput(f"{where}: {error}") from None
     if task.encoding.max_token_value >= policy.config.vocab_size:
         raise BadInput(
-            f"{path}: its vocabulary of {policy.config.vocab_size} is not that of the built-in tasks"
+            f"{path}: its vocabulary of {policy.config.vocab_size} is not that of the built-in "
+            "tasks"
         )
-    context = memory.row_tokens(
-        task.prompt_tokens, task.max_new_tokens, turns, longest_phrase(task.encoding)
-    )
-    policy = with_context(policy, context)
+    policy = with_context(policy, row_tokens(task, turns))
     policy.origin, policy.folder = str(path), path.parent
     policy.prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
     return policy, task
@@ -186,7 +184,9 @@ def run_settings(run):
     """config.json of a run on data sets, as a dict whose fields were checked."""
     path = run / "config.json"
     settings = read_json(path, "a run has one")
-    wanted = dict(prompt_tokens=int, max_new_tokens=int, data=tuple[str, ...], eval_data=tuple[str, ...])
+    wanted = dict(
+        prompt_tokens=int, max_new_tokens=int, data=tuple[str, ...], eval_data=tuple[str, ...]
+    )
     check_fields(settings, wanted, path)
     if settings["prompt_tokens"] < 1 or settings["max_new_tokens"] < 0:
         raise BadInput(f"{path}: prompt_tokens must be at least 1, and max_new_tokens at least 0")
@@ -219,13 +219,19 @@ def fitting_new_tokens(shape, prompt_tokens, phrase, asked, turns):
     if room < max(asked, 1):
         raise BadInput(
             f"--prompt-tokens {prompt_tokens} and {turns} times --max-new-tokens {asked or 1} do "
-            f"not fit the model's context of {shape.context}, with {turns - 1} phrases of {phrase}; "
+            f"not fit the model's context of {shape.context}, with {turns - 1} phrases of {phrase}: "
             f"lower one of them (completions may have {max(room, 0)} here)"
         )
     return asked or min(NEW_TOKENS, room)
 
 
 # ---- what goes with a policy ---------------------------------------------------------------------
+
+
+def row_tokens(task, turns):
+    """Tokens of the longest row: a prompt, `turns` completions, a phrase between two."""
+    phrases = (turns - 1) * longest_phrase(task.encoding)
+    return task.prompt_tokens + turns * task.max_new_tokens + phrases
 
 
 def make_sampler(policy, cache_tokens, longest, wanted=0, reserved=0):
@@ -252,23 +258,3 @@ def save_policy(policy, folder, weights, settings):
         save_model(policy, folder / "model", policy.compute, weights)
     else:
         save_checkpoint(folder / "checkpoint.pt", policy, weights, config=settings)
-
-
-def preset_name(preset, device):
-    """ "auto" is gpu where CUDA is and may be used, else cpu."""
-    if preset != "auto":
-        return preset
-    return "gpu" if torch.cuda.is_available() and device != "cpu" else "cpu"
-
-
-def check_difficulty(given):
-    """BadInput for a flag of difficulty, of those given, that its task does not have."""
-    task = given.get("task", TaskConfig().task)
-    others = {field.name for field in fields(TaskConfig)} - {"task", *difficulty(task)}
-    for name in sorted(others & given.keys()):
-        raise BadInput(
-            f"{flag_name(name)} means nothing to the task {task}, whose difficulty is set by "
-            f"{' and '.join(map(flag_name, difficulty(task)))}"
-        )
-
-

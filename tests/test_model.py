@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT
 
+from huggingface import weights
 from model import (
     GPT,
     ModelConfig,
@@ -119,21 +120,6 @@ def test_initial_loss_is_that_of_a_uniform_guess():
         gpt(tokens)[:, :-1].reshape(-1, 128), gpt.head.weight, tokens[:, 1:].reshape(-1)
     )
     assert abs(-logp.mean().item() / math.log(370) - 1) < 0.02
-
-
-def test_parameter_groups_cover_everything_once():
-    """Catches a parameter that no optimiser group holds (it would never learn), or the tied head
-    twice."""
-    for tied in (True, False):
-        gpt = GPT(ModelConfig(vocab_size=50, qkv_bias=True, qk_norm=True, tied=tied))
-        groups = gpt.parameter_groups()
-        everything = [p for group in groups.values() for p in group]
-        assert len({id(p) for p in everything}) == len(everything) == len(list(gpt.parameters()))
-        assert (
-            len(groups["embeddings"]) == 2 - tied
-            and all(p.dim() == 1 for p in groups["vectors"])
-            and len(groups["matrices"]) == 4 * 4
-        )
 
 
 def test_masters_stay_fp32_under_bf16_compute():
@@ -349,9 +335,11 @@ def test_a_full_disk_keeps_what_was_there(kind, tmp_path):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import model, flags
+import model
+from huggingface import weights
+from runtime import flags
 small, large = (model.GPT(model.ModelConfig(vocab_size=v, width=16, depth=1, heads=1, kv_heads=1, head_size=16, hidden=16)) for v in (20, 5000))
-save = model.save_checkpoint if {kind == "checkpoint"} else lambda path, gpt: gpt.save_pretrained(path)
+save = model.save_checkpoint if {kind == "checkpoint"} else lambda path, gpt: weights.save_model(gpt, path)
 save("m", small)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 flags.guarded(lambda: save("m", large))
@@ -365,7 +353,7 @@ flags.guarded(lambda: save("m", large))
         and done.stderr.count("\n") == 1
     ), done.stderr
     kept = (
-        GPT.from_pretrained(tmp_path / "m")
+        weights.load_model(tmp_path / "m")
         if kind == "pretrained"
         else load_checkpoint(tmp_path / "m")[0]
     )

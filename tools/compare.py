@@ -46,7 +46,7 @@ from mgrpo import Sampling, expand
 from report.trees import lines_of
 from runtime.flags import BadInput, file_name, guarded, parse_flags, writing
 from sample import Sampler
-from tables import COLUMNS, mean_and_error
+from eval import COLUMNS, mean_and_error
 from tasks import legacy as pretrain
 from tasks import opening
 from tasks.legacy import prompts_and_golds, task_of

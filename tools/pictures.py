@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
+from eval import mean_and_error
 from report import curves
 from report.curves import COLOURS, INK, LINES
 from report.trees import lines_of, read_trees, text_of
 from runtime.flags import BadInput, guarded, parse_flags
-from tables import mean_and_error
 from tools import compare
 
 ROOT = Path(__file__).resolve().parents[1]

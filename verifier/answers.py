@@ -69,8 +69,8 @@ def equal(answer, gold):
                 return True
 
             # 4. Structure and algebra. 17 \times 23 repeats the question whose answer is 391.
-            answer, gold = read(answer), read(gold)
-            return match(answer, gold) and not leaves_more_undone(answer, gold)
+            value, gold_value = read(answer), read(gold)
+            return match(value, gold_value) and not leaves_more_undone(value, gold_value)
     except Exception as error:
         raise VerifierFailed(f"{type(error).__name__}: {error}") from error
 
