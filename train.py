@@ -140,8 +140,6 @@ class Config(pretrain.Config):
     compile: bool = False
     # activation checkpointing: less memory, more time; auto: with --init
     recompute: Literal["auto", "yes", "no"] = "auto"
-    # Adam's moments, and masters for it, in host memory: 8 bytes a parameter less on the device
-    offload_optimizer: bool = False
     # per completion; 0: half as much again as a right answer can need; of a real model what fits,
     # at most 1,024
     max_new_tokens: int = 0
@@ -296,7 +294,7 @@ def assemble(setup, planned):
     if c.compile:
         policy.compile_blocks()
     distributed.shard(policy)  # the sampler's copy is whole; the masters are in slices from here on
-    optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
+    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, weight_decay=0.0, fused=True)
     if state:
         progress = go_on(state, folder, policy, optimizer)
         note_resume(folder, {name: getattr(c, name) for name in FREE}, progress.step)
@@ -752,7 +750,8 @@ def how_to_evaluate(folder, c):
 
 
 def main():
-    c = parse_flags(Config, __doc__, presets, refused=REFUSED)
+    gone = dict(offload_optimizer="Adam's moments stay on the device; use more GPUs (torchrun)")
+    c = parse_flags(Config, __doc__, presets, refused=REFUSED, renamed=gone)
     bars.quieten(c.quiet)
     if c.resume:
         folder = resumed_run(c.resume, c.name)

@@ -39,7 +39,6 @@ FREE = (
     "compile",
     "cache_tokens",
     "recompute",
-    "offload_optimizer",
     "eval_questions",
     "keep",
     "save_every",

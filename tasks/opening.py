@@ -250,22 +250,23 @@ def plan(setup, total):
     return memory.plan(
         shape,
         compute=getattr(torch, c.dtype),
-        tokens=c.tokens_per_microbatch,
         prompts=c.prompts,
-        attempts=c.attempts,
-        corrections=c.corrections,
+        group_sizes=group_sizes(c),
         prompt=prompt,
         completion=c.max_new_tokens,
-        layers=c.layers,
+        phrase=phrase,
+        tokens_per_microbatch=c.tokens_per_microbatch,
         cache_tokens=c.cache_tokens,
         reference=c.kl_coef > 0,
         recompute=c.recompute == "yes",
-        offload=c.offload_optimizer,
         device=c.device,
         total=total,
-        phrase=phrase,
         ranks=distributed.size(),
     )
+
+
+def group_sizes(c):
+    return (c.attempts, c.corrections)[: c.layers]
 
 
 def row_tokens(setup):
@@ -281,23 +282,17 @@ def row_tokens(setup):
 def wanted_tokens(setup):
     """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
     c = setup.c
-    rollout = memory.kv_tokens(
+    rollout = memory.cached_tokens(
         len(distributed.share(c.prompts)),
-        c.attempts,
-        c.corrections,
+        group_sizes(c),
         c.prompt_tokens,
         c.max_new_tokens,
-        c.layers,
+        longest_phrase(setup.encoding),
     )
     return max(rollout, min(c.eval_questions, ROWS) * row_tokens(setup)) if c.init else 0
 
 
-def later(planned):
-    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam,
-    activations, logits, gathered blocks."""
-    return planned["masters and gradients"] // 2 + sum(
-        planned[what] for what in ("Adam", "gathered", "activations", "logits")
-    )
+later = memory.reserved
 
 
 def base_config(c):
