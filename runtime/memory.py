@@ -20,6 +20,7 @@ allocates.
 Letters: L blocks, N query heads, K key/value heads, C head size, D width, V vocabulary.
 """
 
+import functools
 import itertools
 import operator
 import os
@@ -41,6 +42,7 @@ CACHE_SHARE = 0.5
 # ---- parts of the plan ---------------------------------------------------------------------------
 
 
+@functools.cache
 def parameters(shape):
     """How many numbers a model of this shape (model.ModelConfig) has."""
     with torch.device("meta"):  # a model without memory
