@@ -32,6 +32,7 @@ import torch
 
 import train
 from engine.packing import leaf, pack, row_packs, tree_packs
+from engine.workers import in_parallel
 from huggingface.tokenizer import build_encoding
 from mgrpo import Layer
 from reward import score
@@ -83,7 +84,7 @@ class Bench:
         self.limits = [length(n).tolist() for n in count]
         self.model = bench.make_model(c, dtype, device, context=c.prompt + 2 * c.new + len(PHRASE))
         self.model.recompute = c.shape != "default"
-        self.sampler = Sampler(self.model)
+        self.sampler = in_parallel(Sampler(self.model))
         self.optimizer = memory.make_optimizer(self.model, 1e-5, False)
         self.settings = train.Config(
             tokens_per_microbatch=c.tokens_per_microbatch, max_new_tokens=c.new
