@@ -1,30 +1,22 @@
-"""MGRPO from a base model to the paper's table: sample layer 1, sample layer 2, score, advantages,
-loss, step, log.
+"""MGRPO from a base model to the paper's table: rollout, advantages, loss, optimiser step, log.
 
-    python train.py                          # no GPU, no download: a base model, then MGRPO, then
-                                             the table; minutes on 2 cores
-    python train.py --layers 1 --attempts 16 # plain GRPO with as many rollouts per question
-    python train.py --preset smoke           # the same in about a minute, on a toy size
-    python train.py --init path/to/Qwen2.5-Math-1.5B --data gsm8k/train.jsonl --eval-data
-    gsm8k/test.jsonl
-    python train.py --resume                 # goes on with the newest run, exactly where it was
-                                             (checkpoints.py)
-    torchrun --nproc_per_node=8 train.py     # eight GPUs (parallel.py)
+    python train.py                          # CPU, no download: base model, MGRPO, table; minutes
+    python train.py --group-sizes 16         # plain GRPO with as many answers a question
+    python train.py --preset smoke           # the same in about a minute, at toy size
+    python train.py --init path/to/Qwen2.5-Math-1.5B --data gsm8k/train.jsonl
+    python train.py --resume                 # continues the newest run, bit for bit
+    torchrun --nproc_per_node=8 train.py     # eight GPUs
 
-The idea. One step draws P questions and grows a tree on each: G attempts, and H corrections of
-every attempt. Both layers are scored by a rule and trained by one loss (mgrpo.py); nothing else
-makes it "multi-layer". A run ends after `--tokens` generated tokens, not after steps, so that runs
-of different shape compare at equal cost. With several processes each has a share of the questions;
-counts are summed over all before they divide anything.
+One step draws P questions and grows a tree on each: g_1 answers, g_2 corrections of every answer,
+and so on. A rule scores all layers and one loss trains them (mgrpo.py). A run ends after `--tokens`
+generated tokens, not after steps, so that runs of different shape compare at equal cost.
 
-A run leaves in out/<run>/: report.html (open it: table, curves, trees), config.json, metrics.jsonl
-(a line per step, every field by name), rollouts.jsonl and samples.md (trees, token by token and as
-text), result.json (the table), state/ (to go on from, 12 bytes a parameter each), and checkpoint.pt
-or, from --init, model/ in Hugging Face's format (eval.py reads both). README explains every column
-of the log.
+A run leaves in out/<run>/: report.html (table, curves, trees), config.json, metrics.jsonl (a line a
+step; docs/metrics.md explains it), rollouts.jsonl (trees), result.json (the table), state/ (to
+resume from), and the model: checkpoint.pt, or model/ in Hugging Face's format.
 """
 
-from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import dataclasses
@@ -32,529 +24,390 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal
 
 import torch
 
-import heldout
-from engine.kernels import fold
-from engine.packing import batch_of, by_layer, leaf, logprobs, row_packs, tree_packs
-from eval import make_sampler
-from huggingface.weights import save_pretrained
+from engine import packing
+from engine.keys import hash_seed
+from eval import ROWS, as_metrics, evaluate, percent, table
 from mgrpo import (
-    Sampling,
-    collect,
-    completion_logprobs,
+    SamplingParams,
+    credit,
+    longest_phrase,
     loss_denominator,
-    pad_rows,
     policy_loss,
-    targets,
+    rollout,
 )
-from model import narrow_copy, save_checkpoint, weights_checksum
 from report import page
-from runtime import bars, distributed, memory, transcripts
-from runtime.checkpoints import (
-    FREE,
-    Progress,
-    Stop,
-    alone_in,
-    go_on,
-    resumed_run,
-    resumed_settings,
-    resumed_state,
-    save_state,
-    saved,
-)
-from runtime.flags import BadInput, Maybe, check_fields, parse_flags, ran_out
-from runtime.log import (
-    log,
-    note_resume,
-    open_board,
-    post_mortem,
-    rollout_metrics,
-    run_folder,
-    say,
-    write_json,
-    write_samples,
-)
-from tasks import base as pretrain
-from tasks.base import pick_preset
-from tasks.catalog import draw
-from tasks.opening import later, method, plan, prepare, row_tokens, wanted_tokens
+from runtime import distributed, memory
+from runtime.checkpoints import weights_checksum
+from runtime.device import Hardware
+from runtime.flags import Above, AtLeast, BadInput, Between, Maybe, file_name, flat, parse_flags
+from runtime.log import Logging, Metrics, bar_of_rows, say
+from runtime.run import Run, origin_of, resumed_run, resumed_settings
+from sample import narrow_copy
+from tasks import base, opening
+from tasks.base import BaseConfig, pick_preset, preset_name
+from tasks.catalog import TaskConfig
+from tasks.opening import RealConfig, make_sampler, open_model_and_task, row_tokens
 
 
 @dataclass(frozen=True)
-class Config(pretrain.Config):
-    # folder of a model in Hugging Face's format to start from; empty: a base of the built-in task
-    init: str = ""
-    data: str = ""  # files of problems for it (data.py), separated by commas
-    # files to evaluate on; empty: every eighth problem of --data, which is then not trained on
-    eval_data: str = ""
-    # of prompts (prompts.py); auto: the model's own
-    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"
-    prompt_tokens: int = 512  # questions whose prompt is longer are left out
-    # who says what is right: reward.py, or that library
-    verifier: Literal["rules", "math-verify"] = "rules"
-    # go on with the newest run (of --name), or with the run's folder or state's file that is named
-    resume: Maybe = ""
-    save_every: int = 0  # steps between two saved states; 0: ten a run
-    keep: int = 2  # states that are kept, besides the best
-    # folder under out/; empty: named after task, method and seed, with a number if that exists
-    name: str = ""
-    # of RL: questions, sampling, phrases; the base has its own, so that seeds share a base
-    seed: int = 0
-    tokens: int = 1_260_000  # generated tokens, both layers together, after which the run ends
-    prompts: int = 32  # P, questions per step, of all processes together
-    attempts: int = 4  # G, layer-1 answers per question
-    corrections: int = 3  # H, layer-2 answers per attempt
-    layers: int = 2  # 2: MGRPO; 1: GRPO
-    # attempts that get a second look; balanced: one right, one wrong
-    sources: Literal["all", "wrong", "balanced"] = "all"
-    # failed corrections: dropped after normalising | kept | raw reward
-    failed: Literal["mask", "keep", "raw"] = "mask"
-    # siblings in layer 2: corrections of one attempt | of one question
-    group: Literal["attempt", "question"] = "attempt"
-    # times a step that questions whose tree teaches nothing (equal rewards in every group) give way
-    # to new ones
-    resample: int = 0
-    layer2_weight: float = 1.0  # w in J = J_1 + w J_2
-    # one step on both layers | one on each (Adam then undoes the weight)
-    update: Literal["joint", "alternating"] = "joint"
-    # AdamW's learning rate at the start; it falls to 0 in a straight line over --tokens. No weight
-    # decay
-    lr: float = 1e-4
-    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = 0.2  # 0.28 is DAPO's "clip higher"
-    kl_coef: float = 0.0  # β, weight of KL(policy || base); the paper: 0.001
-    # KL estimator; k1 has no gradient on average (mgrpo.kl_estimate)
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    # mean over a row's tokens (paper) | all tokens | fixed length
+class Config:
+    # Sizes that go together; flags override single values.
+    preset: Literal["auto", "cpu", "gpu", "smoke"] = "auto"
+    init: str = ""  # folder of a model in Hugging Face's format; empty: a base of a built-in task
+    data: tuple[str, ...] = ()  # JSONL files of problems for --init, separated by commas
+    eval_data: tuple[str, ...] = ()  # files to evaluate on; empty: every eighth problem of --data
+    name: str = ""  # folder under out/; empty: task, method and seed
+    seed: int = 0  # of RL: questions, sampling, phrases (the base has its own)
+    resume: Maybe = ""  # continue the newest run (of --name), or the folder or state file given
+
+    # The rollout.
+    tokens: Annotated[int, AtLeast(1)] = 1_260_000  # generated, all layers; then the run ends
+    prompts: Annotated[int, AtLeast(1)] = 32  # P, questions a step, of all ranks together
+    # g_1,g_2,...: answers to each prompt of a layer. 16 is GRPO, 4,3 MGRPO, 4,3,2 has three layers.
+    group_sizes: Annotated[tuple[int, ...], AtLeast(1)] = (4, 3)
+    # Tokens of a completion at most. 0: half as much again as a right answer can need; for a model
+    # of --init what fits into its context, at most 1,024.
+    max_new_tokens: Annotated[int, AtLeast(0)] = 0
+    temperature: Annotated[float, Above(0)] = 1.0  # of sampling and of trained log-probabilities
+
+    # Reward and advantages.
+    format_weight: Annotated[float, Between(0, 0.5)] = 0.0  # reward for <think>..<answer>.. alone
+    sources: Literal["all", "wrong"] = "all"  # answers that the next layer continues
+    failed: Literal["mask", "keep", "raw"] = "mask"  # failed corrections: mgrpo.py, deviation 3
+    siblings: Literal["parent", "question"] = "parent"  # corrections that are compared
+
+    # The loss and the optimiser.
+    layer_weights: tuple[float, ...] = ()  # w_k in J = w_1 J_1 + w_2 J_2 + ...; empty: all 1
+    lr: Annotated[float, AtLeast(0)] = 1e-4  # AdamW's at the start; falls to 0 in a straight line
+    clip: tuple[float, ...] = (0.2,)  # ε: ratios in [1 - ε, 1 + ε]; 0.2,0.28 is DAPO's clip-higher
+    kl_coef: Annotated[float, AtLeast(0)] = 0.0  # β of KL(policy || base); the paper: 0.001
+    # Mean over a row's tokens (the paper) | over all tokens | sum over a fixed length.
     normalize: Literal["sequence", "token", "constant"] = "sequence"
-    epochs: int = 1  # passes over each rollout
-    minibatches: int = 2  # optimiser steps per pass, each on its share of the questions
-    # that go through the model together: fewer take less memory, for the same gradient
-    tokens_per_microbatch: int = 16_384
-    # every token of a rollout once (packing.py) | rows, padded, each with its whole past
-    pack: Literal["tree", "rows"] = "tree"
-    # the blocks' elementwise parts through torch.compile; the first steps then take a minute longer
-    compile: bool = False
-    # activation checkpointing: less memory, more time; auto: with --init
-    recompute: Literal["auto", "yes", "no"] = "auto"
-    # Adam's moments, and masters for it, in host memory: 8 bytes a parameter less on the device
-    offload_optimizer: bool = False
-    # per completion; 0: half as much again as a right answer can need; of a real model what fits,
-    # at most 1,024
-    max_new_tokens: int = 0
-    # tokens whose keys and values the sampler may hold; 0: no limit on a CPU, half of the free
-    # memory on CUDA
-    cache_tokens: int = 0
-    temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
-    # reward for <think>..</think><answer>..</answer>, at most 0.5 so that it never beats being
-    # right
-    format_weight: float = 0.0
-    eval_questions: int = 1024  # held-out questions of the tables before and after
-    look_questions: int = 256  # of them, greedily, in the looks in between; 0: no looks
-    eval_every: int = 0  # steps between two looks; 0: one each tenth of the run
-    # the first so many questions of a step have their trees kept, token by token (rollouts.jsonl);
-    # 0: none
-    transcripts: int = 2
-    # also write the numbers of metrics.jsonl to out/<run>/tensorboard, where that package is
-    # installed
-    tensorboard: bool = False
-    # no bars, and no line a step: what is measured and what goes wrong is said all the same
-    quiet: bool = False
+    epochs: Annotated[int, AtLeast(1)] = 1  # passes over each rollout
+    minibatches: Annotated[int, AtLeast(1)] = 2  # optimiser steps a pass; questions are dealt out
+
+    # Evaluation.
+    eval_questions: Annotated[int, AtLeast(2)] = 1024  # held-out questions of the two tables
+    eval_every: Annotated[int, AtLeast(0)] = 0  # steps between quick evaluations; 0: ten a run
+
+    puzzle: TaskConfig = TaskConfig()
+    base: BaseConfig = BaseConfig()
+    real: RealConfig = RealConfig()
+    hardware: Hardware = Hardware()
+    logging: Logging = Logging()
 
 
 PRESETS = {
-    "cpu": pretrain.PRESETS["cpu"],
-    "gpu": pretrain.PRESETS["gpu"]
+    "cpu": base.PRESETS["cpu"],  # the defaults above: what two cores train in minutes
+    # More of everything that a GPU does in parallel.
+    "gpu": base.PRESETS["gpu"]
     | dict(
         prompts=128,
-        attempts=8,
-        corrections=4,
+        group_sizes=(8, 4),
         tokens=100_000_000,
         tokens_per_microbatch=65_536,
         lr=3e-5,
-        # more of everything a GPU does in parallel
         eval_questions=4096,
     ),
-    "smoke": pretrain.PRESETS["smoke"] | dict(tokens=200_000, prompts=16, eval_questions=256),
+    "smoke": base.PRESETS["smoke"] | dict(tokens=200_000, prompts=16, eval_questions=256),
 }
-
-
-# Of a model from --init: what the paper used, as far as public re-implementations know (H, the
-# tokens and what is kept are ours).
-REAL = dict(
-    prompts=32, attempts=8, corrections=4, lr=5e-7, kl_coef=0.001, tokens=100_000_000, transcripts=1
+# For a model of --init: the paper's settings, as public re-implementations report them. (g_2, the
+# tokens and the transcripts are ours.)
+PAPER_DEFAULTS = dict(
+    prompts=32, group_sizes=(8, 4), lr=5e-7, kl_coef=0.001, tokens=100_000_000, transcripts=1
 )
+QUICK_QUESTIONS = 256  # of the quick evaluations during a run; greedy
+MAX_GRADIENT_NORM = 1.0
 
 
-# of a step
-SUMS = (
-    "tokens",
-    "clipped",
-    "kl",
-    "ratio",
-    "loss",
-    "entropy",
-    "gauge",
-    "gauge_tokens",
-    "gauge_max",
-    "packed",
-    "padding",
-)
-SKIPS = 5  # optimiser steps in a row whose gradient is not finite, after which a run ends
-REFUSED = dict.fromkeys(
-    ("top_k", "top_p", "min_p"),
-    "rollouts must be drawn from the distribution whose log-probabilities are trained, or "
-    "the gradient is biased; evaluation may filter: python eval.py --help",
-)
+# ---- the run -------------------------------------------------------------------------------------
 
 
-def presets(given):
-    """What stands under the given flags. BadInput for flags of the one kind of run given to the
-    other."""
-    own = {field.name for field in dataclasses.fields(pretrain.Config)} - {"device", "dtype"}
-    if given.get("resume"):
-        return resumed_settings(given, [field.name for field in dataclasses.fields(Config)], say)
-    if given.get("init"):
-        for name in own & given.keys():
-            raise BadInput(
-                f"--{name.replace('_', '-')} is about bases that are made here; a model from "
-                "--init is what it is"
-            )
-        if not given.get("data"):
-            raise BadInput(
-                "--data is missing: a model from --init learns from files of problems, say --data "
-                "gsm8k/train.jsonl (data.py)"
-            )
-        return REAL
-    for name in ("data", "eval_data", "template", "prompt_tokens", "verifier"):
-        if name in given:
-            raise BadInput(
-                f"--{name.replace('_', '-')} needs --init, the model that is asked; the built-in "
-                "tasks make their own problems"
-            )
-    return pick_preset(given, PRESETS)
-
-
-# ---- loop ----------------------------------------------------------------------------------------
-
-
-def train(c):
-    """The whole run for a config -> path of its folder. BadInput for bad input, and when memory
-    runs out."""
-    setup = prepare(c)
-    total = memory.available(setup.c.device)
-    planned = plan(setup, total)
-    say(memory.plan_text(planned, total))
-    try:
-        folder = rollouts_and_steps(setup, planned)
-    except (RuntimeError, MemoryError) as error:
-        if ran_out(error):
-            raise memory.out_of_memory(planned, error, total) from None
-        raise
-    page.at_the_end(folder, say)
-    return folder
-
-
-def assemble(setup, planned):
-    """All that a run works with -> policy, reference or None, optimizer, sampler, progress, folder,
-    and the lock on it."""
-    c, clock, state, began = setup.c, time.time(), None, None
-    if c.resume:
-        folder = resumed_run(c.resume, c.name)
-        lock = alone_in(folder)
-        state = resumed_state(c.resume, folder, settings(c), setup.shape, say)
-        # the weights are in the state; the reference is not
-        began = state["progress"]["base"] if c.kl_coef else ""
-    policy, base = setup.load(began)
-    policy.recompute = c.recompute == "yes"
-    progress = Progress(
-        base=str(base),
-        reference=weights_checksum(policy) if c.kl_coef and distributed.rank() == 0 else "",
+def train(config):
+    """The whole run -> path of its folder. BadInput for bad input, and when memory runs out."""
+    check(config)
+    clock = time.time()
+    policy, task = open_model_and_task(
+        # The weights of a resumed run are in its state; its KL term needs the base it began with.
+        origin_of(config) if config.resume and config.kl_coef else config.init,
+        weights=not config.resume or config.kl_coef > 0,
+        puzzle=config.puzzle,
+        base=config.base,
+        real=config.real,
+        data=config.data,
+        eval_data=config.eval_data,
+        device=config.hardware.device,
+        dtype=config.hardware.dtype,
+        max_new_tokens=config.max_new_tokens,
+        turns=turns(config),
+        say=say,
     )
-    if not c.resume:
-        folder = run_folder(c.name, settings(c), base, time.time() - clock)
-        lock = alone_in(folder)
-    elif progress.reference and progress.reference != state["progress"]["reference"]:
-        raise BadInput(
-            f"{base}: its weights are not those that {folder} began with, which its KL term needs: "
-            "bring them back, or start a "
-            "new run"
-        )
-    # cast at every use anyway
-    reference = distributed.shard(narrow_copy(policy)) if c.kl_coef else None
-    if state:
-        policy.load_state_dict(state["weights"])
+    config = settled(config, policy, task)
+    policy.recompute = config.hardware.recompute == "yes"
+    plan = memory_plan(config, policy, task)
+
+    # The sampler decodes with a whole low-precision copy of the weights, so it is made before the
+    # fp32 masters are cut into slices. (On one GPU `shard` does nothing.)
+    longest = row_tokens(task, turns(config))
     sampler = make_sampler(
-        policy, c.cache_tokens, row_tokens(setup), wanted_tokens(setup), later(planned)
+        policy,
+        config.hardware.cache_tokens,
+        longest,
+        wanted=max(rollout_tokens(config, task), ROWS * longest),
+        # Gradients, AdamW, activations and logits come after the sampler has measured what is free.
+        reserved=memory.needed_in_training(plan),
     )
-    if c.compile:
-        policy.compile_blocks()
-    distributed.shard(policy)  # the sampler's copy is whole; the masters are in slices from here on
-    optimizer = memory.make_optimizer(policy, c.lr, c.offload_optimizer)
-    if state:
-        progress = go_on(state, folder, policy, optimizer)
-        note_resume(folder, {name: getattr(c, name) for name in FREE}, progress.step)
-    return policy, reference, optimizer, sampler, progress, folder, lock
-
-
-def rollouts_and_steps(setup, planned):
-    """Table, loop, table -> the run's folder."""
-    c = setup.c
-    policy, reference, optimizer, sampler, progress, folder, _lock = assemble(setup, planned)
-    start = time.time() - progress.seconds
-    bar = bars.bar(c.tokens, c.name, "tok", unit_scale=True, initial=progress.generated)
-    try:
-        with Stop(say) as stop, open_board(folder, c.tensorboard, progress.step) as board:
-            if not progress.results:
-                heldout.table_of("base", sampler, setup, progress)
-                write_json(folder / "result.json", progress.results)
-            # of all processes together, or they would wait for each other
-            stopping = distributed.most(stop.asked)
-            while progress.generated < c.tokens and not stopping:
-                before = progress.generated
-                metrics, trees = one_step(
-                    policy, reference, optimizer, sampler, setup, progress, folder
-                )
-                tenth = 10 * progress.generated // c.tokens > 10 * before // c.tokens
-                if heldout.due(progress, tenth, c):
-                    metrics |= heldout.look(sampler, setup, progress)
-                progress.seconds = time.time() - start
-                metrics |= dict(
-                    seconds=progress.seconds,
-                    peak_gb=distributed.most(memory.peak(c.device) / memory.GB),
-                )
-                log(folder, metrics, board, c.quiet)
-                watch(folder, progress, metrics, trees, c)
-                bar.update(progress.generated - before)
-                stopping = distributed.most(stop.asked)
-                if (
-                    progress.step == 1
-                    or stopping
-                    or (progress.step % c.save_every == 0 if c.save_every else tenth)
-                ):
-                    write_samples(
-                        folder / "samples.md",
-                        progress.step,
-                        trees[0].layers,
-                        trees[0].problems,
-                        setup.encoding,
-                    )
-                    save(folder, policy, optimizer, progress, c)
-            if progress.generated < c.tokens:
-                # stopped in the base's table: even that need not be made again
-                if not progress.step:
-                    save(folder, policy, optimizer, progress, c)
-                say(
-                    f"stopped after step {progress.step}: {how_to_evaluate(folder, c)} shows how "
-                    "far it got, "
-                    f"python train.py --resume {folder} goes on"
-                )
-                return folder
-            save(folder, policy, optimizer, progress, c)
-            heldout.table_of(method(c), sampler, setup, progress)
-            progress.seconds = time.time() - start
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) or not saved(folder / "state"):
-            raise
-        raise OSError(
-            f"{error}; python train.py --resume {folder} goes on from the last saved state"
-        ) from None
-    except KeyboardInterrupt:
-        say(
-            f"stopped at once after step {progress.step}: {how_to_evaluate(folder, c)} shows the "
-            "last state that was saved, "
-            f"python train.py --resume {folder} goes on from it"
-        )
-        raise
-    finally:
-        bar.close()
-    heldout.finish(folder, progress, how_to_evaluate(folder, c))
-    return folder
-
-
-class Trees(NamedTuple):
-    """What a rollout grew on this rank's questions."""
-
-    layers: list  # mgrpo.Layer, one or two
-    problems: list
-    # which of the step's P questions each is; -1: it taught nothing, and others took its place
-    slots: torch.Tensor
-
-
-def one_step(policy, reference, optimizer, sampler, setup, progress, folder):
-    """One step of MGRPO: questions, a rollout of both layers, the optimiser's steps -> metrics,
-    [Trees, ...]."""
-    c, clock = setup.c, time.perf_counter()
-    trees = rollout(sampler, setup, progress.step)
-    sampled = time.perf_counter()
-    transcripts.record(
-        folder, policy, trees[0], setup.encoding, c, progress.step + 1, progress.generated
+    began_with = weights_checksum(policy) if config.kl_coef else ""
+    reference = distributed.shard(narrow_copy(policy)) if config.kl_coef else None
+    policy = distributed.shard(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0.0, fused=True)
+    run = Run(
+        config,
+        settings(config),
+        policy,
+        optimizer,
+        opening.save_policy,
+        began_with,
+        time.time() - clock,
     )
-    recorded = time.perf_counter()
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = c.lr * (1 - progress.generated / c.tokens)
-    learned = learn(policy, reference, optimizer, trees, c)
-    sampler.refresh()
-    seconds = sampled - clock, time.perf_counter() - recorded, recorded - sampled
-    counts = distributed.total(
-        dict(
-            new=sum(int(layer.lengths.sum()) for tree in trees for layer in tree.layers),
-            resampled=sum(int((tree.slots < 0).sum()) for tree in trees),
-        )
-    )
-    progress.step, progress.generated = progress.step + 1, progress.generated + int(counts["new"])
-    progress.sampling, progress.training = (
-        progress.sampling + seconds[0],
-        progress.training + seconds[1],
-    )
-    return (
-        dict(step=progress.step, generated=progress.generated)
-        | rollout_metrics(trees[0].layers, c.layers)
-        | learned
-        | dict(
-            resampled=int(counts["resampled"]),
-            tokens_per_s=counts["new"] / (seconds[0] + seconds[1]),
-            seconds_sampling=seconds[0],
-            seconds_training=seconds[1],
-            seconds_transcripts=seconds[2],
-            lr=optimizer.param_groups[0]["lr"],
-        )
-    ), trees
+
+    with memory.explained(plan), run:
+        sampler.refresh()
+        if "base" not in run.results:
+            run.table("base", held_out_tables("base", run, sampler, task, config))
+        while run.tokens < config.tokens and not run.stop_asked():
+            # The learning rate falls to 0 in a straight line over the run's tokens.
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * (1 - run.tokens / config.tokens)
+            problems, layers, metrics = step(
+                policy, reference, sampler, optimizer, task, config, run.step, run.tokens
+            )
+            run.finish_step(metrics)
+            if run.due("eval"):
+                metrics |= quick_evaluation(run, sampler, task, config)
+            run.log(metrics, problems, layers, task.encoding)
+            if run.due("save"):
+                run.save()
+        if run.tokens >= config.tokens:
+            run.table(method(config), held_out_tables(method(config), run, sampler, task, config))
+
+    if run.tokens >= config.tokens:
+        for row in run.results["base"]:  # greedy, temperature 1
+            rows = {name: results[row] for name, results in run.results.items()}
+            say(f"\n{row}\n{table(rows, task.unit)}")
+        say(f"\n{run.where_time_went()}")
+        minutes = run.progress.seconds / 60
+        say(f"{run.folder}: {minutes:.1f} minutes after the base; {how_to_evaluate(run, config)}")
+    return run.folder
 
 
-def rollout(sampler, setup, step):
-    """The trees of a step's questions, of this rank's share of them -> [Trees], more than one with
-    --resample.
+def step(policy, reference, sampler, optimizer, task, config, number, generated):
+    """One step of MGRPO -> this rank's problems, their layers, metrics of all ranks.
 
-    A question whose groups all have equal rewards has no gradient. With --resample it gives way to
-    another, at most so many times (DAPO's dynamic sampling, arXiv 2503.14476, with a cap); what was
-    drawn for it counts as generated. Who takes its place is a function of (seed, step, its slot,
-    how many times), and random numbers are keyed by its place among all ranks' such questions.
+    number: steps made before; generated: tokens of those steps.
     """
-    c, trees, slots = setup.c, [], list(range(setup.c.prompts))
-    for turn in range(c.resample + 1):
-        mine, stream, key = (
-            distributed.share(len(slots)),
-            f"rl/{c.seed}" + turn * "/again",
-            (c.seed, step) + turn * (0xA6A1,),
+    clock = time.perf_counter()
+
+    # 1. Questions: a pure function of (seed, step). Each rank takes its share of them.
+    share = distributed.share(config.prompts)
+    problems = task.train_problems(config.seed, number, config.prompts)[share.start : share.stop]
+
+    # 2. Rollout: layer 1 answers, layer k corrects the answers of layer k - 1. The random numbers
+    #    of a row depend on (seed, step) and its own number, not on the rank that samples it.
+    sampling = SamplingParams(
+        config.max_new_tokens,
+        config.temperature,
+        seed=hash_seed(config.seed, number),
+        first_row=share.start * config.group_sizes[0],
+    )
+    rows = len(problems) * sum(rows_per_question(config.group_sizes))
+    with bar_of_rows(sampler, rows, "rollout"):
+        layers = rollout(
+            sampler,
+            task,
+            problems,
+            config.group_sizes,  # MGRPO: more than one
+            sampling,
+            config.sources,
+            config.format_weight,
         )
-        if mine:
-            problems = [
-                draw(setup.task, "train", stream, step * c.prompts + slots[i]) for i in mine
-            ]
-            how = Sampling(
-                c.max_new_tokens,
-                c.temperature,
-                fold(*key),
-                c.format_weight,
-                mine.start * c.attempts,
-                verifier=setup.verifier,
-            )
-            # MGRPO: two of them
-            layers = collect(
-                sampler,
-                setup.encoding,
-                problems,
-                c.attempts,
-                c.corrections,
-                how,
-                layers=c.layers,
-                sources=c.sources,
-                failed=c.failed,
-                group=c.group,
-            )
-            trees.append(Trees(layers, problems, torch.tensor([slots[i] for i in mine])))
-        if turn < c.resample:
-            slots = sorted(
-                slot for some in distributed.everyone(dull(trees[-1]) if mine else []) for slot in some
-            )
-    return trees
+    sampled = time.perf_counter()
 
+    # 3. Credit: every answer is compared with its siblings, the answers to the same prompt.
+    for layer in layers:
+        credit(layer, config.siblings, config.failed)
 
-def dull(tree):
-    """Slots of the questions that teach nothing, since no row of theirs has an advantage; taken
-    from them."""
-    nothing = torch.ones(len(tree.slots), dtype=torch.bool)
-    for layer in tree.layers:
-        nothing[layer.questions[layer.active(0)]] = False
-    slots = tree.slots[nothing].tolist()
-    tree.slots[nothing] = -1
-    return slots
-
-
-def watch(folder, progress, metrics, trees, c):
-    """What must not go unseen: memory after the first step, answers cut short, gradients that are
-    not finite (five in a row end the run), and that nothing was learnt."""
-    progress.updates += metrics["updates"]
-    progress.skipped = progress.skipped + metrics["skipped"] if not metrics["updates"] else 0
-    progress.recent.append(metrics.get("accuracy2", metrics["accuracy1"]))
-    if progress.step == 1:
-        say(
-            f"memory, GB: {memory.peak(c.device) / memory.GB:.2f} at most up to here"
-            f"{'' if c.device == 'cuda' else ', Python and torch themselves included'}; "
-            f"{metrics['packed']:,} tokens went through training, {metrics['padding']:.1%} of them "
-            "padding"
-        )
-    cut = max(metrics["cut1"], metrics.get("cut2", 0.0))
-    if cut > 0.2 and progress.step % 100 == 1:
-        say(
-            f"{cut:.0%} of answers are cut at {c.max_new_tokens} tokens, and score 0 whatever they "
-            "were about to say: raise "
-            "--max-new-tokens"
-        )
-    if metrics["skipped"]:
-        post_mortem(folder, progress.step, [layer for tree in trees for layer in tree.layers])
-    if progress.skipped >= SKIPS:
-        raise BadInput(
-            f"{progress.skipped} gradients in a row were not finite; the last saved state is "
-            "intact: python train.py --resume "
-            f"{folder}. Lower --lr in a new run, or use --dtype float32"
-        )
-    if progress.generated >= c.tokens and not progress.updates:
-        say(
-            "nothing was learnt: no group had both right and wrong answers. An easier task, more "
-            "--attempts or longer answers may help"
-        )
-
-
-def learn(policy, reference, optimizer, trees, c):
-    """Epochs x minibatches of optimiser steps on one rollout -> diagnostics, means over its steps
-    or over the tokens trained on; of the loss, over minibatches, each of which has all of J, also
-    where its layers have a step each."""
-    sums, norms, skipped, seen = dict.fromkeys(SUMS, 0.0), [], 0, set()
-    # the gauge is of both layers, and layer 1's step moves the policy
-    if c.update == "alternating":
-        found, both = dict(sums), optimiser_steps(trees, dataclasses.replace(c, update="joint"))
-        any(accumulate(policy, reference, trees, parts, c, found, True) for parts in both)
+    # 4. Learn. Each optimiser step sees its share of the questions, in micro-batches.
+    sums, norms, skipped, parts = Metrics(), [], 0, 0
+    for part in minibatches(layers, share.start, config):
+        # Denominators count ALL rows of all ranks before the first backward pass: neither how rows
+        # are cut into micro-batches and ranks nor which rows carry a gradient changes the result.
+        denominators = distributed.sum_over_ranks(loss_denominators(part, config))
+        branches = [
+            packing.branch_of(layers, layer.number, row)
+            for layer, rows in part
+            for row in rows[layer.active(config.kl_coef)[rows]].tolist()
+        ]
+        batches = packing.microbatches(branches, config.hardware.tokens_per_microbatch)
+        # All ranks make as many passes as the busiest one: gathering weights and summing gradients
+        # needs all of them. The others make passes over nothing.
+        passes = int(distributed.max_over_ranks(len(batches)))
+        for batch in [*batches, *[[]] * (passes - len(batches))]:
+            pack = packing.pack_trees(batch, policy.cos.device)
+            batch_loss(
+                policy, reference, pack, denominators, config, sums, first_update=not norms
+            ).backward()
+        if not passes:  # no advantage anywhere: AdamW's momentum is no reason to move
+            continue
+        parts += 1
+        norm = distributed.clip_gradient(policy, MAX_GRADIENT_NORM)
+        if math.isfinite(norm):
+            optimizer.step()
+            norms.append(norm)
+        else:
+            skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        sums |= {name: value for name, value in found.items() if name.startswith("gauge")}
-    for epoch in range(c.epochs):
-        for number, parts in enumerate(optimiser_steps(trees, c)):
-            # the policy still is the one that sampled
-            first = c.update == "joint" and epoch == 0 and not norms
-            # else no advantages: momentum is no reason to move
-            if accumulate(policy, reference, trees, parts, c, sums, first):
-                seen.add((epoch, number if c.update == "joint" else number // c.layers))
-                norm = distributed.whole(
-                    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                ).item()
-                if math.isfinite(norm):
-                    norms.append(norm)
-                    optimizer.step()
-                else:
-                    skipped += 1
-                optimizer.zero_grad(set_to_none=True)
-    sums = {name: float(value) for name, value in sums.items()}
-    gauge_max, sums = distributed.most(sums.pop("gauge_max")), distributed.total(sums)
+
+    # 5. The sampler decodes with its own copy of the weights: renew it.
+    sampler.refresh()
+    trained = time.perf_counter()
+
+    new = distributed.sum_over_ranks(dict(new=sum(int(layer.lengths.sum()) for layer in layers)))
+    new, seconds = int(new["new"]), trained - clock
+    return (
+        problems,
+        layers,
+        {
+            "step": number + 1,
+            "generated": generated + new,
+            **rollout_metrics(layers, len(config.group_sizes)),
+            **loss_metrics(sums, parts),
+            "grad_norm": sum(norms) / max(len(norms), 1),
+            "updates": len(norms),
+            "skipped": skipped,
+            "tokens_per_s": new / seconds,
+            "seconds_sampling": sampled - clock,
+            "seconds_training": trained - sampled,
+            "lr": optimizer.param_groups[0]["lr"],
+        },
+    )
+
+
+def batch_loss(policy, reference, pack, denominators, config, sums, first_update):
+    """The part of the loss of one micro-batch -> scalar. Adds the metrics of its tokens to `sums`.
+
+    Nothing here waits for the device. first_update: the policy is still the one that sampled, so
+    its log-probabilities are compared with the sampler's (the gauge).
+    """
+    logp, entropy = packing.tree_logprobs(policy, pack, config.temperature)  # [B, T] each
+    ref_logp = torch.zeros_like(logp)
+    if reference is not None:
+        with torch.no_grad():
+            ref_logp, _ = packing.tree_logprobs(reference, pack, config.temperature)
+
+    clip_low, clip_high = config.clip[0], config.clip[-1]
+    losses = []
+    for layer, places, rows in pack.layers:
+        old_logp, advantages, mask = packing.targets(layer, rows)  # [b, t], [b], [b, t]
+        here, there = (x[places, : mask.shape[1]] for x in (logp, ref_logp))
+        loss, found = policy_loss(
+            here,
+            old_logp,
+            advantages,
+            mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            ref_logp=there,
+            kl_coef=config.kl_coef,
+            normalize=config.normalize,
+            denominator=denominators[layer.number],
+        )
+        losses.append(config.layer_weights[layer.number - 1] * loss)  # MGRPO: J = Σ w_k J_k
+        sums.add(**found, loss=losses[-1].detach())
+        if first_update:
+            gap = ((here.detach() - old_logp) * mask).abs()
+            sums.add(gauge=gap.sum(), gauge_tokens=mask.sum())
+            sums.largest(gauge_max=gap.max())
+    if not losses:  # a pass over nothing
+        return 0 * logp.sum()
+    padding = pack.tokens.numel() - pack.real_tokens
+    sums.add(entropy=entropy.sum(), packed=pack.tokens.numel(), padding=padding)
+    return sum(losses)
+
+
+def minibatches(layers, first_question, config):
+    """The rows of each optimiser step -> [(layer, row numbers), ...] a step, epochs x minibatches.
+
+    Questions are dealt over the minibatches by their number in the step. Siblings stay together,
+    since all rows of a question do.
+    """
+    for _ in range(config.epochs):
+        for m in range(config.minibatches):
+            part = []
+            for layer in layers:
+                slots = layer.questions + first_question  # numbers of the questions in the step
+                part.append((layer, (slots % config.minibatches == m).nonzero()[:, 0]))
+            yield part
+
+
+def loss_denominators(part, config):
+    """-> {layer's number: this rank's part of its denominator}, of all layers of the run."""
+    denominators = dict.fromkeys(range(1, len(config.group_sizes) + 1), 0)
+    for layer, rows in part:
+        denominators[layer.number] = loss_denominator(
+            layer.lengths[rows], config.normalize, config.max_new_tokens
+        )
+    return denominators
+
+
+# ---- metrics: docs/metrics.md explains each ------------------------------------------------------
+
+
+def rollout_metrics(layers, count):
+    """Means over the rows of all ranks, before any training, of up to `count` layers."""
+    metrics = dict(undecided=0)
+    for number in range(1, count + 1):
+        sums = distributed.sum_over_ranks(layer_sums(layers, number))
+        rows = sums.pop("rows")
+        if not rows:
+            continue
+        metrics["undecided"] += int(sums.pop("undecided"))
+        # The share of groups with a signal: some row is trained with an advantage that is not 0.
+        metrics[f"signal{number}"] = sums.pop("with_signal") / sums.pop("groups")
+        if number == 1:
+            del sums["fix"], sums["broke"]
+        metrics |= {f"{name}{number}": value / rows for name, value in sums.items()}
+    return metrics
+
+
+def layer_sums(layers, number):
+    """{name: sum over this rank's rows of a layer}, zeros for a layer that was not grown."""
+    names = ("rows", "groups", "with_signal", "undecided", "reward", "accuracy", "length")
+    names += ("truncated", "fix", "broke")
+    if number > len(layers):
+        return dict.fromkeys(names, 0)
+    layer = layers[number - 1]
+    right = layer.correct
+    before = layers[number - 2].correct[layer.parents] if number > 1 else right
+    values = (layer.undecided, layer.rewards, right, layer.lengths, layer.truncated)
+    values += (~before & right, before & ~right)  # fixed and broke what the parent had
+    groups = [len(layer.siblings[rows].unique()) for rows in (slice(None), layer.active(0))]
+    return dict(zip(names, [len(right), *groups, *(x.double().sum().item() for x in values)]))
+
+
+def loss_metrics(sums, parts):
+    """Means over the trained tokens of all ranks; of the loss over the optimiser steps."""
+    names = ("tokens", "clipped", "kl", "ratio", "loss", "entropy")
+    names += ("gauge", "gauge_tokens", "packed", "padding")
+    gauge_max = distributed.max_over_ranks(float(sums.get("gauge_max", 0.0)))
+    sums = distributed.sum_over_ranks({name: float(sums.get(name, 0.0)) for name in names})
     tokens = max(sums["tokens"], 1)
     return dict(
-        loss=sums["loss"] / max(len(seen), 1),
-        grad_norm=sum(norms) / max(len(norms), 1),
-        updates=len(norms),
-        skipped=skipped,
+        loss=sums["loss"] / max(parts, 1),
         **{name: sums[name] / tokens for name in ("clipped", "entropy", "kl", "ratio")},
         gauge_max=gauge_max,
         gauge_mean=sums["gauge"] / max(sums["gauge_tokens"], 1),
@@ -563,206 +416,228 @@ def learn(policy, reference, optimizer, trees, c):
     )
 
 
-def optimiser_steps(trees, c):
-    """What each optimiser step trains on -> [[(tree's number, layer, its row indices), ...], ...],
-    as many steps on every rank.
-
-    Questions are dealt over the minibatches; siblings stay together, since a question's rows do.
-    """
-    steps = []
-    for m in range(c.minibatches):
-        parts = []
-        for number, tree in enumerate(trees):
-            for layer in tree.layers:
-                slots = tree.slots[layer.questions]
-                parts.append(
-                    (number, layer, ((slots >= 0) & (slots % c.minibatches == m)).nonzero()[:, 0])
-                )
-        depths = range(1, c.layers + 1)  # MGRPO: both layers, one step
-        steps += (
-            [parts]
-            if c.update == "joint"
-            else [
-                [part for part in parts if part[1].completions.depth == depth] for depth in depths
-            ]
-        )
-    return steps
+# ---- evaluation ----------------------------------------------------------------------------------
 
 
-def accumulate(policy, reference, trees, parts, c, sums, first):
-    """Adds the gradient of an optimiser step's rows, in micro-batches -> how many passes that took.
-    sums: to them are added those over the rows' tokens; those of the gauge when this is the first
-    step after sampling.
-
-    Denominators count ALL rows, of all ranks, before the first backward: neither how rows are cut
-    into micro-batches and ranks nor which of them carry a gradient changes the result. Ranks make
-    as many passes as the busiest: a gather or a sum of gradients needs everybody.
-    """
-    denominators = distributed.total(
-        {
-            depth: sum(
-                loss_denominator(layer.lengths[rows], c.normalize, c.max_new_tokens)
-                for _, layer, rows in parts
-                if layer.completions.depth == depth
+def held_out_tables(name, run, sampler, task, config):
+    """The paper's rows for the model as it is -> {"greedy": results, "temperature 1": results}."""
+    problems = task.held_out(config.eval_questions)
+    rows = {"greedy": 0.0, "temperature 1": 1.0}
+    with run.evaluating():
+        return {
+            row: evaluate(
+                sampler,
+                task,
+                problems,
+                turns=turns(config),
+                temperature=temperature,
+                name=f"{name}, {row}",
             )
-            for depth in (1, 2)
+            for row, temperature in rows.items()
         }
-    )
-    leaves = [
-        leaf(trees[number].layers, layer.completions.depth, row, number)
-        for number, layer, rows in parts
-        for row in rows[layer.active(c.kl_coef)[rows]].tolist()
-    ]
-    batches = (tree_packs if c.pack == "tree" else row_packs)(leaves, c.tokens_per_microbatch)
-    passes = int(distributed.most(len(batches)))
-    for some in batches:
-        loss, found = loss_of(policy, reference, some, denominators, c)
-        loss.backward()
-        add(
-            sums,
-            {name: value for name, value in found.items() if first or not name.startswith("gauge")},
+
+
+def quick_evaluation(run, sampler, task, config):
+    """Greedy accuracies on some held-out questions -> metrics, with standard errors.
+
+    It draws no random numbers and changes nothing: a run with it is bit for bit the run without.
+    """
+    clock = time.perf_counter()
+    problems = task.held_out(min(QUICK_QUESTIONS, config.eval_questions))
+    with run.evaluating():
+        results = evaluate(sampler, task, problems, turns=turns(config), name="held-out questions")
+    shown = (f"Acc@t{k} {percent(results[f't{k}'])}" for k in range(1, turns(config) + 1))
+    say(f"held out, {results['questions']} questions, greedy: {', '.join(shown)}")
+    return as_metrics(results) | dict(seconds_heldout=time.perf_counter() - clock)
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def method(config):
+    return "MGRPO" if len(config.group_sizes) > 1 else "GRPO"
+
+
+def turns(config):
+    """Answers to a question in evaluation: as many as layers, and a correction for GRPO too."""
+    return max(2, len(config.group_sizes))
+
+
+def rows_per_question(group_sizes):
+    """[g_1, g_1 g_2, g_1 g_2 g_3, ...]"""
+    return [math.prod(group_sizes[:k]) for k in range(1, len(group_sizes) + 1)]
+
+
+def check(config):
+    """BadInput for values that cannot work together, with the consequence and the remedy."""
+    sizes, text = config.group_sizes, ",".join(map(str, config.group_sizes))
+    if math.prod([config.prompts, *sizes]) * len(sizes) > memory.MOST_ROWS:
+        raise BadInput(
+            f"--prompts {config.prompts} and --group-sizes {text} make too many rows a step: lower "
+            f"them to {memory.MOST_ROWS:,} at most"
         )
-    for _ in range(passes - len(batches)):
-        idle_pass(policy, reference)
-    return passes
-
-
-def loss_of(policy, reference, leaves, denominators, c):
-    """A micro-batch's part of the loss -> it, and sums over its tokens. With trees nothing here
-    waits for the device."""
-    batch = batch_of(leaves, c.pack, policy.cos.device)
-    logp, entropy = logprobs(policy, batch, c.temperature)
-    ref_logp = torch.zeros_like(logp)
-    if reference is not None:
-        with torch.no_grad():
-            ref_logp, _ = logprobs(reference, batch, c.temperature)
-    losses, sums = (
-        [],
-        dict(
-            entropy=entropy.sum(),
-            packed=batch.tokens.numel(),
-            padding=batch.tokens.numel() - batch.needed,
-        ),
-    )
-    for layer, places, rows in by_layer(leaves, logp.device):
-        weight = 1.0 if layer.completions.depth == 1 else c.layer2_weight  # MGRPO: J = J_1 + w J_2
-        old_logp, advantages, mask = targets(layer, rows)
-        here, there = (x[places, : mask.shape[1]] for x in (logp, ref_logp))
-        loss, found = policy_loss(
-            here,
-            old_logp,
-            advantages,
-            mask,
-            clip_low=c.clip_low,
-            clip_high=c.clip_high,
-            ref_logp=there,
-            kl_coef=c.kl_coef,
-            kl=c.kl,
-            normalize=c.normalize,
-            denominator=denominators[layer.completions.depth],
+    if sizes == (1,):
+        raise BadInput(
+            "--group-sizes 1: a single answer has no siblings to be compared with; use 2 or more"
         )
-        losses.append(weight * loss)
-        gap = ((here.detach() - old_logp) * mask).abs()
-        add(
-            sums,
-            found
-            | dict(
-                loss=losses[-1].detach(),
-                gauge=gap.sum(),
-                gauge_tokens=mask.sum(),
-                gauge_max=gap.max(),
-            ),
+    if 1 in sizes[1:] and config.siblings == "parent" and config.failed != "raw":
+        raise BadInput(
+            f"--group-sizes {text}: an answer's only correction has no siblings, so its layer "
+            "would learn nothing; use 2 or more, --siblings question, or --failed raw"
         )
-    return sum(losses), sums
-
-
-def add(sums, found):
-    """Adds what was found to the sums, tensors or numbers; of the largest gauge keeps the
-    larger."""
-    for name, value in found.items():
-        before = sums.get(name, 0.0)
-        largest = (
-            torch.maximum(value, before)
-            if name == "gauge_max" and torch.is_tensor(before)
-            else value
+    parts = config.minibatches * distributed.size()
+    if config.prompts % parts:
+        ranks = f" on each of {distributed.size()} ranks" if distributed.size() > 1 else ""
+        raise BadInput(
+            f"--prompts {config.prompts} does not divide into --minibatches {config.minibatches}"
+            f"{ranks}: choose a multiple of {parts}"
         )
-        sums[name] = largest if name == "gauge_max" else before + value
+    if config.failed == "raw" and config.siblings == "question":
+        raise BadInput(
+            "--failed raw takes the reward itself as advantage, so --siblings question would "
+            "change nothing; drop one of them"
+        )
+    if config.layer_weights and len(config.layer_weights) != len(sizes):
+        raise BadInput(
+            f"--layer-weights has {len(config.layer_weights)} numbers and --group-sizes {text} "
+            f"{len(sizes)} layers: give one for each"
+        )
+    if min(config.layer_weights, default=0) < 0:
+        raise BadInput("--layer-weights: a negative weight would unlearn its layer; use 0 or more")
+    low, high = config.clip[0], config.clip[-1]
+    if len(config.clip) > 2 or not 0 < low < 1 or high <= 0:
+        raise BadInput(
+            f"--clip {','.join(map(str, config.clip))}: give ε in (0, 1), or two numbers, the "
+            "first in (0, 1) and the second above 0"
+        )
+    file_name("name", config.name)
 
 
-def idle_pass(policy, reference):
-    """A pass over nothing, for a rank that has done its own while others have not."""
-    nothing = pad_rows([[0]], [[0]], policy.cos.device)
-    logp, _ = completion_logprobs(policy, nothing)
-    if reference is not None:
-        with torch.no_grad():
-            completion_logprobs(reference, nothing)
-    (0 * logp.sum()).backward()
-
-
-# ---- results -------------------------------------------------------------------------------------
-
-
-def settings(c):
-    """The config as a dict; for a model from --init without what made a base here."""
-    base = (
-        {field.name for field in dataclasses.fields(pretrain.Config)} - {"device", "dtype"}
-        if c.init
-        else set()
+def settled(config, policy, task):
+    """The config with nothing left open: what config.json and saved states hold."""
+    what = Path(config.init).resolve().name if config.init else task.name
+    recompute = {"auto": "yes" if config.init else "no"}
+    hardware = dataclasses.replace(
+        config.hardware,
+        device=policy.cos.device.type,
+        dtype=str(policy.compute).removeprefix("torch."),
+        recompute=recompute.get(config.hardware.recompute, config.hardware.recompute),
     )
-    return {
-        name: value for name, value in dataclasses.asdict(c).items() if name not in base
-    } | dict(resume="")
-
-
-def save(folder, policy, optimizer, progress, c):
-    """The run's state, to go on from; and its model: a built-in task's as checkpoint.pt, a real one
-    as it came, a folder that transformers and vLLM load."""
-    accuracy = sum(progress.recent) / max(len(progress.recent), 1)
-    if progress.recent and accuracy >= progress.accuracy:
-        progress.best, progress.accuracy = progress.step, accuracy
-    progress.recent = []
-    weights, moments = (
-        distributed.gathered(policy),
-        distributed.gathered_optimizer(optimizer, policy.parameters()),
+    return dataclasses.replace(
+        config,
+        preset=preset_name(config.preset, config.hardware.device),
+        name=config.name or f"{what}-{method(config).lower()}-{config.seed}",
+        max_new_tokens=task.max_new_tokens,
+        layer_weights=config.layer_weights or (1.0,) * len(config.group_sizes),
+        hardware=hardware,
     )
-    if distributed.rank() > 0:
-        return
-    save_state(
-        folder / "state",
-        progress.step,
-        dict(
-            settings=settings(c),
-            weights=weights,
-            optimizer=moments["state"],
-            best=progress.best,
-            generator=torch.get_rng_state(),
-            progress=dataclasses.asdict(progress),
-        ),
-        c.keep,
+
+
+def settings(config):
+    """The config as a flat dict; for a model of --init without what would have made a base."""
+    unused = {*flat(config.puzzle), *flat(config.base)} if config.init else set()
+    return {k: v for k, v in flat(config).items() if k not in unused} | dict(resume="")
+
+
+def memory_plan(config, policy, task):
+    """Prints and returns where the memory of a step will go (runtime/memory.py)."""
+    hardware = config.hardware
+    plan = memory.plan(
+        policy.config,
+        compute=policy.compute,
+        tokens=hardware.tokens_per_microbatch,
+        prompts=config.prompts,
+        group_sizes=config.group_sizes,
+        prompt=task.prompt_tokens,
+        completion=config.max_new_tokens,
+        phrase=longest_phrase(task.encoding),
+        cache_tokens=hardware.cache_tokens,
+        reference=config.kl_coef > 0,
+        recompute=hardware.recompute == "yes",
+        device=hardware.device,
+        total=memory.available(hardware.device),
+        ranks=distributed.size(),
     )
-    if c.init:
-        save_pretrained(policy, folder / "model", policy.compute, weights)
-    else:
-        save_checkpoint(folder / "checkpoint.pt", policy, weights, config=settings(c))
+    say(memory.plan_text(plan, memory.available(hardware.device)))
+    return plan
 
 
-def how_to_evaluate(folder, c):
-    if c.init:
-        verifier = "" if c.verifier == "rules" else f" --verifier {c.verifier}"
-        return f"python eval.py --init {folder} --data {c.eval_data or c.data}{verifier}"
-    return f"python eval.py --checkpoint {folder}/checkpoint.pt"
+def rollout_tokens(config, task):
+    """Tokens that the rollout of this rank has in its KV cache at its end."""
+    return memory.kv_tokens(
+        len(distributed.share(config.prompts)),
+        config.group_sizes,
+        task.prompt_tokens,
+        config.max_new_tokens,
+        longest_phrase(task.encoding),
+    )
+
+
+def how_to_evaluate(run, config):
+    if not config.init:
+        return f"python eval.py {run.folder}"
+    verifier = "" if config.real.verifier == "rules" else f" --verifier {config.real.verifier}"
+    files = ",".join(config.eval_data or config.data)
+    return f"python eval.py {run.folder} --data {files}{verifier}"
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+BIASED = (
+    "rollouts must be drawn from the distribution whose log-probabilities are trained, or the "
+    "gradient is biased; evaluation may filter: python eval.py --help"
+)
+REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), BIASED)
+RENAMED = dict(
+    layers="--group-sizes 4,3 has as many layers as numbers",
+    attempts="the first number of --group-sizes",
+    corrections="the second number of --group-sizes",
+    layer2_weight="--layer-weights 1,1",
+    clip_low="--clip 0.2",
+    clip_high="--clip 0.2,0.28",
+    group="--siblings parent or question",
+    kl="the estimator is k3; mgrpo.kl_estimate has the others",
+    pack="trees are always packed",
+    update="all layers share one optimiser step",
+    resample="there is no dynamic sampling; a group without a signal has no gradient",
+    compile="it did not pay (docs/speed.md)",
+    offload_optimizer="lower --tokens-per-microbatch, or use more GPUs (docs/memory.md)",
+    keep="the last two states and the best are kept",
+    look_questions="a quick evaluation asks 256 questions, or --eval-questions if that is less",
+    quiet="TQDM_DISABLE=1 turns progress bars off",
+    tensorboard="report.html and metrics.jsonl have the curves",
+)
+
+
+def presets(given):
+    """The values under the given flags. BadInput for flags of one kind of run given to another."""
+    if given.get("resume"):
+        stored = resumed_settings(given)
+        return {name: stored[name] for name in flat(Config()) if name in stored}
+    if given.get("init"):
+        for name in {*flat(TaskConfig()), *flat(BaseConfig()), "preset"} & given.keys():
+            raise BadInput(
+                f"--{name.replace('_', '-')} is about bases that are made here; drop it with --init"
+            )
+        if not given.get("data"):
+            raise BadInput(
+                "--data is missing: a model of --init learns from files of problems, say "
+                "--data gsm8k/train.jsonl"
+            )
+        return PAPER_DEFAULTS
+    for name in {"data", "eval_data", *flat(RealConfig())} & given.keys():
+        raise BadInput(
+            f"--{name.replace('_', '-')} needs --init: the built-in tasks make their own problems"
+        )
+    return pick_preset(given, PRESETS)
 
 
 def main():
-    c = parse_flags(Config, __doc__, presets, refused=REFUSED)
-    bars.quieten(c.quiet)
-    if c.resume:
-        folder = resumed_run(c.resume, c.name)
-        check_fields(vars(c), get_type_hints(Config), folder / "config.json")
-        c = dataclasses.replace(
-            c, name=folder.name, resume=c.resume if Path(c.resume).is_file() else str(folder)
-        )
-    train(c)
+    config = parse_flags(Config, __doc__, presets, refused=REFUSED, renamed=RENAMED)
+    if config.resume:
+        folder = resumed_run(config.resume, config.name)
+        config = dataclasses.replace(config, name=folder.name)
+    page.at_the_end(train(config), say)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,25 @@
 """The packed tree: a training pass that computes every token of a rollout once.
 
-    python packing.py                      # a small tree, packed, and who sees whom
-    python bench.py train                  # what it is worth, beside padded rows
+    python -m engine.packing               # a small tree, packed, and which token sees which
+    python -m tools.bench_training         # what packing is worth, beside padded rows
 
-The idea. As padded rows a rollout carries its question in each of its G (1 + H) rows, and every
-attempt in the rows of its H corrections. As a tree each segment stands once, in depth-first order,
-all trees of a micro-batch one behind the other:
+The idea. As padded rows, a rollout carries its question in every row and an answer in the rows of
+all its corrections. As a tree each segment stands once, in depth-first order, one tree behind the
+other:
 
-    question ─┬─ attempt, phrase ─┬─ correction          packed    q q q a a w x x y y y b b
-              │                   └─ correction          position  0 1 2 3 4 5 6 7 6 7 8 3 4
-              └─ attempt                                 until    13 . . 11. . 8 . 11. . 13.
+    question ─┬─ answer, phrase ─┬─ correction     packed         q q q a a w x x y y y b b
+              │                  └─ correction     position       0 1 2 3 4 5 6 7 6 7 8 3 4
+              └─ answer                            visible_until 13 . . 11. . 8 . 11. . 13.
 
-`until` is where the part of the tree below a token's segment ends. In this order a token's
-ancestors are found by two comparisons:
+`visible_until` is where the tree below a token's segment ends. In this order a token's ancestors
+are found by two comparisons:    query i sees key k   if   k <= i < visible_until[k]
 
-    query i sees key k   if   k <= i < until[k]
+Only attention knows about the tree; for norms, products and MLPs the pack is one long row. CUDA
+takes that comparison as a FlexAttention mask, and skips blocks of 128 x 128 without a pair. A CPU
+computes level by level. Both are exact: log-probabilities and gradients are those of single rows.
 
-          q q q a a w x x y y y b b          Norms, products and MLPs know nothing of it: to them
-                                             the packed tree is one long row. Only
-        q █                                  attention does, and a block asks a function for that
-                                             (model.py). There are two:
-        q █ █
-        q █ █ █                              FlexAttention on CUDA: that comparison as a mask;
-                                             blocks of 128 x 128 that it leaves
-        a █ █ █ █                            empty are never computed, found from the ends of
-                                             segments alone.
-        a █ █ █ █ █
-        w █ █ █ █ █ █                        Level by level on a CPU: all questions at once, then
-                                             all attempts, then all corrections,
-        x █ █ █ █ █ █ █                      padded within a level; a segment's keys are its path's
-                                             and its own.
-        x █ █ █ █ █ █ █ █
-        y █ █ █ █ █ █     █                  Both are exact: log-probabilities and gradients are
-                          those of the rows one by one
-        y █ █ █ █ █ █     █ █
-        y █ █ █ █ █ █     █ █ █
-        b █ █ █                 █
-        b █ █ █                 █ █
-
-(in bf16 but for rounding: what branches send back to their trunk is summed in bf16, where rows sum
-weights' gradients in fp32).
-
-A row's first token is predicted by the last one of the segment above, the others by the one before;
-so a segment lacks its row's last token, unless something goes on from it.
+A row's first token is predicted by the last token of the segment above, the others by the token
+before. So a segment lacks its row's last token, unless another segment continues it.
 
 Letters: B rows, T tokens of a completion (of a segment, in attention), S tokens packed, N query
 heads, K key/value heads, C head size.
@@ -51,84 +28,76 @@ heads, K key/value heads, C head size.
 import functools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mgrpo import completion_logprobs, pad_rows, sent
 from model import token_logprobs
-from runtime.flags import guarded
 
-BLOCK = 128  # FlexAttention's blocks; on CUDA a pack's length is a multiple of it
-# pairs of tokens whose attention is computed together on a CPU: what they need then stays in its
-# cache
+BLOCK = 128  # FlexAttention's blocks; on CUDA the length of a pack is a multiple of it
+# Pairs of tokens whose attention is computed together on a CPU: more would not fit its cache.
 SCORES = 1 << 18
+
+
+def to_device(x, device):
+    """Copies a host tensor to the device. The host does not wait for the copy."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 # ---- from rows to micro-batches ------------------------------------------------------------------
 
 
-class Leaf(NamedTuple):
-    """A sampled row, and where it hangs."""
+class Branch(NamedTuple):
+    """A sampled row, and the segments from the root of its tree down to it."""
 
     layer: Any  # mgrpo.Layer
-    row: int  # of it
-    # ((key, tokens), ...) of its segments, root first; the last is its own, without the row's last
-    # token
-    path: tuple
+    row: int  # of the layer
+    path: tuple  # ((key, tokens), ...), root first; the last is its own, without the last token
 
 
-def leaf(layers, depth, row, number=0):
-    """Row `row` of layers[depth - 1] -> Leaf. layers: those of one rollout (mgrpo.collect), the
-    `number`th of its step.
+def branch_of(layers, number, row):
+    """Row `row` of layers[number - 1] -> Branch. layers: those of one rollout.
 
-    Prompts are append-only: what a correction's prompt has beyond the question is its attempt and a
-    phrase. So an attempt that is gone on from is longer than it is for itself, and begins alike.
+    Prompts are append-only: what the prompt of a correction has beyond the question is the answer
+    and a phrase. So an answer that is continued is a longer segment, with the same beginning.
     """
-    layer = layers[depth - 1]
-    c = layer.completions
-    prompt, own = c.prompts[row // c.n], ((number, depth, row), c.sampled[row][:-1])
-    if depth == 1:
-        return Leaf(layer, row, (((number, 0, row // c.n), prompt), own))
-    above = leaf(layers, depth - 1, int(layer.parents[row]), number).path
-    start = sum(len(tokens) for _, tokens in above[:-1])
-    return Leaf(layer, row, (*above[:-1], (above[-1][0], prompt[start:]), own))
+    layer = layers[number - 1]
+    completions = layer.completions
+    prompt = completions.prompts[row // completions.n]
+    own = ((number, row), completions.sampled[row][:-1])
+    if number == 1:
+        return Branch(layer, row, (((0, row // completions.n), prompt), own))
+    *above, (key, _) = branch_of(layers, number - 1, int(layer.parents[row])).path
+    start = sum(len(tokens) for _, tokens in above)
+    return Branch(layer, row, (*above, (key, prompt[start:]), own))
 
 
-def tree_packs(leaves, most):
-    """Leaves -> [[Leaf, ...], ...], each a micro-batch whose packed trees have at most `most`
-    tokens, as far as single rows allow.
+def microbatches(branches, limit):
+    """Branches -> lists of branches whose packed trees have at most `limit` tokens each.
 
-    Leaves are taken depth first, each for the price of those of its segments that are not there
-    yet. A tree that is too large is cut into several, each with the trunk that its rows need.
+    A single row may be longer than the limit. Branches are taken depth first, each for the price of
+    those of its segments that are not in the micro-batch yet. A tree that is too large is cut into
+    several, each with the trunk that its rows need.
     """
-    found, here, size = [], {}, most
-    for one in sorted(leaves, key=lambda leaf: [key for key, _ in leaf.path]):
-        price = sum(max(0, len(tokens) - here.get(key, 0)) for key, tokens in one.path)
-        if size + price > most:
-            found.append([])
-            here, size, price = {}, 0, sum(len(tokens) for _, tokens in one.path)
-        found[-1].append(one)
-        here |= {key: max(len(tokens), here.get(key, 0)) for key, tokens in one.path}
+    batches, lengths, size = [], {}, limit
+    for branch in sorted(branches, key=lambda branch: [key for key, _ in branch.path]):
+        price = sum(max(0, len(tokens) - lengths.get(key, 0)) for key, tokens in branch.path)
+        if size + price > limit:
+            batches.append([])
+            lengths, size = {}, 0
+            price = sum(len(tokens) for _, tokens in branch.path)
+        batches[-1].append(branch)
+        lengths |= {key: max(len(tokens), lengths.get(key, 0)) for key, tokens in branch.path}
         size += price
-    return found
+    return batches
 
 
-def row_packs(leaves, most):
-    """The same as padded rows: longest beside longest, each micro-batch at most `most` tokens with
-    its padding."""
-    found, length = [], lambda leaf: sum(len(tokens) for _, tokens in leaf.path)
-    # the first of a micro-batch is its longest
-    for one in sorted(leaves, key=length, reverse=True):
-        if not found or length(found[-1][0]) * (len(found[-1]) + 1) > most:
-            found.append([])
-        found[-1].append(one)
-    return found
-
-
-# ---- from rows to a tree -------------------------------------------------------------------------
+# ---- from branches to a pack ---------------------------------------------------------------------
 
 
 @dataclass
@@ -141,129 +110,166 @@ class Segment:
 
 
 @dataclass
-class Forest:
-    """Packed trees, and what is to be predicted of B rows: M tokens."""
+class PackedTrees:
+    """Packed trees of a micro-batch, and the M tokens of its B rows that are predicted there."""
 
     tokens: torch.Tensor  # [S]
-    positions: torch.Tensor  # [S] in a token's own row
-    until: torch.Tensor  # [S] where the part of its tree that sees it ends
-    source: torch.Tensor  # [M] where the vector stands that predicts ...
+    positions: torch.Tensor  # [S] of a token in its own row
+    visible_until: torch.Tensor  # [S] where the part of its tree that sees it ends
+    source: torch.Tensor  # [M] place of the vector that predicts ...
     target: torch.Tensor  # [M] ... this token,
     row: torch.Tensor  # [M] of this row,
-    column: torch.Tensor  # [M] the how many-th that was sampled
-    chunks: list  # [Chunk], for attention level by level
+    column: torch.Tensor  # [M] as its sampled token number 0, 1, ...
+    chunks: list  # of Chunk, for attention level by level on a CPU
     size: tuple  # B, T
-    needed: int  # how many of the S tokens are not padding
+    real_tokens: int  # how many of the S tokens are not padding
+    layers: list  # (Layer, [its places among the B rows], [row numbers in the Layer]) of each layer
 
 
 class Chunk(NamedTuple):
-    """Some segments of one depth: where their tokens stand in the pack, and those of their paths; S
-    is nowhere."""
+    """Some segments of one depth: places of their tokens and of their paths. S means padding."""
 
     own: torch.Tensor  # [n, T] padded behind
     above: torch.Tensor  # [n, P] padded before
 
 
-def plant(leaves):
-    """Leaves, depth first -> {key: Segment}, in the order of the pack."""
+def place_segments(branches):
+    """Branches, depth first -> {key: Segment}, in the order of the pack."""
     segments, start = {}, 0
-    for one in leaves:
+    for branch in branches:
         above = None
-        for key, tokens in one.path:
-            here = segments.setdefault(
-                key, Segment(tokens, above, depth=above.depth + 1 if above else 0)
-            )
-            here.tokens, above = max(here.tokens, tokens, key=len), here
+        for key, tokens in branch.path:
+            depth = above.depth + 1 if above else 0
+            segment = segments.setdefault(key, Segment(tokens, above, depth=depth))
+            segment.tokens = max(segment.tokens, tokens, key=len)  # as long as it is continued
+            above = segment
     for segment in segments.values():
         segment.start, start = start, start + len(segment.tokens)
-        segment.position = (
-            segment.above.position + len(segment.above.tokens) if segment.above else 0
-        )
+        if segment.above:
+            segment.position = segment.above.position + len(segment.above.tokens)
     return segments
 
 
-def pack(leaves, device="cpu", multiple=1):
-    """Leaves, as tree_packs gives them -> Forest, row i being leaf i.
+def pack_trees(branches, device="cpu"):
+    """Branches, as `microbatches` orders them -> PackedTrees; row i is branch i.
 
-    S is rounded up to one of 8 sizes an octave, since libraries keep a kernel for every shape that
-    they have met, and to a `multiple`; what is missing are tokens that see themselves.
+    S is rounded up to one of 8 sizes an octave, because libraries keep a kernel for every shape
+    that they have met; on CUDA to a multiple of BLOCK too. Padding tokens see themselves alone.
+    Without branches: a pack of one token that predicts one, for a rank with nothing to do.
     """
-    segments = plant(leaves)
-    inside, B = list(segments.values()), len(leaves)
-    S = sum(len(segment.tokens) for segment in inside)
-    spare = -S % max(1 << max(0, S.bit_length() - 4), multiple)
-    tokens = [token for segment in inside for token in segment.tokens] + [0] * spare
-    positions = [segment.position + i for segment in inside for i in range(len(segment.tokens))] + [
-        0
-    ] * spare
-    until = [end for segment, end in zip(inside, ends(inside, S)) for _ in segment.tokens] + list(
-        range(S + 1, S + spare + 1)
-    )
+    branches = branches or [NO_BRANCH]
+    on_cuda = torch.device(device).type == "cuda"
+    by_key = place_segments(branches)
+    segments = list(by_key.values())
+    S = sum(len(segment.tokens) for segment in segments)
+    padding = -S % max(1 << max(0, S.bit_length() - 4), BLOCK if on_cuda else 1)
+
+    tokens, positions, visible_until = [], [], []
+    for segment, end in zip(segments, subtree_ends(segments, S)):
+        tokens += segment.tokens
+        positions += range(segment.position, segment.position + len(segment.tokens))
+        visible_until += [end] * len(segment.tokens)
+    tokens += [0] * padding
+    positions += [0] * padding
+    visible_until += range(S + 1, S + padding + 1)
+
+    # Off by one. With prompt a b and completion c d, the segments are [a b] and [c], and
+    # b (the last token above) predicts c, c predicts d: sources 1 2, targets c d.
     source, target, row, column = [], [], [], []
-    for i, one in enumerate(leaves):
-        own, sampled = segments[one.path[-1][0]], one.layer.completions.sampled[one.row]
-        source += [
-            own.above.start + len(own.above.tokens) - 1,
-            *range(own.start, own.start + len(sampled) - 1),
-        ]
+    for i, branch in enumerate(branches):
+        own = by_key[branch.path[-1][0]]
+        sampled = branch.layer.completions.sampled[branch.row]
+        source += [own.above.start + len(own.above.tokens) - 1]
+        source += range(own.start, own.start + len(sampled) - 1)
         target += sampled
         row += [i] * len(sampled)
         column += range(len(sampled))
-    there = lambda numbers: sent(torch.tensor(numbers), device)
-    chunks = chunked(inside, S + spare) if torch.device(device).type == "cpu" else []
-    return Forest(
-        *map(there, (tokens, positions, until, source, target, row, column)),
-        chunks,
-        (B, max(column) + 1),
-        S,
+
+    index = lambda numbers: to_device(torch.tensor(numbers), device)
+    return PackedTrees(
+        *map(index, (tokens, positions, visible_until, source, target, row, column)),
+        chunks=[] if on_cuda else same_depth_chunks(segments, S + padding),
+        size=(len(branches), max(column) + 1),
+        real_tokens=S,
+        layers=[] if branches == [NO_BRANCH] else rows_by_layer(branches, device),
     )
 
 
-def ends(inside, S):
-    """Where the tree below each segment ends: where the next one begins that is no deeper."""
-    found, begins = [], {}
-    for segment in reversed(inside):
-        found.append(
-            min((start for depth, start in begins.items() if depth <= segment.depth), default=S)
-        )
-        begins[segment.depth] = segment.start
-    return found[::-1]
+NO_BRANCH = Branch(
+    SimpleNamespace(completions=SimpleNamespace(sampled=[[0]])), 0, (((0, 0), [0]), ((1, 0), []))
+)
+
+
+def subtree_ends(segments, S):
+    """Where the tree below each segment ends: where the next segment begins that is no deeper."""
+    ends, next_start = [], {}  # depth -> start of the next segment at that depth
+    for segment in reversed(segments):
+        later = (start for depth, start in next_start.items() if depth <= segment.depth)
+        ends.append(min(later, default=S))
+        next_start[segment.depth] = segment.start
+    return ends[::-1]
+
+
+def rows_by_layer(branches, device):
+    """-> [(layer, places of its rows in the micro-batch, on the device, row numbers), ...]"""
+    layers = {}
+    for place, branch in enumerate(branches):
+        _, places, rows = layers.setdefault(branch.layer.number, (branch.layer, [], []))
+        places.append(place)
+        rows.append(branch.row)
+    return [
+        (layer, to_device(torch.tensor(places), device), torch.tensor(rows))
+        for layer, places, rows in layers.values()
+    ]
+
+
+def targets(layer, rows):
+    """What the loss needs of some rows of a layer besides their log-probabilities.
+
+    -> old_logp [B, T], advantages [B], mask [B, T] (True on sampled tokens), on the sampler's
+    device.
+    """
+    completions, lengths = layer.completions, layer.lengths[rows]
+    device = completions.tokens.device
+    # The mask comes from the lengths, never from token values: a sampled 0 is an action too.
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, T]
+    old_logp = completions.logprobs[to_device(rows, device), : mask.shape[1]]
+    return old_logp, to_device(layer.advantages[rows], device), to_device(mask, device)
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
-def by_flex(forest, attention=flex_attention):
-    """attend(layer, q, k, v) of model.py on CUDA: FlexAttention. attention: flex_attention,
-    compiled or not."""
-    mask = block_mask(forest)
+def flex_attention_for(pack, attention=flex_attention):
+    """attend(layer, q, k, v) of model.py on CUDA. attention: flex_attention, compiled or not."""
+    mask = block_mask(pack)
 
     def attend(layer, q, k, v):
-        return attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=True
-        ).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
     return attend
 
 
-def block_mask(forest):
-    """Who sees whom, for FlexAttention: pairs of blocks that see nothing of each other are left
-    out, and full ones need no comparison.
+def block_mask(pack):
+    """The mask of a pack for FlexAttention.
 
-    Of two blocks of tokens, one before the other, the later sees something of the earlier if the
-    latest `until` there reaches into it, and all of it if the earliest reaches to its end.
+    Pairs of blocks without a visible pair are left out; full ones need no comparison. Of two
+    blocks, one before the other, the later sees something of the earlier if the largest
+    visible_until there reaches into it, and all of it if the smallest reaches to its end.
     """
-    until, device = forest.until, forest.until.device
+    until, device = pack.visible_until, pack.visible_until.device
     blocks = len(until) // BLOCK
-    reach, begin = until.view(blocks, BLOCK), torch.arange(blocks, device=device)[:, None] * BLOCK
+    reach = until.view(blocks, BLOCK)
+    begin = torch.arange(blocks, device=device)[:, None] * BLOCK
     before = begin > begin.T
-    some, whole = before & (reach.amax(1) > begin), before & (reach.amin(1) >= begin + BLOCK)
-    partly = (some & ~whole) | torch.eye(blocks, dtype=torch.bool, device=device)
+    some, full = before & (reach.amax(1) > begin), before & (reach.amin(1) >= begin + BLOCK)
+    partial = (some & ~full) | torch.eye(blocks, dtype=torch.bool, device=device)
     order = lambda grid: grid.int().argsort(dim=1, descending=True, stable=True).int()
     listed = lambda grid: (grid.sum(1, dtype=torch.int32)[None, None], order(grid)[None, None])
     return BlockMask.from_kv_blocks(
-        *listed(partly),
-        *listed(whole),
+        *listed(partial),
+        *listed(full),
         BLOCK_SIZE=BLOCK,
         mask_mod=lambda b, h, i, key: (key <= i) & (i < until[key]),
     )
@@ -271,162 +277,169 @@ def block_mask(forest):
 
 @functools.cache
 def compiled_flex():
-    """flex_attention as one kernel for packs of any length. fullgraph: an error, where
-    torch.compile would else fall back without a word to an attention that holds all S x S
-    scores."""
+    """flex_attention as one kernel for packs of any length.
+
+    fullgraph turns a silent fallback into an error: the fallback holds all S x S scores.
+    """
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-def chunked(inside, S):
-    """Segments -> [Chunk]: those of a depth together, like lengths beside like."""
-    found = []
-    for depth in range(1 + max(segment.depth for segment in inside)):
-        here = sorted(
-            (segment for segment in inside if segment.depth == depth and segment.tokens),
+def same_depth_chunks(segments, S):
+    """Segments -> [Chunk]: those of one depth together, segments of like length in one chunk."""
+    chunks = []
+    for depth in range(1 + max(segment.depth for segment in segments)):
+        waiting = sorted(
+            (segment for segment in segments if segment.depth == depth and segment.tokens),
             key=lambda segment: segment.position + len(segment.tokens),
         )
-        while here:
+        while waiting:
             count, T, P = 0, 0, 0
-            for count, segment in enumerate(here):
+            for count, segment in enumerate(waiting):
                 wider = max(T, len(segment.tokens)), max(P, segment.position)
                 if count and (count + 1) * wider[0] * sum(wider) > SCORES:
                     break
                 (T, P), count = wider, count + 1
-            some, here = here[:count], here[count:]
-            paths, T, P = [above_of(segment) for segment in some], T + -T % 8, P + -P % 8
-            own = [
-                [*range(segment.start, segment.start + len(segment.tokens))]
-                + [S] * (T - len(segment.tokens))
-                for segment in some
-            ]
-            above = [[S] * (P - len(path)) + path for path in paths]
-            found.append(
-                Chunk(torch.tensor(own), torch.tensor(above, dtype=torch.long).view(len(some), P))
-            )
-    return found
+            chosen, waiting = waiting[:count], waiting[count:]
+            T, P = T + -T % 8, P + -P % 8
+            own = [places_of(segment) + [S] * (T - len(segment.tokens)) for segment in chosen]
+            above = [path_places(segment) for segment in chosen]
+            above = [[S] * (P - len(path)) + path for path in above]
+            above = torch.tensor(above, dtype=torch.long).view(len(chosen), P)
+            chunks.append(Chunk(torch.tensor(own), above))
+    return chunks
 
 
-def above_of(segment):
-    """Where the tokens stand that a segment goes on from, as a list."""
-    up = segment.above
-    return [*above_of(up), *range(up.start, up.start + len(up.tokens))] if up else []
+def places_of(segment):
+    return [*range(segment.start, segment.start + len(segment.tokens))]
 
 
-def by_levels(forest):
-    """attend(layer, q, k, v) of model.py on a CPU, chunk by chunk: the queries of n segments meet
-    the keys of their paths and their own."""
-    S, biases = len(forest.tokens), []
-    own = torch.cat([chunk.own.flatten() for chunk in forest.chunks])
-    # of each token among all own ones
+def path_places(segment):
+    """Places of the tokens that a segment continues, as a list."""
+    above = segment.above
+    return [*path_places(above), *places_of(above)] if above else []
+
+
+def level_attention_for(pack):
+    """attend(layer, q, k, v) of model.py on a CPU, chunk by chunk.
+
+    The queries of n segments meet the keys of their paths and their own keys.
+    """
+    S, biases = len(pack.tokens), []
+    own = torch.cat([chunk.own.flatten() for chunk in pack.chunks])
+    # [S] of each token: its number among all tokens of the chunks
     place = torch.zeros(S + 1, dtype=torch.long).index_copy_(0, own, torch.arange(len(own)))[:S]
 
     def attend(layer, q, k, v):
         N, C, K = *q.shape[2:], k.shape[2]
-        n, found = N // K, []
-        if not biases:
-            biases.extend(hidden(chunk, S, n) for chunk in forest.chunks)  # the same for all layers
-        nowhere = lambda x: F.pad(x, (0, 0, 0, 1))  # row S, of zeros
-        q, kv = (
-            nowhere(q.reshape(S, N * C)),
-            nowhere(torch.cat([k.reshape(S, K * C), v.reshape(S, K * C)], 1)),
-        )
-        for chunk, bias in zip(forest.chunks, biases):
+        n, outputs = N // K, []
+        if not biases:  # the same for all blocks
+            biases.extend(attention_bias(chunk, S, n) for chunk in pack.chunks)
+        with_padding = lambda x: F.pad(x, (0, 0, 0, 1))  # row S: zeros
+        q = with_padding(q.reshape(S, N * C))
+        kv = with_padding(torch.cat([k.reshape(S, K * C), v.reshape(S, K * C)], 1))
+        for chunk, bias in zip(pack.chunks, biases):
             B, T = chunk.own.shape
-            queries = (
-                F.embedding(chunk.own, q)
-                .view(B, T, K, n, C)
-                .transpose(1, 2)
-                .reshape(B, K, T * n, C)
-            )
-            keys, values = (
-                F.embedding(torch.cat([chunk.above, chunk.own], 1), kv)
-                .view(B, -1, 2, K, C)
-                .transpose(1, 3)
-                .unbind(2)
-            )
-            # softmax in fp32
-            weights = torch.add(bias, queries @ keys.mT, alpha=C**-0.5).softmax(-1).to(q.dtype)
-            found.append(
-                (weights @ values).view(B, K, T, n, C).transpose(1, 2).reshape(B * T, N * C)
-            )
-        return F.embedding(place, torch.cat(found)).view(1, S, N, C)
+            queries = F.embedding(chunk.own, q).view(B, T, K, n, C)
+            queries = queries.transpose(1, 2).reshape(B, K, T * n, C)
+            pairs = F.embedding(torch.cat([chunk.above, chunk.own], 1), kv).view(B, -1, 2, K, C)
+            keys, values = pairs.transpose(1, 3).unbind(2)  # [B, K, P + T, C]
+            scores = torch.add(bias, queries @ keys.mT, alpha=C**-0.5)  # fp32
+            weights = scores.softmax(-1).to(q.dtype)
+            out = (weights @ values).view(B, K, T, n, C)
+            outputs.append(out.transpose(1, 2).reshape(B * T, N * C))
+        return F.embedding(place, torch.cat(outputs)).view(1, S, N, C)
 
     return attend
 
 
-def hidden(chunk, S, n):
-    """[segments, 1, T n, P + T]: 0 where a query sees a key, else -inf."""
+def attention_bias(chunk, S, n):
+    """[segments, 1, T n, P + T] fp32: 0 where a query sees a key, else -inf."""
     T, P = chunk.own.shape[1], chunk.above.shape[1]
-    nowhere = (
-        torch.zeros(chunk.above.shape)
-        .masked_fill_(chunk.above == S, -math.inf)[:, None]
-        .expand(-1, T, P)
-    )
-    later = torch.full((T, T), -math.inf).triu(1).expand(len(nowhere), T, T)
-    return torch.cat([nowhere, later], 2).repeat_interleave(n, 1)[:, None]
+    padding = torch.zeros(chunk.above.shape).masked_fill_(chunk.above == S, -math.inf)
+    later = torch.full((T, T), -math.inf).triu(1).expand(len(padding), T, T)
+    bias = torch.cat([padding[:, None].expand(-1, T, P), later], 2)
+    return bias.repeat_interleave(n, 1)[:, None]
 
 
 # ---- log-probabilities ---------------------------------------------------------------------------
 
 
-def batch_of(leaves, kind, device):
-    """A micro-batch as train.py's --pack says: "tree" -> Forest, "rows" -> mgrpo.Rows."""
-    if kind == "tree":
-        return pack(leaves, device, BLOCK if torch.device(device).type == "cuda" else 1)
-    c = [one.layer.completions for one in leaves]
-    return pad_rows(
-        [c.prompts[one.row // c.n] for c, one in zip(c, leaves)],
-        [c.sampled[one.row] for c, one in zip(c, leaves)],
-        device,
+def tree_logprobs(model, pack, temperature=1.0):
+    """log π of the sampled tokens of a pack under `model`, and the entropy there.
+
+    -> two fp32 [B, T], zeros behind each row's end.
+    """
+    on_cuda = pack.tokens.is_cuda
+    attend = flex_attention_for(pack, compiled_flex()) if on_cuda else level_attention_for(pack)
+    hidden = model(pack.tokens[None], pack.positions[None], attend)[0, pack.source]  # [M, D]
+    logp, entropy = token_logprobs(hidden, model.head.weight, pack.target, temperature)
+    zeros, index = torch.zeros(pack.size, device=logp.device), (pack.row, pack.column)
+    return zeros.index_put(index, logp), zeros.index_put(index, entropy)
+
+
+# Padded rows: how base models are trained, and what the tests hold the packed trees against.
+
+
+class PaddedBatch(NamedTuple):
+    """Prompts and completions, padded on the right."""
+
+    tokens: torch.Tensor  # [B, S] prompt + completion, zeros behind
+    prompt_lengths: torch.Tensor  # [B]
+    lengths: torch.Tensor  # [B] completion tokens, end token included
+    mask: torch.Tensor  # [B, T] bool, True on completion tokens
+    real_tokens: int  # how many of the B x S tokens are not padding
+
+
+def pad_rows(prompts, completions, device):
+    """Two lists of token-id lists -> PaddedBatch.
+
+    S is rounded up to one of 8 sizes an octave, as in `pack_trees`.
+    """
+    lengths = torch.tensor([len(completion) for completion in completions], device=device)
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions)]
+    S = max(map(len, rows))
+    S += -S % (1 << max(0, S.bit_length() - 4))
+    return PaddedBatch(
+        tokens=torch.tensor([row + [0] * (S - len(row)) for row in rows], device=device),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
+        lengths=lengths,
+        mask=torch.arange(int(lengths.max()), device=device) < lengths[:, None],
+        real_tokens=sum(map(len, rows)),
     )
 
 
-def by_layer(leaves, device):
-    """-> [(layer, where in the micro-batch its rows are, on the device, and their numbers in the
-    layer), ...]"""
-    found = {}
-    for place, one in enumerate(leaves):
-        found.setdefault(id(one.layer), (one.layer, [], []))
-        found[id(one.layer)][1].append(place)
-        found[id(one.layer)][2].append(one.row)
-    return [
-        (layer, sent(torch.tensor(places), device), torch.tensor(rows))
-        for layer, places, rows in found.values()
-    ]
+def padded_logprobs(model, batch, temperature=1.0):
+    """log π of the completion tokens under `model`, and the entropy there.
 
-
-def logprobs(model, batch, temperature=1.0):
-    """log π of the sampled tokens of B rows under `model`, and its entropy there -> two fp32 [B,
-    T], zeros behind each row's end."""
-    if not isinstance(batch, Forest):
-        return completion_logprobs(model, batch, temperature)
-    attend = by_flex(batch, compiled_flex()) if batch.tokens.is_cuda else by_levels(batch)
-    vectors = model(batch.tokens[None], batch.positions[None], attend)[0, batch.source]
-    logp, entropy = token_logprobs(vectors, model.head.weight, batch.target, temperature)
-    blank = torch.zeros(batch.size, device=logp.device)
-    return blank.index_put((batch.row, batch.column), logp), blank.index_put(
-        (batch.row, batch.column), entropy
-    )
+    -> two fp32 [B, T], zeros behind each row's end. Off by one: with a prompt of 2 tokens,
+    a b | c d, the vectors at b (column 1) and c (column 2) predict c and d: columns
+    prompt_length - 1 onwards. Only they meet the vocabulary.
+    """
+    row, t = batch.mask.nonzero(as_tuple=True)  # the M completion tokens
+    column = batch.prompt_lengths[row] + t  # where each stands
+    tokens = batch.tokens[:, :-1][:, : model.config.context]  # padding may reach beyond the context
+    hidden = model(tokens)[row, column - 1]  # [M, D]
+    target = batch.tokens[row, column]
+    logp, entropy = token_logprobs(hidden, model.head.weight, target, temperature)
+    zeros = torch.zeros(batch.mask.shape, device=logp.device)
+    return zeros.index_put((row, t), logp), zeros.index_put((row, t), entropy)
 
 
 def main():
-    """The tree of this file's opening, packed, and who sees whom."""
-    texts, paths = dict(q="qqq", a="aaw", x="xx", y="yyy", b="bb"), ("qb", "qax", "qay")
-    segments = plant(
-        [Leaf(None, 0, tuple((key, list(texts[key])) for key in path)) for path in sorted(paths)]
-    )
-    inside = list(segments.values())
-    tokens = [token for segment in inside for token in segment.tokens]
-    until = [end for segment, end in zip(inside, ends(inside, len(tokens))) for _ in segment.tokens]
-    print("packed   ", *(f"{token:>2}" for token in tokens))
-    print(
-        "position ",
-        *(f"{segment.position + i:2}" for segment in inside for i in range(len(segment.tokens))),
-    )
-    print("until    ", *(f"{end:2}" for end in until))
+    """Prints the tree of this file's docstring, packed, and which token sees which."""
+    texts = dict(q="qqq", a="aaw", x="xx", y="yyy", b="bb")
+    paths = [tuple((key, list(texts[key])) for key in path) for path in ("qax", "qay", "qb")]
+    segments = list(place_segments([Branch(None, 0, path) for path in paths]).values())
+    tokens = [token for segment in segments for token in segment.tokens]
+    ends = subtree_ends(segments, len(tokens))
+    until = [end for segment, end in zip(segments, ends) for _ in segment.tokens]
+    positions = [segment.position + i for segment in segments for i in range(len(segment.tokens))]
+    print("packed        ", *(f"{token:>2}" for token in tokens))
+    print("position      ", *(f"{position:2}" for position in positions))
+    print("visible_until ", *(f"{end:2}" for end in until))
     for i, token in enumerate(tokens):
-        print(f"{token:>8} ", *(" █" if key <= i < until[key] else "  " for key in range(i + 1)))
+        print(f"{token:>13} ", *(" █" if key <= i < until[key] else "  " for key in range(i + 1)))
 
 
 if __name__ == "__main__":
-    guarded(main)
+    main()

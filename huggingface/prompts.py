@@ -1,45 +1,54 @@
-"""How a question is put to a real model: chat templates as plain functions, the tokens that end a
-turn, and a model opened for use.
+"""How a question is put to a real model: chat templates as plain functions, and the end tokens.
 
-    python prompts.py path/to/Qwen2.5-Math-1.5B "What is 6*7?"       # the prompt as the model will
-                                                                     see it, token by token
+    python -m huggingface.prompts path/to/Qwen2.5-Math-1.5B "What is 6*7?"
 
-The idea. A chat template is a text with special tokens in it. Here it is a list of parts: a `str`
-is text, which is encoded as text whatever it says, and a `Special` is one token. So a question that
-contains "<|im_end|>" holds ten odd characters and ends nobody's turn.
+shows the prompt as the model gets it, token by token. The idea. A chat template is a text with
+special tokens in it. Here it is a list of parts: a `str` is text, which is encoded as text whatever
+it holds, and a `Special` is one token. A question that contains "<|im_end|>" is ten odd characters
+and ends no turn.
 
-Which template? An instruct model was trained on one, and says which by the token that ends its
-turns: <|im_end|> is ChatML (Qwen, SmolLM2), <|eot_id|> is Llama-3's. A base model ends texts, not
-turns; for it there is the paper's template, which explains the format. `--template` overrides.
-
-Layer 2 needs no template of its own: it continues the model's turn (mgrpo.py, deviation 1).
+An instruct model was trained on one template, and its end token tells which: <|im_end|> is ChatML
+(Qwen, SmolLM2), <|eot_id|> is Llama-3's. A base model ends texts, not turns; the paper's template
+explains the format to it. `--template` overrides. Layer 2 needs no template of its own: it
+continues the model's turn (mgrpo.py, deviation 1).
 """
 
-from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import functools
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 from huggingface.tokenizer import convert
-from huggingface.weights import FILES, ids_of, read_config
-from model import GPT
-from runtime.flags import BadInput, guarded, read_json
+from huggingface.weights import FILES, MAX_END_TOKENS, ids_of, load_model, read_config
+from runtime.flags import AtLeast, BadInput, guarded, read_json
 
-# The paper's system text (its Table 1) as one public re-implementation has it; the other has the
-# same sentences but for "mathematical" and an ending that names no <answer>.
+# The paper's system text (its Table 1) as one public re-implementation has it; the other one has
+# the same sentences but for "mathematical", and an ending that names no <answer>.
 SYSTEM = (
     "You are a helpful AI assistant. A conversation between User and Assistant. The User asks a "
-    "mathematical question, and the "
-    "Assistant solves it step-by-step. The Assistant must first output a detailed step-by-step "
-    "reasoning process enclosed within "
-    "<think></think> tags. After the </think> tag, the Assistant must provide the final answer "
-    "enclosed within <answer></answer>."
+    "mathematical question, and the Assistant solves it step-by-step. The Assistant must first "
+    "output a detailed step-by-step reasoning process enclosed within <think></think> tags. After "
+    "the </think> tag, the Assistant must provide the final answer enclosed within "
+    "<answer></answer>."
 )
-# what instruct models are told: they have their own ways
+# For instruct models, which have a format of their own.
 INSTRUCT = "Reason step by step, and give the final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class RealConfig:
+    """A model in Hugging Face's format, and its questions from files."""
+
+    # of prompts; auto: the model's own
+    template: Literal["auto", "paper", "words", "chatml", "llama3", "plain"] = "auto"
+    # questions with a longer prompt are left out, and counted
+    prompt_tokens: Annotated[int, AtLeast(1)] = 512
+    # who decides what is right: the rules of verifier/, or that library
+    verifier: Literal["rules", "math-verify"] = "rules"
 
 
 class Special(str):
@@ -50,27 +59,27 @@ class Special(str):
 
 
 def chatml(messages):
-    """ChatML, up to where the assistant begins. messages: [(role, text), ...] -> parts."""
+    """ChatML, up to the assistant's turn. messages: [(role, text), ...] -> parts."""
     parts = []
     for role, text in messages:
         parts += [Special("<|im_start|>"), f"{role}\n{text}", Special("<|im_end|>"), "\n"]
     return [*parts, Special("<|im_start|>"), "assistant\n"]
 
 
+def header(role):
+    return [Special("<|start_header_id|>"), role, Special("<|end_header_id|>")]
+
+
 def llama3(messages):
-    """Llama-3's template. messages: [(role, text), ...] -> parts. (Llama 3.1 and 3.2 put two lines
-    with dates before the system text; a date in a prompt makes results depend on the day, so they
-    are left out here.)"""
+    """Llama-3's template, up to the assistant's turn. messages: [(role, text), ...] -> parts.
+
+    Llama 3.1 and 3.2 put two lines with dates before the system text. They are left out: a date in
+    a prompt would make results depend on the day.
+    """
     parts = [Special("<|begin_of_text|>")]
-    for role, text in [*messages, ("assistant", None)]:
-        parts += [
-            Special("<|start_header_id|>"),
-            role,
-            Special("<|end_header_id|>"),
-            "\n\n" if text is None else f"\n\n{text.strip()}",
-        ]
-        parts += [] if text is None else [Special("<|eot_id|>")]
-    return parts
+    for role, text in messages:
+        parts += [*header(role), f"\n\n{text.strip()}", Special("<|eot_id|>")]
+    return [*parts, *header("assistant"), "\n\n"]
 
 
 def paper(question):
@@ -96,147 +105,138 @@ TEMPLATES = {  # name: parts of a question's prompt, the token that ends the ass
 
 
 def encode_parts(encoding, parts):
-    """-> token ids. A text stays a text: it never becomes a special token. BadInput for a special
-    token that the tokenizer lacks."""
+    """-> token ids. A text never becomes a special token. Raises BadInput for a special token that
+    the tokenizer lacks."""
     ids = []
     for part in parts:
-        if isinstance(part, Special) and part not in encoding.special_tokens_set:
+        if not isinstance(part, Special):
+            ids += encoding.encode_ordinary(part)
+        elif part in encoding.special_tokens_set:
+            ids.append(encoding.encode_single_token(part))
+        else:
             raise BadInput(
                 f"the tokenizer has no token {part}, which this --template needs; use auto or plain"
             )
-        ids += (
-            [encoding.encode_single_token(part)]
-            if isinstance(part, Special)
-            else encoding.encode_ordinary(part)
-        )
     return ids
 
 
 def encode_question(question, encoding, name):
-    """Token ids of a question's prompt under the template `name`; what the tokenizer itself puts
-    first (Llama-3's <|begin_of_text|>) stands before those templates that do not write it out."""
+    """-> token ids of a question's prompt under the template `name`.
+
+    `opening`, the tokens that the original tokenizer puts before every text (Llama-3's
+    <|begin_of_text|>), stand before the templates that do not write them out.
+    """
     parts = TEMPLATES[name][0](question)
-    return ([] if isinstance(parts[0], Special) else encoding.opening) + encode_parts(
-        encoding, parts
-    )
+    opening = [] if isinstance(parts[0], Special) else encoding.opening
+    return opening + encode_parts(encoding, parts)
 
 
 def choose_template(encoding, ends):
-    """The template of a model whose texts or turns end with these tokens (ids)."""
-    names = {
-        token
-        for token in encoding.special_tokens_set
-        if encoding.encode_single_token(token) in ends
-    }
+    """-> name of the template of a model whose completions end with the tokens (ids) `ends`."""
+    special = encoding.special_tokens_set
+    end_texts = {token for token in special if encoding.encode_single_token(token) in ends}
     for name in ("chatml", "llama3"):
-        if TEMPLATES[name][1] in names:
+        if TEMPLATES[name][1] in end_texts:
             return name
-    return "paper" if {"<|im_start|>", "<|im_end|>"} <= encoding.special_tokens_set else "words"
-
-
-# ---- a real model --------------------------------------------------------------------------------
-
-
-def end_tokens(folder):
-    """The tokens (ids) that end a completion, by config.json and generation_config.json together;
-    either may name one or several."""
-    found = []
-    for name in ("config.json", "generation_config.json"):
-        if name == "config.json" or (Path(folder) / name).exists():
-            found += ids_of(
-                read_json(Path(folder) / name, FILES), "eos_token_id", Path(folder) / name
-            )
-    return tuple(dict.fromkeys(found))
-
-
-def open_bare_tokenizer(folder):
-    """A tokenizer without a model, for one that is yet to be trained: a base model's, whose texts
-    end with <|endoftext|>."""
-    encoding = convert(folder)
-    if "<|endoftext|>" not in encoding.special_tokens_set:
-        raise BadInput(
-            f"{folder}: this tokenizer has no <|endoftext|>, with which texts to learn from would "
-            "end"
-        )
-    return with_template(encoding, choose_template(encoding, ()))
+    return "paper" if {"<|im_start|>", "<|im_end|>"} <= special else "words"
 
 
 def with_template(encoding, name):
-    """Gives the encoding its `template`. One that its tokenizer cannot write is refused now, not in
-    mid-run."""
-    encoding.template_name, encoding.template = (
-        name,
-        functools.partial(encode_question, encoding=encoding, name=name),
-    )
+    """-> the encoding, with `template(question) -> token ids` and `template_name` set on it.
+
+    Encodes one question, so that a template which the tokenizer cannot write is refused now and not
+    during a run.
+    """
+    encoding.template_name = name
+    encoding.template = functools.partial(encode_question, encoding=encoding, name=name)
     encoding.template("?")
     return encoding
 
 
-def open_tokenizer(folder, template="auto"):
-    """-> (encoding whose `template` puts a question to the model, the tokens that end its
-    completions). BadInput for whatever tokenizer.convert refuses, and for a template that the
-    tokenizer has no tokens for."""
-    encoding, ends = convert(folder), end_tokens(folder)
-    # which we trained it on, if we did
-    known = read_json(Path(folder) / "config.json", FILES).get("prompt_template")
-    # a list, since what a file says need not be hashable
-    if known is not None and known not in list(TEMPLATES):
+# ---- a model in a folder -------------------------------------------------------------------------
+
+
+def model_folder(folder):
+    """-> Path of the model in a folder: the folder itself, or model/ in the folder of a run. Raises
+    BadInput for what is not a folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
         raise BadInput(
-            f"{folder}/config.json: prompt_template = {known!r:.60} is not one of "
+            f"{folder}: there is no such folder; nothing is downloaded here: get a model "
+            "first, say with `hf download Qwen/Qwen2.5-0.5B --local-dir FOLDER`"
+        )
+    if (folder / "metrics.jsonl").exists() and not (folder / "model").is_dir():
+        raise BadInput(f"{folder}: this run has not saved a model yet")
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder
+
+
+def end_tokens(folder):
+    """-> ids of the tokens that end a completion, from config.json and generation_config.json
+    together; either may name one or several."""
+    ids = ids_of(
+        read_json(Path(folder) / "config.json", FILES), "eos_token_id", f"{folder}/config.json"
+    )
+    path = Path(folder) / "generation_config.json"
+    if path.exists():
+        ids += ids_of(read_json(path, FILES), "eos_token_id", path)
+    return tuple(dict.fromkeys(ids))
+
+
+def open_tokenizer(folder, template="auto"):
+    """-> encoding with its `template`, ids of the tokens that end a completion.
+
+    Raises BadInput for whatever tokenizer.convert refuses, and for a template that the tokenizer
+    has no tokens for.
+    """
+    encoding, ends = convert(folder), end_tokens(folder)
+    # The template on which a run of this project trained the model, if one did.
+    trained_on = read_json(Path(folder) / "config.json", FILES).get("prompt_template")
+    if trained_on is not None and trained_on not in [*TEMPLATES]:  # a list: it may be unhashable
+        raise BadInput(
+            f"{folder}/config.json: prompt_template = {trained_on!r:.60} is not one of "
             f"{', '.join(TEMPLATES)}"
         )
-    name = template if template != "auto" else known or choose_template(encoding, ends)
+    name = template if template != "auto" else trained_on or choose_template(encoding, ends)
     turn_end = TEMPLATES[name][1]
     if turn_end in encoding.special_tokens_set:
         ends = tuple(dict.fromkeys((*ends, encoding.encode_single_token(turn_end))))
-    if not 1 <= len(ends) <= 4:
+    if not 1 <= len(ends) <= MAX_END_TOKENS:
         raise BadInput(
             f"{folder}: with config.json, generation_config.json and the template {name} "
-            f"{len(ends)} tokens end a completion; "
-            "the sampler wants 1 to 4: correct eos_token_id"
+            f"{len(ends)} tokens end a completion; the sampler wants 1 to {MAX_END_TOKENS}: "
+            "correct eos_token_id"
         )
     return with_template(encoding, name), ends
 
 
-def model_folder(folder):
-    """Where the model of a folder is: in it, or in its model/ if it is a run's. BadInput for what
-    is no folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput(
-            f"--init {folder}: there is no such folder; nothing is downloaded here: get a model "
-            "first, say with `hf download "
-            "Qwen/Qwen2.5-0.5B --local-dir FOLDER`"
-        )
-    if (folder / "metrics.jsonl").exists() and not (folder / "model").is_dir():
-        raise BadInput(f"--init {folder}: this run has not saved a model yet")
-    return folder / "model" if (folder / "model" / "config.json").exists() else folder
-
-
 def open_shape(folder, template="auto"):
-    """All of a model but its weights -> (ModelConfig that knows what ends completions, encoding
-    with its `template`). BadInput also for a tokenizer with more ids than the model has."""
+    """Everything of a model but its weights -> ModelConfig with the tokens that end a completion,
+    encoding with its `template`. Raises BadInput also for a tokenizer with more ids than the model
+    has."""
     config, (encoding, ends) = read_config(folder), open_tokenizer(folder, template)
-    if max(encoding.max_token_value, *ends) >= config.vocab_size:
+    largest = max(encoding.max_token_value, *ends)
+    if largest >= config.vocab_size:
         raise BadInput(
-            f"{folder}: the tokenizer or eos_token_id has ids up to "
-            f"{max(encoding.max_token_value, *ends)}, the model only "
+            f"{folder}: the tokenizer or eos_token_id has ids up to {largest}, the model only "
             f"{config.vocab_size} rows"
         )
     return replace(config, end_tokens=ends), encoding
 
 
 def open_weights(folder, config, encoding, compute, device):
-    """The rest -> GPT with the config and the template of `open_shape`. BadInput for whatever
-    weights.from_pretrained refuses."""
-    model = GPT.from_pretrained(folder, compute, device)
+    """The rest -> GPT with the config and the template of `open_shape`. Raises BadInput for
+    whatever weights.load_model refuses."""
+    model = load_model(folder, compute, device)
     model.config, model.prompt_template = config, encoding.template_name
     return model
 
 
 def main():
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(__doc__.strip())
+        return
     if len(sys.argv) != 3:
-        raise BadInput("usage: python prompts.py FOLDER QUESTION")
+        raise BadInput("usage: python -m huggingface.prompts FOLDER QUESTION")
     encoding, ends = open_tokenizer(model_folder(sys.argv[1]))
     ids = encoding.template(sys.argv[2])
     print(

@@ -1,101 +1,45 @@
-"""The tokenizer, a tiktoken.Encoding in every case: built in memory for our own tasks, or converted
-from a Hugging Face model's files.
+"""The byte-level BPE tokenizer of a Hugging Face model, converted to a tiktoken.Encoding.
 
-    python tokenizer.py "x in {3, 8}, (x*4)+7 = 6 (mod 11)"      # shows how a text is cut
+    encoding = convert("path/to/Qwen2.5-Math-1.5B")      # also Llama-3, GPT-2, SmolLM2
 
 The idea. Byte-pair encoding needs three things: a pattern that cuts text into pieces, a rank for
-every known string of bytes, and some special tokens. The ground here is the 256 bytes, so ANY text
-encodes and decodes exactly. On top stand strings that our tasks use all the time: the numbers
-10..99, the tags of the answer format, a few words, and each guiding phrase whole. The pattern cuts
-those strings out as pieces of their own, and a piece that has a rank is one token. A small model
-then sees `7+8=4` as five symbols that mean something, and learns arithmetic many times faster than
-from bytes.
+every known string of bytes, and some special tokens. tiktoken has one number as rank and id, and
+the original has a list of merges. Both cut text alike under a condition, which `check_merges`
+checks token by token; a tokenizer that fails it is refused.
 
-The end-of-answer token is `<|endoftext|>` (tiktoken's `eot_token`). `encode_ordinary` never
-produces it from text, so neither a problem nor a model can forge an end.
-
-`convert` reads the byte-level BPE of Qwen, Llama-3, GPT-2 and SmolLM2. tiktoken cuts text as the
-original library does under a condition, which is checked token by token before the result is
-trusted.
+`encode_ordinary` never makes a special token from text, so neither a problem nor a model can forge
+an end.
 """
 
 import itertools
-import re
-import sys
 import unicodedata
 from pathlib import Path
 
-import regex  # which tiktoken cuts with, too
+import regex  # the library that tiktoken cuts with
 import tiktoken
 
-from runtime.flags import BadInput, check_fields, guarded, is_a, read_json, reading
+from runtime.flags import BadInput, check_fields, is_a, read_json, reading
 
-# The seven guiding phrases of MGRPO's layer 2 (as both public re-implementations give them; see
-# mgrpo.py, unknown 1).
-PHRASES = (
-    "Where might I have gone wrong this time? Let me double-check carefully.",
-    "Wait, let me double-check that.",
-    "Wait a minute, let me make sure I didn't make a mistake.",
-    "Hmm, let me think if there's another way to approach this problem.",
-    "Wait, maybe I can think about it like this:",
-    "Another thought: maybe I can",
-    "But wait, let me just make sure I didn't miss anything in the original problem.",
-)
-
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
-# What tasks.py writes between numbers. Single characters ("+", "(", "x", "\n") are bytes already.
-WORDS = (
-    "x in {",
-    ", ",
-    "}, ",
-    " = ",
-    " (mod ",
-    "off by ",
-    ": yes",
-    ": no. ",
-    "again: ",
-    "make ",
-    " from ",
-)
-
-
-def build_encoding():
-    """-> tiktoken.Encoding of 256 bytes, the numbers 10..99, tags, words, phrases, and the end
-    token.
-
-    A phrase is matched before the words inside it, and a number as at most two digits ("123" is 12,
-    3), because an alternation takes its first branch that fits.
-    """
-    strings = [str(n) for n in range(10, 100)] + [*TAGS, *WORDS, *PHRASES]
-    ranks = {bytes([b]): b for b in range(256)}
-    ranks |= {s.encode(): 256 + i for i, s in enumerate(strings)}
-    longest_first = sorted([*TAGS, *WORDS, *PHRASES], key=len, reverse=True)
-    pattern = "|".join([*map(re.escape, longest_first), "[0-9]{1,2}", r"[\s\S]"])
-    return tiktoken.Encoding(
-        "nano-mgrpo",
-        pat_str=pattern,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": len(ranks)},
-    )
-
-
-# ---- Hugging Face's byte-level BPE ---------------------------------------------------------------
-
+# Patterns of tokenizers whose files name them by a class or a flag.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# every digit cut off first: SmolLM2
+# the same, with every digit cut off first: SmolLM2
 GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-FILES = "a tokenizer is tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json"
-# without a tokenizer.json: pattern, whether NFC
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# For folders without a tokenizer.json: pattern, and whether text is put into NFC.
 CLASSES = {"Qwen2Tokenizer": (QWEN2, True), "GPT2Tokenizer": (GPT2, False)}
+FILES = "a tokenizer is tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json"
 
 
 class Converted(tiktoken.Encoding):
-    """A tiktoken.Encoding that applies NFC where the original does, drops bytes that the vocabulary
-    lacks (SmolLM2's lacks some) as the original does, and decodes ids that are not in the
-    vocabulary to a replacement character (models have more logits than tokens: rows of padding).
-    `opening`: ids that the original puts before every text."""
+    """A tiktoken.Encoding that treats three details as the original does.
+
+    It applies NFC where the original does. It drops bytes that the vocabulary lacks (SmolLM2's
+    lacks some). It decodes ids outside of the vocabulary to a replacement character, since models
+    have more logits than tokens: rows of padding. `opening`: ids before every text.
+    """
 
     def __init__(self, *args, nfc=False, opening=(), **keywords):
         super().__init__(*args, **keywords)
@@ -109,13 +53,11 @@ class Converted(tiktoken.Encoding):
         try:
             if not any(b in self.lacking for b in text.encode("utf-8", "replace")):
                 return super().encode_ordinary(text)
-            pieces = [
-                piece.encode().translate(None, self.lacking)
-                for piece in regex.findall(self._pat_str, text)
-            ]
-            return [
-                token for piece in pieces if piece for token in self._encode_single_piece(piece)
-            ]
+            ids = []
+            for piece in regex.findall(self._pat_str, text):
+                known = piece.encode().translate(None, self.lacking)
+                ids += self._encode_single_piece(known) if known else []
+            return ids
         except BaseException as error:  # tiktoken's Rust code panics at a million spaces, say
             if type(error).__name__ != "PanicException":
                 raise
@@ -125,17 +67,16 @@ class Converted(tiktoken.Encoding):
             ) from None
 
     def decode(self, tokens, errors="replace"):
-        return b"".join(self.bytes_of.get(token, "\ufffd".encode()) for token in tokens).decode(
-            "utf-8", errors
-        )
+        known = (self.bytes_of.get(token, "\ufffd".encode()) for token in tokens)
+        return b"".join(known).decode("utf-8", errors)
 
     def decode_batch(self, batch, **_):
         return [self.decode(tokens) for tokens in batch]
 
 
 def byte_of():
-    """GPT-2's alphabet: {character: the byte it stands for}. Printable bytes stand for themselves;
-    the others are 256, 257, ..."""
+    """GPT-2's alphabet -> {character: the byte it stands for}. Printable bytes stand for
+    themselves; the others are the characters 256, 257, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
@@ -145,91 +86,85 @@ def convert(folder):
     """A folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json ->
     Converted.
 
-    BadInput names what tiktoken cannot do in the same way: another model than byte-level BPE,
-    another normaliser, several cuts in sequence, or merges that it would apply in another order
-    (`check_merges`). What is not written in the bytes' alphabet is an added token.
+    Raises BadInput that names what tiktoken cannot do in the same way: another model than
+    byte-level BPE, another normaliser, several cuts in sequence, or merges that it would apply in
+    another order (`check_merges`).
     """
+    folder = Path(folder)
     with reading(f"{folder}: its tokenizer"):
-        return converted(Path(folder))
-
-
-def converted(folder):
-    """What `convert` does, for files that are as they should be."""
-    if (folder / "tokenizer.json").exists():
-        whole = read_json(folder / "tokenizer.json", FILES)
-        model, added = (
-            whole["model"],
-            {token["content"]: token["id"] for token in whole.get("added_tokens", ())},
-        )
-        pattern = pattern_of(steps_of(whole, "pre_tokenizer", "pretokenizers", folder), folder)
-        nfc = uses_nfc(steps_of(whole, "normalizer", "normalizers", folder), folder)
-        opening = tokens_before(steps_of(whole, "post_processor", "processors", folder), folder)
-        flags = {name: bool for name in ("byte_fallback", "ignore_merges") if name in model}
-        check_fields(
-            model, dict(vocab=dict, merges=list) | flags, f"{folder}/tokenizer.json: its model"
-        )
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-            raise BadInput(
-                f"{folder}/tokenizer.json: model {model.get('type')} is not byte-level BPE, which "
-                "is all that is converted here"
-            )
-        for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(field):
-                raise BadInput(
-                    f"{folder}/tokenizer.json: {field} = {model[field]!r:.60} has no place in "
-                    "tiktoken's way"
-                )
-        vocabulary, merges = model["vocab"], model["merges"]
-    else:
-        config = read_json(folder / "tokenizer_config.json", FILES)
-        kind = str(config.get("tokenizer_class")).removesuffix("Fast")
-        if kind not in CLASSES:
-            raise BadInput(
-                f"{folder}: without a tokenizer.json only {', '.join(CLASSES)} are known, not "
-                f"{kind}"
-            )
-        added = {
-            token["content"]: int(number)
-            for number, token in config.get("added_tokens_decoder", {}).items()
+        if (folder / "tokenizer.json").exists():
+            parts = from_tokenizer_json(folder)
+        else:
+            parts = from_vocab_and_merges(folder)
+        vocabulary, merges, added, ignore_merges, keywords = parts
+        check_ids(vocabulary, added, folder)
+        alphabet = byte_of()
+        # A token that is not written in the alphabet of bytes is a special one.
+        added |= {
+            text: number for text, number in vocabulary.items() if not alphabet.keys() >= set(text)
         }
-        (pattern, nfc), model, opening, vocabulary = (
-            CLASSES[kind],
-            {},
-            (),
-            read_json(folder / "vocab.json", FILES),
+        ranks = {
+            bytes(alphabet[c] for c in text): number
+            for text, number in vocabulary.items()
+            if text not in added
+        }
+        halves = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+        pairs = [tuple(bytes(alphabet[c] for c in part) for part in half) for half in halves]
+        check_merges(ranks, pairs, folder, ignore_merges)
+        return Converted(str(folder), mergeable_ranks=ranks, special_tokens=added, **keywords)
+
+
+def from_tokenizer_json(folder):
+    """-> vocabulary {text: id}, merges, added tokens {text: id}, whether the original looks whole
+    pieces up before it merges, and keywords for Converted."""
+    path = folder / "tokenizer.json"
+    content = read_json(path, FILES)
+    model = content["model"]
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    pattern = pattern_of(steps_of(content, "pre_tokenizer", "pretokenizers", folder), folder)
+    nfc = uses_nfc(steps_of(content, "normalizer", "normalizers", folder), folder)
+    opening = tokens_before(steps_of(content, "post_processor", "processors", folder), folder)
+    flags = {name: bool for name in ("byte_fallback", "ignore_merges") if name in model}
+    check_fields(model, dict(vocab=dict, merges=list) | flags, f"{path}: its model")
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+        raise BadInput(
+            f"{path}: model {model.get('type')} is not byte-level BPE, which is all that is "
+            "converted here"
         )
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [
-            line
-            for i, line in enumerate(lines)
-            if line and not (i == 0 and line.startswith("#version"))
-        ]
-    check_ids(vocabulary, added, folder)
-    alphabet = byte_of()
-    added |= {
-        text: number for text, number in vocabulary.items() if not alphabet.keys() >= set(text)
-    }
-    ranks = {
-        bytes(alphabet[c] for c in text): number
-        for text, number in vocabulary.items()
-        if text not in added
-    }
-    halves = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    pairs = [tuple(bytes(alphabet[c] for c in part) for part in half) for half in halves]
-    check_merges(ranks, pairs, folder, bool(model.get("ignore_merges")))
-    return Converted(
-        str(folder),
-        pat_str=pattern,
-        mergeable_ranks=ranks,
-        special_tokens=added,
-        nfc=nfc,
-        opening=opening,
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(field):
+            raise BadInput(f"{path}: {field} = {model[field]!r:.60} has no counterpart in tiktoken")
+    keywords = dict(pat_str=pattern, nfc=nfc, opening=opening)
+    return model["vocab"], model["merges"], added, bool(model.get("ignore_merges")), keywords
+
+
+def from_vocab_and_merges(folder):
+    """The same from vocab.json, merges.txt and tokenizer_config.json, for the CLASSES."""
+    config = read_json(folder / "tokenizer_config.json", FILES)
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    if kind not in CLASSES:
+        raise BadInput(
+            f"{folder}: without a tokenizer.json only {', '.join(CLASSES)} are known, not {kind}"
+        )
+    decoder = config.get("added_tokens_decoder", {})
+    added = {token["content"]: int(number) for number, token in decoder.items()}
+    vocabulary = read_json(folder / "vocab.json", FILES)
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    if lines[0].startswith("#version"):
+        lines = lines[1:]
+    pattern, nfc = CLASSES[kind]
+    return (
+        vocabulary,
+        [line for line in lines if line],
+        added,
+        False,
+        dict(pat_str=pattern, nfc=nfc),
     )
 
 
 def check_ids(vocabulary, added, folder):
-    """BadInput unless every token, {text: id}, has an id of its own; an added token may stand in
-    the vocabulary too, with the same id."""
+    """Raises BadInput unless every token, {text: id}, has an id of its own. An added token may
+    stand in the vocabulary too, with the same id."""
     for text, number in [*vocabulary.items(), *added.items()]:
         if not text or not is_a(number, int) or not 0 <= number < 1 << 31:
             raise BadInput(
@@ -245,39 +180,37 @@ def check_ids(vocabulary, added, folder):
             )
 
 
-def steps_of(whole, field, inner, folder):
+def steps_of(content, field, inner, folder):
     """The steps of a part of tokenizer.json: none, one, or those of a sequence, which stand under
     `inner` -> [dict with "type", ...]."""
-    part = whole.get(field)
+    part = content.get(field)
     steps = [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
-    flags, where = (
-        ("add_prefix_space", "use_regex", "individual_digits", "invert"),
-        f"{folder}/tokenizer.json: a step of its {field}",
-    )
+    flags = ("add_prefix_space", "use_regex", "individual_digits", "invert")
     for step in steps:
-        check_fields(step, dict(type=str) | {name: bool for name in flags if name in step}, where)
+        kinds = dict(type=str) | {name: bool for name in flags if name in step}
+        check_fields(step, kinds, f"{folder}/tokenizer.json: a step of its {field}")
     return steps
 
 
 def tokens_before(steps, folder):
     """The special tokens that post-processors put before a single text: Llama-3's
-    <|begin_of_text|>. BadInput for others than templates."""
+    <|begin_of_text|>. Raises BadInput for others than templates."""
     for step in steps:
-        # ByteLevel's is about offsets, which nobody asks for here
+        # ByteLevel's is about offsets, which are not used here
         if step["type"] not in ("ByteLevel", "TemplateProcessing"):
             raise BadInput(
                 f"{folder}/tokenizer.json: the post-processor {step['type']} is not known here; "
                 "only TemplateProcessing is"
             )
         if step["type"] == "TemplateProcessing":
-            single = [piece.popitem() for piece in step["single"]]
+            single = [piece.popitem() for piece in step["single"]]  # [(kind, {"id": ...}), ...]
             texts = [i for i, (kind, _) in enumerate(single) if kind == "Sequence"]
             return [token["id"] for kind, token in single[: texts[0]] if kind == "SpecialToken"]
     return []
 
 
 def uses_nfc(steps, folder):
-    """Whether text is put into NFC first. BadInput for other normalisers."""
+    """Whether text is put into NFC first. Raises BadInput for other normalisers."""
     for step in steps:
         if step["type"] != "NFC":
             raise BadInput(
@@ -288,41 +221,33 @@ def uses_nfc(steps, folder):
 
 
 def pattern_of(steps, folder):
-    """The pre-tokenizer's steps -> ONE pattern that cuts text in the same places. BadInput where
-    there is none."""
+    """The pre-tokenizer's steps -> one pattern that cuts text in the same places. Raises BadInput
+    where there is none."""
     kinds = [step["type"] for step in steps]
     if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        first, last = steps[0], steps[-1]
+        cuts_as_gpt2 = last.get("use_regex", True)
+        if kinds == ["ByteLevel"] and cuts_as_gpt2:
             return GPT2
-        if (
-            kinds == ["Digits", "ByteLevel"]
-            and steps[0].get("individual_digits")
-            and steps[1].get("use_regex", True)
-        ):
+        if kinds == ["Digits", "ByteLevel"] and first.get("individual_digits") and cuts_as_gpt2:
             return GPT2_DIGITS
-        plain = len(steps) == 2 and kinds[0] == "Split" and not steps[1].get("use_regex", True)
-        if (
-            plain
-            and "Regex" in steps[0]["pattern"]
-            and steps[0]["behavior"] == "Isolated"
-            and not steps[0]["invert"]
-        ):
-            return steps[0]["pattern"]["Regex"]
+        if kinds == ["Split", "ByteLevel"] and not cuts_as_gpt2:
+            regex_is_kept = first["behavior"] == "Isolated" and not first["invert"]
+            if "Regex" in first["pattern"] and regex_is_kept:
+                return first["pattern"]["Regex"]
     raise BadInput(
         f"{folder}/tokenizer.json: text is cut by {' then '.join(kinds) or 'nothing'}, which is "
-        "not one pattern: joined into "
-        "one it would cut in other places"
+        "not one pattern: joined into one it would cut in other places"
     )
 
 
 def check_merges(ranks, pairs, folder, ignore_merges=False):
-    """BadInput, naming the first bad merge, unless tiktoken merges in the same order as the
-    original.
+    """Raises BadInput, naming the first bad merge, unless tiktoken merges in the original's order.
 
-    tiktoken has ONE number as rank and id, and looks a whole piece up before it merges. Both agree
+    tiktoken has one number as rank and id, and looks a whole piece up before it merges. Both agree
     if products of merges rise in id, and if every token of several bytes, merged with lower ranks
     alone, ends as exactly the two parts of its merge. With ignore_merges, Llama-3's way, the
-    original looks whole pieces up too; its merges were made from tiktoken's ranks and hold every
+    original looks whole pieces up too. Its merges were made from tiktoken's ranks and hold every
     way to cut a token in two, so a product may come several times in a row, and a token without a
     merge is fine if tiktoken cannot make it from parts either.
     """
@@ -330,49 +255,35 @@ def check_merges(ranks, pairs, folder, ignore_merges=False):
     for a, b in pairs:
         if not (ignore_merges or (a in ranks and b in ranks)):
             raise BadInput(
-                f"{folder}: the merge {a!r} + {b!r} is of what its tokenizer has no token for"
+                f"{folder}: the merge {a!r} + {b!r} has a part that is no token of its tokenizer"
             )
         if ranks.get(a + b, -1) < last + (not ignore_merges):
             raise BadInput(
                 f"{folder}: the merge {a!r} + {b!r} has id {ranks.get(a + b)}, after one with id "
-                f"{last}: tiktoken would merge "
-                "in another order"
+                f"{last}: tiktoken would merge in another order"
             )
         last = ranks[a + b]
         cuts.setdefault(a + b, []).append((a, b))
     for token, rank in ranks.items():
-        if len(token) > 1:
-            parts = tuple(merged(token, ranks, rank))
-            if parts not in cuts.get(token, ()) and not (
-                ignore_merges and token not in cuts and len(parts) > 2
-            ):
-                raise BadInput(
-                    f"{folder}: the token {token!r} is made of {parts} by tiktoken, of "
-                    f"{cuts.get(token)} by its merges"
-                )
+        if len(token) == 1:
+            continue
+        parts = tuple(merged(token, ranks, rank))
+        unreachable = ignore_merges and token not in cuts and len(parts) > 2
+        if parts not in cuts.get(token, ()) and not unreachable:
+            raise BadInput(
+                f"{folder}: the token {token!r} is made of {parts} by tiktoken, of "
+                f"{cuts.get(token)} by its merges"
+            )
 
 
 def merged(token, ranks, below):
-    """The parts that byte-pair merging leaves of `token` when only products of rank < `below`
-    exist."""
+    """The parts that byte-pair merging leaves of `token` when it may make only products of rank
+    < `below`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
-        best, i = min(
-            (ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))
-        )
+        pairs = enumerate(itertools.pairwise(parts))
+        best, i = min((ranks.get(a + b, below), i) for i, (a, b) in pairs)
         if best >= below:
             break
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
-
-
-def main():
-    encoding = build_encoding()
-    text = " ".join(sys.argv[1:]) or PHRASES[1]
-    ids = encoding.encode_ordinary(text)
-    print(f"{encoding.n_vocab} tokens in the vocabulary; this text is {len(ids)}:")
-    print(" ".join(repr(encoding.decode([i])) for i in ids))
-
-
-if __name__ == "__main__":
-    guarded(main)

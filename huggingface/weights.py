@@ -1,20 +1,17 @@
-"""Weights in Hugging Face's format: read into our GPT, and written back for transformers, vLLM and
-everybody else.
+"""Weights in Hugging Face's format: read into our GPT, and written for transformers and vLLM.
 
-    model = GPT.from_pretrained("path/to/Qwen2.5-Math-1.5B")      # a folder with config.json and
-                                                                  *.safetensors; needs `safetensors`
-    model.save_pretrained("out/mine")                             # the same format, tokenizer files
-                                                                  copied along
+    model = load_model("path/to/Qwen2.5-Math-1.5B")      # config.json and *.safetensors
+    save_model(model, "out/mine")                        # the same format, with tokenizer files
 
-The idea. Qwen2, Qwen2.5, Qwen3, Llama-3 and SmolLM2 are one transformer with a few switches
-(model.py), and their files differ from ours in names alone: `NAMES` below is the whole map. Three
-of their matrices are one of ours (q, k and v; gate and up), one under the other.
+Both need the package safetensors. The idea. Qwen2, Qwen2.5, Qwen3, Llama-3 and SmolLM2 are one
+transformer with a few switches (model.py). Their files differ from ours in names alone: `NAMES` is
+the whole map. Three of their matrices are one of ours (q, k and v; gate and up), stacked by rows.
 
-What our GPT cannot represent EXACTLY is refused, with the name of the field: other architectures,
-sliding windows in use, quantised weights, other activations, biases we have not, scalings of RoPE
-that we lack. A model that loads and is slightly wrong would train, and cost its user a week.
+What our GPT cannot represent exactly is refused, with the name of the field: other architectures,
+sliding windows in use, quantised weights, other activations, other biases, other scalings of RoPE.
+A model that loads and is slightly wrong would train, and cost its user a week.
 
-Letters: L layers, N query heads, K key/value heads, C head size, D width.
+Letters: N query heads, K key/value heads, C head size, D width.
 """
 
 import json
@@ -27,7 +24,7 @@ import torch
 from model import GPT, ModelConfig, rope_tables
 from runtime.flags import BadInput, check_fields, is_a, read_json, reading
 
-NAMES = {  # ours: theirs, in the order in which they are stacked; {} is the layer
+NAMES = {  # ours: theirs, in the order in which they are stacked; {} is the block's number
     "embed.weight": ("model.embed_tokens.weight",),
     "norm.weight": ("model.norm.weight",),
     "head.weight": ("lm_head.weight",),  # unless tied
@@ -47,6 +44,8 @@ NAMES = {  # ours: theirs, in the order in which they are stacked; {} is the lay
 # model_type: architecture
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 FILES = "a Hugging Face model is a folder with config.json and *.safetensors"
+MAX_END_TOKENS = 4  # of the sampler
+# Files that save_model copies from the model's source, where they exist.
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -55,11 +54,11 @@ COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-)  # files that go along, where they exist
+)
 
 
 def library():
-    """safetensors, or BadInput that says how to get it."""
+    """-> the package safetensors. Raises BadInput with the remedy where it is not installed."""
     try:
         import safetensors.torch
 
@@ -77,16 +76,22 @@ def refuse(path, field, value, reason):
     raise BadInput(f"{path}: {field} = {value!r} cannot be represented exactly: {reason}")
 
 
+def read_config(folder):
+    """-> ModelConfig of a folder, without its weights."""
+    path = Path(folder) / "config.json"
+    with reading(path):
+        return our_config(read_json(path, FILES), path)
+
+
 def our_config(theirs, path="config.json"):
-    """config.json as a dict -> ModelConfig. BadInput names what cannot be represented."""
+    """config.json as a dict -> ModelConfig. Raises BadInput that names what cannot be represented.
+
+    A field that is missing means what transformers takes for it.
+    """
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
-        refuse(
-            path,
-            "model_type",
-            kind,
-            f"only {', '.join(FAMILIES)} (SmolLM2 is a llama) are this transformer",
-        )
+        known = f"only {', '.join(FAMILIES)} (SmolLM2 is a llama) are this transformer"
+        refuse(path, "model_type", kind, known)
     for field, allowed, reason in (
         ("hidden_act", "silu", "the MLP here is SwiGLU"),
         ("quantization_config", None, "weights must not be quantised"),
@@ -94,26 +99,20 @@ def our_config(theirs, path="config.json"):
         ("attention_bias", False, "the output projection here has no bias"),
         ("mlp_bias", False, "the MLP here has no bias"),
     ):
+        # null means "off" for the switches, and nothing for hidden_act
         if theirs.get(field, allowed) != allowed and (theirs[field] is not None or allowed):
             refuse(path, field, theirs[field], reason)
     ends = ids_of(theirs, "eos_token_id", path)
-    if len(ends) > 4:
-        refuse(
-            path,
-            "eos_token_id",
-            theirs["eos_token_id"],
-            "the sampler knows at most 4 tokens that end a completion",
-        )
-    needed = dict.fromkeys(
-        (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ),
-        int,
+    if len(ends) > MAX_END_TOKENS:
+        reason = f"the sampler knows at most {MAX_END_TOKENS} tokens that end a completion"
+        refuse(path, "eos_token_id", theirs["eos_token_id"], reason)
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
     )
     optional = dict(
         num_key_value_heads=int,
@@ -125,17 +124,13 @@ def our_config(theirs, path="config.json"):
         layer_types=list,
     )
     given = {name: kind for name, kind in optional.items() if theirs.get(name) is not None}
-    check_fields(theirs, needed | dict(rms_norm_eps=float) | given, path)
+    check_fields(theirs, dict.fromkeys(needed, int) | dict(rms_norm_eps=float) | given, path)
     if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
         refuse(path, "layer_types", theirs["layer_types"], "every layer here attends to everything")
     width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
     if heads < 1 or ("head_dim" not in given and width % heads):
-        refuse(
-            path,
-            "num_attention_heads",
-            heads,
-            f"without head_dim it must divide hidden_size = {width}",
-        )
+        reason = f"without head_dim it must divide hidden_size = {width}"
+        refuse(path, "num_attention_heads", heads, reason)
     theta, scaling = rope_of(theirs, path)
     return ModelConfig(
         theirs["vocab_size"],
@@ -157,40 +152,26 @@ def our_config(theirs, path="config.json"):
 
 
 def ids_of(theirs, field, path):
-    """The token ids that a field names: one, a list of them, or none -> tuple."""
-    found = theirs.get(field)
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    """-> tuple of the token ids that a field names: one, a list of them, or none."""
+    value = theirs.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(is_a(number, int) and number >= 0 for number in ids):
-        raise BadInput(f"{path}: {field} = {found!r:.60} is not a token id, or a list of them")
+        raise BadInput(f"{path}: {field} = {value!r:.60} is not a token id, or a list of them")
     return tuple(ids)
 
 
 def rope_of(theirs, path):
-    """-> theta, None or Llama-3's (factor, low frequency factor, high frequency factor, original
-    context)."""
+    """-> theta, and None or Llama-3's scaling: (factor, low frequency factor, high frequency
+    factor, original context)."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = next(
-        (
-            theta
-            for theta in (rope.get("rope_theta"), theirs.get("rope_theta"))
-            if theta is not None
-        ),
-        10_000.0,
-    )
+    given = [rope.get("rope_theta"), theirs.get("rope_theta")]
+    theta = next((theta for theta in given if theta is not None), 10_000.0)
     if not is_a(theta, float):
         raise BadInput(f"{path}: rope_theta = {theta!r:.60} is not a number")
-    if rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) not in (
-        1,
-        1.0,
-        None,
-    ):
-        refuse(
-            path,
-            "partial_rotary_factor",
-            rope.get("partial_rotary_factor"),
-            "RoPE here turns whole heads",
-        )
+    part = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0))
+    if part not in (1, 1.0, None):
+        refuse(path, "partial_rotary_factor", part, "RoPE here turns whole heads")
     if kind == "default":
         for name in rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor"}:
             refuse(path, name, rope[name], "RoPE of the type default has no such field")
@@ -202,48 +183,50 @@ def rope_of(theirs, path):
     return float(theta), tuple(float(rope[name]) for name in names)
 
 
-def their_config(c, dtype):
-    """ModelConfig -> config.json of the family that has these switches. BadInput where none has."""
-    if c.qkv_bias and c.qk_norm:
+def their_config(config, dtype):
+    """ModelConfig -> config.json of the family with these switches. Raises BadInput where no family
+    has them."""
+    if config.qkv_bias and config.qk_norm:
         raise BadInput(
             "no family of models has both q/k/v biases and q/k norms, so this one cannot be "
             "written for others"
         )
-    kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-    if kind == "qwen2" and c.head_size * c.heads != c.width:
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    if kind == "qwen2" and config.head_size * config.heads != config.width:
         raise BadInput(
-            f"heads of a qwen2 have size width / heads = {c.width // c.heads}, not {c.head_size}: "
-            "no family is like this model"
+            f"heads of a qwen2 have size width / heads = {config.width // config.heads}, not "
+            f"{config.head_size}: no family is like this model"
         )
-    scaling = dict(
-        zip(
-            ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-            c.rope_scaling or (),
+    scaling = None
+    if config.rope_scaling:
+        factor, low, high, original = config.rope_scaling
+        scaling = dict(
+            rope_type="llama3",
+            factor=factor,
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_position_embeddings=int(original),
         )
-    )
-    if scaling:
-        scaling |= dict(rope_type="llama3", original_max_position_embeddings=int(c.rope_scaling[3]))
+    ends = list(config.end_tokens)
     return dict(
         architectures=[FAMILIES[kind]],
         model_type=kind,
-        vocab_size=c.vocab_size,
-        hidden_size=c.width,
-        num_hidden_layers=c.depth,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_size,
-        intermediate_size=c.hidden,
-        max_position_embeddings=c.context,
-        rope_theta=c.rope_theta,
-        rope_scaling=scaling or None,
-        rms_norm_eps=c.norm_eps,
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_size,
+        intermediate_size=config.hidden,
+        max_position_embeddings=config.context,
+        rope_theta=config.rope_theta,
+        rope_scaling=scaling,
+        rms_norm_eps=config.norm_eps,
         hidden_act="silu",
         attention_bias=False,
         use_sliding_window=False,
-        tie_word_embeddings=c.tied,
-        eos_token_id=(list(c.end_tokens) if len(c.end_tokens) > 1 else c.end_tokens[0])
-        if c.end_tokens
-        else None,
+        tie_word_embeddings=config.tied,
+        eos_token_id=ends if len(ends) > 1 else ends[0] if ends else None,
         torch_dtype=str(dtype).removeprefix("torch."),
     )
 
@@ -254,20 +237,18 @@ def their_config(c, dtype):
 def pieces(name):
     """Our parameter's name -> the names of theirs that are stacked in it."""
     part = name.split(".")
-    layer, pattern = (
-        (part[1], ".".join(["blocks", "{}", *part[2:]])) if part[0] == "blocks" else ("", name)
-    )
-    return [theirs.format(layer) for theirs in NAMES[pattern]]
+    if part[0] == "blocks":
+        pattern = ".".join(["blocks", "{}", *part[2:]])
+        return [theirs.format(part[1]) for theirs in NAMES[pattern]]
+    return list(NAMES[name])
 
 
-def sizes(name, config):
-    """How many rows each of the stacked pieces has; None for a single one."""
+def piece_rows(name, config):
+    """-> rows of each stacked piece: [N * C, K * C, K * C] of qkv; None for a parameter that is one
+    piece."""
     if ".qkv." in name:
-        return [
-            config.heads * config.head_size,
-            config.kv_heads * config.head_size,
-            config.kv_heads * config.head_size,
-        ]
+        kv_rows = config.kv_heads * config.head_size
+        return [config.heads * config.head_size, kv_rows, kv_rows]
     return [config.hidden, config.hidden] if ".gate_up." in name else None
 
 
@@ -275,23 +256,18 @@ class Shards:
     """The tensors of a folder, by name, whichever of its files they are in."""
 
     def __init__(self, folder):
-        index = folder / "model.safetensors.index.json"
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
             with reading(index):
-                self.file_of = {
-                    name: folder / file
-                    for name, file in read_json(index, FILES)["weight_map"].items()
-                }
-        elif (folder / "model.safetensors").exists():
-            self.file_of = dict.fromkeys(
-                self.open(folder / "model.safetensors").keys(), folder / "model.safetensors"
-            )
+                files = read_json(index, FILES)["weight_map"]
+                self.file_of = {name: folder / file for name, file in files.items()}
+        elif single.exists():
+            self.file_of = dict.fromkeys(self.open(single).keys(), single)
         else:
             raise BadInput(
                 f"{folder} holds neither model.safetensors nor model.safetensors.index.json: only "
-                "safetensors are read (other "
-                "formats can run code); load it in transformers and save_pretrained it, which "
-                "writes them"
+                "safetensors are read (other formats can run code); load it in transformers and "
+                "save_pretrained it, which writes them"
             )
         self.folder = folder
 
@@ -302,144 +278,133 @@ class Shards:
             raise BadInput(
                 f"{path} is named in the index and not there: a shard is missing"
             ) from None
-        except Exception as error:
+        except Exception as error:  # safetensors raises types of its own
             raise BadInput(f"{path} is damaged: {error}") from None
 
-    def look(self, name, shape):
-        """BadInput unless there is a tensor of this name, of floats, of this shape. Reads no
-        numbers."""
+    def check(self, name, shape):
+        """Raises BadInput unless there is a tensor of this name, of floats, of this shape. Reads
+        the file's header only."""
         if name not in self.file_of:
             raise BadInput(f"{self.folder}: the tensor {name} is missing")
-        file = self.open(self.file_of[name])
+        path = self.file_of[name]
+        file = self.open(path)
         if name not in file.keys():  # noqa: SIM118 - no dict
+            raise BadInput(f"{path}: the tensor {name} is missing, which the index says is there")
+        header = file.get_slice(name)
+        if header.get_dtype() not in ("F32", "BF16", "F16"):
             raise BadInput(
-                f"{self.file_of[name]}: the tensor {name} is missing, which the index says is there"
+                f"{path}: {name} is of type {header.get_dtype()}; weights are F32, BF16 or F16 here"
             )
-        found = file.get_slice(name)
-        if found.get_dtype() not in ("F32", "BF16", "F16"):
+        if tuple(header.get_shape()) != tuple(shape):
             raise BadInput(
-                f"{self.file_of[name]}: {name} is of type {found.get_dtype()}; weights are F32, "
-                "BF16 or F16 here"
-            )
-        if tuple(found.get_shape()) != tuple(shape):
-            raise BadInput(
-                f"{self.file_of[name]}: {name} has shape {tuple(found.get_shape())}, config.json "
-                f"asks for {tuple(shape)}"
+                f"{path}: {name} has shape {tuple(header.get_shape())}, config.json asks for "
+                f"{tuple(shape)}"
             )
 
-    def get(self, name):
-        """The tensor of a name. BadInput for one with numbers that are not finite."""
-        found = self.open(self.file_of[name]).get_tensor(name)
-        if not found.isfinite().all():
+    def read(self, name):
+        """-> the tensor of a name. Raises BadInput for one with numbers that are not finite."""
+        tensor = self.open(self.file_of[name]).get_tensor(name)
+        if not tensor.isfinite().all():
             raise BadInput(
                 f"{self.file_of[name]}: {name} holds numbers that are not finite: the file is "
                 "damaged, or its training diverged"
             )
-        return found
+        return tensor
 
 
-def read_config(folder):
-    """ModelConfig of a folder, without its weights."""
-    path = Path(folder) / "config.json"
-    with reading(path):
-        return our_config(read_json(path, FILES), path)
+def load_model(folder, compute=torch.float32, device="cpu"):
+    """-> GPT with the weights of a folder in Hugging Face's format, as fp32 masters.
 
-
-def from_pretrained(folder, compute=torch.float32, device="cpu"):
-    """-> GPT with the weights of a folder in Hugging Face's format, as fp32 masters; `source`
-    remembers the folder.
-
+    compute: dtype of activations. The model's `source` is the folder, for save_model. Raises
     BadInput for whatever is missing, damaged, of another shape, left over, or not representable.
     """
-    folder, _ = Path(folder), library()
+    library()  # is it installed? The answer comes before any work
+    folder = Path(folder)
     config = read_config(folder)
     shards = Shards(folder)
-    # no time for random weights, and no memory before the files are looked at
+    # On the meta device: no time for random weights, and no memory before the files are checked.
     with torch.device("meta"):
         model = GPT(config, compute)
-    used = set()
-    for name, parameter in model.named_parameters():
-        used |= set(pieces(name))
-        for piece, rows in zip(pieces(name), sizes(name, config) or [len(parameter)]):
-            shards.look(piece, (rows, *parameter.shape[1:]))
-    left = [name for name in shards.file_of if name not in used and not name.endswith("inv_freq")]
-    if config.tied and "lm_head.weight" in left:
-        left.remove("lm_head.weight")  # some files repeat the embeddings
-        shards.look("lm_head.weight", model.head.weight.shape)
-        if not torch.equal(
-            shards.get("lm_head.weight").float(), shards.get("model.embed_tokens.weight").float()
-        ):
-            refuse(
-                folder / "config.json",
-                "tie_word_embeddings",
-                True,
-                "lm_head.weight is there and differs from the embeddings",
-            )
-    if left:
-        raise BadInput(
-            f"{folder}: the tensor {left[0]} has no place in this transformer ({len(left)} such)"
-        )
+    check_tensors(shards, model)
     model = model.to_empty(device=device)
-    for mine, table in zip(
-        (model.cos, model.sin),
-        rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling),
-    ):
-        mine.copy_(table)
+    tables = rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)
+    model.cos.copy_(tables[0])
+    model.sin.copy_(tables[1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.cat([shards.get(piece) for piece in pieces(name)]))
+            parameter.copy_(torch.cat([shards.read(piece) for piece in pieces(name)]))
     model.source = folder
     return model
 
 
-def save_pretrained(model, folder, dtype=torch.bfloat16, weights=None):
-    """Writes config.json and model.safetensors to `folder`, tokenizer files of the model's source
-    beside them -> Path.
+def check_tensors(shards, model):
+    """Raises BadInput unless the files hold exactly the tensors of the model."""
+    used, config = set(), model.config
+    for name, parameter in model.named_parameters():
+        used |= set(pieces(name))
+        for piece, rows in zip(pieces(name), piece_rows(name, config) or [len(parameter)]):
+            shards.check(piece, (rows, *parameter.shape[1:]))
+    left = [name for name in shards.file_of if name not in used and not name.endswith("inv_freq")]
+    if config.tied and "lm_head.weight" in left:
+        left.remove("lm_head.weight")  # some files repeat the embeddings
+        shards.check("lm_head.weight", model.head.weight.shape)
+        head, embeddings = shards.read("lm_head.weight"), shards.read("model.embed_tokens.weight")
+        if not torch.equal(head.float(), embeddings.float()):
+            reason = "lm_head.weight is there and differs from the embeddings"
+            refuse(shards.folder / "config.json", "tie_word_embeddings", True, reason)
+    if left:
+        raise BadInput(
+            f"{shards.folder}: the tensor {left[0]} has no place in this transformer ({len(left)} "
+            "such)"
+        )
 
-    dtype: of the weights on disk. weights: {name: tensor} in place of the model's own, which may be
-    in slices. The files are complete or not there: each is moved into place when it is written.
-    BadInput for a folder that holds a model in several files, which would be read in place of what
-    is written.
+
+def save_model(model, folder, dtype=torch.bfloat16, weights=None):
+    """Writes config.json and model.safetensors, and copies the tokenizer files of the model's
+    source -> Path of the folder.
+
+    dtype: of the weights on disk. weights: {name: full tensor} in place of the model's own, which
+    FSDP may have sharded. Each file is moved into place when it is complete. Raises BadInput for a
+    folder that holds a model in several files, because readers prefer those; OSError for a full
+    disk.
     """
-    library()
     folder, tensors = Path(folder), {}
+    library()
     if (folder / "model.safetensors.index.json").exists():
         raise BadInput(
             f"{folder} holds a model in several files (model.safetensors.index.json): save to "
             "another folder"
         )
     for name, parameter in model.named_parameters():
-        parts = (weights[name] if weights else parameter).detach().to("cpu", dtype)
-        parts = parts.split(sizes(name, model.config)) if sizes(name, model.config) else [parts]
+        stacked = (weights[name] if weights else parameter).detach().to("cpu", dtype)
+        rows = piece_rows(name, model.config)
+        parts = stacked.split(rows) if rows else [stacked]
         tensors |= {theirs: part.contiguous() for theirs, part in zip(pieces(name), parts)}
     folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "model.safetensors.tmp"
     try:
-        library().torch.save_file(
-            tensors, folder / "model.safetensors.tmp", metadata=dict(format="pt")
-        )
+        library().torch.save_file(tensors, temporary, metadata=dict(format="pt"))
     except Exception as error:  # safetensors has a class of its own for a full disk
-        (folder / "model.safetensors.tmp").unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(
-            f"{folder}/model.safetensors could not be written ({error}); what was there before is "
-            "intact"
+            f"{folder}/model.safetensors could not be written ({error}); the file that was there "
+            "is intact"
         ) from None
-    config = their_config(model.config, dtype) | dict(
-        prompt_template=getattr(model, "prompt_template", None)
-    )
+    template = getattr(model, "prompt_template", None)  # prompts.open_tokenizer reads it again
+    config = their_config(model.config, dtype) | dict(prompt_template=template)
     texts, source = {"config.json": config}, getattr(model, "source", None) or folder
-    # its end tokens come before config.json's where both are read
+    # generation_config.json overrules config.json's end tokens, so it must name the same ones.
     if (source / "generation_config.json").exists():
-        texts["generation_config.json"] = read_json(
-            source / "generation_config.json", FILES
-        ) | dict(eos_token_id=config["eos_token_id"])
-    copied = [
-        name for name in COPIED if source.resolve() != folder.resolve() and (source / name).exists()
-    ]
+        theirs = read_json(source / "generation_config.json", FILES)
+        texts["generation_config.json"] = theirs | dict(eos_token_id=config["eos_token_id"])
+    copied = [name for name in COPIED if (source / name).exists()]
+    if source.resolve() == folder.resolve():
+        copied = []
     for name in copied:
         shutil.copy(source / name, folder / f"{name}.tmp")
     for name, content in texts.items():
         (folder / f"{name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
-    # with which a model is there
+    # config.json comes last: a folder with it is a model.
     for name in (*copied, *texts.keys() - {"config.json"}, "model.safetensors", "config.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
     return folder

@@ -1,19 +1,18 @@
-"""A run's curves, as SVG: accuracy, what the second look changes, entropy, the gauge, signal,
-lengths, speed, memory.
+"""A run's curves, as SVG: accuracy, what corrections change, reward, signal, lengths, speed.
 
     pip install matplotlib
-    python report.py out/run         # puts them into the page; python pictures.py draws those of
-                                     README
+    python -m report out/run         # puts them into the run's page
+    python -m tools.pictures         # draws README's pictures with the same functions
 
-The idea. A chart is a line of the table `CHARTS`: a title, a unit, and which fields of
-metrics.jsonl it shows. Training fields are noisy, so they are drawn twice: thin as they are, thick
-as a mean over a fifteenth of the run. Held-out fields are points with standard errors. The lower
-axis counts generated tokens, what a run costs; the upper one steps. A second run is drawn dashed,
-in the same colours.
+A chart is a line of the table `CHARTS`: a title, a unit, and the fields of metrics.jsonl it shows.
+A field that every layer has is named with {k}, and each layer of the run gets its line. Training
+fields are noisy, so they are drawn twice: thin as they are, thick as a mean over a fifteenth of the
+run. Held-out fields are points with standard errors. The lower axis counts generated tokens, the
+cost of a run; the upper axis counts steps.
 
-matplotlib writes colours into the file; here each is a mark that becomes a CSS variable, so that a
-page can turn dark (`in_page`), or the colour itself for a file that stands alone (`alone`). The
-palette is Okabe and Ito's, which colour-blind people can tell apart.
+matplotlib writes colours into the file. Here each colour is a mark, which becomes a CSS variable,
+so that a page can turn dark (`in_page`), or the colour itself for a file of its own (`alone`). The
+palette is that of Okabe and Ito, which colour-blind people can tell apart.
 """
 
 import io
@@ -22,21 +21,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tables import as_look
+from eval import as_metrics
 
-# marks, not colours
-INK, GRID, PAPER, LINES = (
-    "#010101",
-    "#020202",
-    "#030303",
-    ("#040404", "#050505", "#060606", "#070707"),
-)
-VARIABLES = {INK: "--ink", GRID: "--grid", PAPER: "--paper"} | {
-    mark: f"--line{i}" for i, mark in enumerate(LINES)
-}
-COLOURS = {INK: "#222222", GRID: "#dddddd", PAPER: "#ffffff"} | dict(
-    zip(LINES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"))
-)
+# Marks, not colours. matplotlib takes nothing but colours, and keeps these as they are.
+INK, GRID, PAPER = "#010101", "#020202", "#030303"
+LINES = ("#040404", "#050505", "#060606", "#070707", "#080808", "#090909")
+VARIABLES = {INK: "--ink", GRID: "--grid", PAPER: "--paper"}
+VARIABLES |= {mark: f"--line{i}" for i, mark in enumerate(LINES)}
+COLOURS = {INK: "#222222", GRID: "#dddddd", PAPER: "#ffffff"}
+COLOURS |= dict(zip(LINES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")))
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -59,67 +52,74 @@ STYLE = {
     "axes.labelsize": 11,
     "legend.fontsize": 10,
 }
-POINTS = 400  # of a curve, at most; a longer run is drawn as means of neighbouring steps
-LOOKS = 60  # at held-out questions, at most; of more, evenly spaced ones are drawn
+POINTS = 400  # of a curve at most: a longer run is drawn as means of neighbouring steps
+LOOKS = 60  # held-out points at most: of more, evenly spaced ones are drawn
+LAYERS = {1: "attempts", 2: "corrections"}  # names of layers; the others are "layer 3", ...
 
 
 class Chart(NamedTuple):
-    """What one picture shows: for each field a label and the number of its colour."""
+    """What one picture shows: for each field a label and the number of its first colour.
+
+    A field or label with {k} stands for one line in each layer; {layer} is the layer's name.
+    """
 
     name: str
     unit: str
     fields: dict  # of metrics.jsonl, every step
-    looks: dict = {}  # of metrics.jsonl, where somebody looked at held-out questions
+    held_out: dict = {}  # of metrics.jsonl, after the steps with an evaluation
     log: bool = False
     share: bool = False  # an axis from 0 to 1
+
+
+class Series(NamedTuple):
+    """One line of a picture."""
+
+    field: str
+    label: str
+    colour: str
 
 
 CHARTS = (
     Chart(
         "Accuracy in training",
         "share right",
-        dict(accuracy1=("attempts", 0), accuracy2=("corrections", 1)),
+        {"accuracy{k}": ("{layer}", 0)},
         share=True,
     ),
     Chart(
         "Accuracy on held-out questions",
         "share right, greedy",
         {},
-        dict(heldout1=("Acc@t1", 0), heldout2=("Acc@t2", 1)),
+        {"heldout{k}": ("Acc@t{k}", 0)},
         share=True,
     ),
     Chart(
-        "What the second look changes",
+        "What corrections change",
         "share of answers",
-        dict(fix=("mends, i→c", 2), broke=("breaks, c→i", 3)),
-        dict(heldout_fix=("held out, i→c", 2), heldout_broke=("held out, c→i", 3)),
+        {"fix{k}": ("i→c", 2), "broke{k}": ("c→i", 3)},
+        {"heldout_fix{k}": ("held out, i→c", 2), "heldout_broke{k}": ("held out, c→i", 3)},
     ),
-    Chart("Reward", "mean of a rollout", dict(reward1=("attempts", 0), reward2=("corrections", 1))),
-    Chart(
-        "Groups with a signal",
-        "share",
-        dict(signal1=("layer 1", 0), signal2=("layer 2", 1)),
-        share=True,
-    ),
-    Chart("Entropy", "nats a trained token", dict(entropy=("policy", 0))),
-    Chart("KL from the reference", "nats a trained token", dict(kl=("policy", 0))),
+    Chart("Reward", "mean of a rollout", {"reward{k}": ("{layer}", 0)}),
+    Chart("Groups with a signal", "share", {"signal{k}": ("layer {k}", 0)}, share=True),
+    Chart("Entropy", "nats per trained token", {"entropy": ("policy", 0)}),
+    Chart("KL from the reference", "nats per trained token", {"kl": ("policy", 0)}),
     Chart(
         "Sampler against trainer",
         "|Δ log π| of a token",
-        dict(gauge_max=("largest", 1), gauge_mean=("mean", 0)),
+        {"gauge_max": ("largest", 1), "gauge_mean": ("mean", 0)},
         log=True,
     ),
-    Chart("Gradient", "norm before clipping", dict(grad_norm=("norm", 0))),
-    Chart("Clipped tokens", "share", dict(clipped=("beyond the clip", 1))),
-    Chart("Answers cut at the limit", "share", dict(cut1=("attempts", 0), cut2=("corrections", 1))),
-    Chart("Length of answers", "tokens", dict(length1=("attempts", 0), length2=("corrections", 1))),
-    Chart("Speed", "generated tokens a second", dict(tokens_per_s=("sampling and training", 0))),
+    Chart("Gradient", "norm before clipping", {"grad_norm": ("norm", 0)}),
+    Chart("Clipped tokens", "share", {"clipped": ("beyond the clip", 1)}),
+    Chart("Truncated answers", "share", {"truncated{k}": ("{layer}", 0)}),
+    Chart("Length of answers", "tokens", {"length{k}": ("{layer}", 0)}),
+    Chart("Speed", "generated tokens per second", {"tokens_per_s": ("sampling and training", 0)}),
     Chart(
         "Time of a step",
         "seconds",
-        dict(seconds_sampling=("sampling", 0), seconds_training=("training", 1)),
+        {"seconds_sampling": ("sampling", 0), "seconds_training": ("training", 1)},
     ),
-    Chart("Memory", "GB at most so far", dict(peak_gb=("in use", 0))),
+    Chart("Memory", "GB, peak so far", {"peak_gb": ("in use", 0)}),
 )
 
 
@@ -132,57 +132,77 @@ def available():
     return True
 
 
-def charts(runs):
-    """[(name, metrics, result)] of one or two runs, metrics being the lines of metrics.jsonl ->
-    [(Chart, svg)] of those with something to show. A reference that is not there has no KL."""
-    runs = [(name, with_ends(metrics, result)) for name, metrics, result in runs]
+def charts(metrics, result):
+    """The lines of a run's metrics.jsonl and its result.json -> [(Chart, svg)] of the charts that
+    have something to show. KL is 0 throughout without a reference, and is left out."""
+    lines = with_ends(metrics, result)
     return [
-        (chart, in_page(draw(chart, runs), chart.name))
+        (chart, in_page(draw(chart, [("", lines)]), chart.name))
         for chart in CHARTS
-        if any(shown(chart, metrics) for _, metrics in runs)
+        if shown(chart, lines)
     ]
 
 
 def shown(chart, metrics):
     """Whether these lines have anything for a Chart."""
-    values = [line.get(field) for line in metrics for field in {**chart.fields, **chart.looks}]
-    return any(
-        value is not None and (value or chart.name != "KL from the reference") for value in values
-    )
+    fields = [s.field for s in series(chart.fields, metrics) + series(chart.held_out, metrics)]
+    values = [line[field] for field in fields for line in metrics if line.get(field) is not None]
+    return any(values) if chart.name == "KL from the reference" else bool(values)
+
+
+def series(templates, metrics):
+    """The fields of a chart, one for each layer -> [Series, ...] of those that these lines have.
+
+    templates: {field: (label, first colour)}. Where a field has several layers and its label does
+    not tell them apart, the label names the layer.
+    """
+    names = {name for line in metrics for name in line}
+    chosen = []
+    for template, (label, colour) in templates.items():
+        if "{k}" not in template:
+            chosen += [Series(template, label, LINES[colour])] if template in names else []
+            continue
+        pattern = re.compile(template.replace("{k}", r"([1-9]\d{0,2})"), re.ASCII)
+        layers = sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
+        for place, k in enumerate(layers):
+            suffix = ", layer {k}" if "{" not in label and len(layers) > 1 else ""
+            text = (label + suffix).format(k=k, layer=LAYERS.get(k, f"layer {k}"))
+            mark = LINES[(colour + place * len(templates)) % len(LINES)]
+            chosen.append(Series(template.format(k=k), text, mark))
+    return chosen
 
 
 def with_ends(metrics, result):
-    """The lines with two more for held-out questions, before the first step and after the last:
-    greedy, from the tables of result.json."""
+    """The lines of metrics.jsonl with two more held-out points, greedy, from result.json: the table
+    before the first step and the table after the last."""
+    last = metrics[-1] if metrics else dict(generated=0, step=0)
     ends = [
-        (found["greedy"], 0 if name == "base" else None)
-        for name, found in result.items()
-        if "t2" in found.get("greedy", ())
-    ]
-    at = lambda place, line: (line["generated"], line["step"]) if place is None else (0, 0)
-    more = [
-        dict(
-            zip(
-                ("generated", "step"),
-                at(place, metrics[-1] if metrics else dict(generated=0, step=0)),
-            )
+        (
+            dict(generated=0, step=0)
+            if name == "base"
+            else {k: last[k] for k in ("generated", "step")}
         )
-        | as_look(found)
-        for found, place in ends
+        | as_metrics(tables["greedy"])
+        for name, tables in result.items()
+        if "t1" in tables.get("greedy", ())
     ]
-    return sorted([*metrics, *more], key=lambda line: line["step"])
+    return sorted([*metrics, *ends], key=lambda line: line["step"])
 
 
 # ---- one picture ---------------------------------------------------------------------------------
 
 
 def draw(chart, runs, size=(5.4, 3.3)):
-    """A Chart of [(name, metrics)] -> matplotlib figure."""
+    """A Chart of [(name, metrics)] -> matplotlib figure. The second run is drawn dashed, in the
+    colours of the first."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(size)
-        fill(axes, chart, runs)
+        for (name, metrics), style in zip(runs, ("-", "--")):
+            # $ would begin a formula
+            behind = "" if len(runs) == 1 else f", {name}".replace("$", r"\$")
+            fill(axes, chart, metrics, style, behind)
         finish(axes, chart, runs[0][1])
     return figure
 
@@ -195,57 +215,46 @@ def new_figure(size):
     return figure, figure.subplots()
 
 
-def fill(axes, chart, runs):
-    """Draws what a Chart shows of [(name, metrics)] into axes."""
-    for (name, metrics), style in zip(runs, ("-", "--")):
-        behind = "" if len(runs) == 1 else f", {name}".replace("$", r"\$")  # $ begins a formula
-        for field, (label, colour) in chart.fields.items():
-            x, y, _ = column(metrics, field)
-            if len(x):
-                steps_of_training(
-                    axes,
-                    thinned(x),
-                    thinned(y, np.max if field.endswith("_max") else np.mean),
-                    LINES[colour],
-                    style,
-                    label + behind,
-                )
-        for field, (label, colour) in chart.looks.items():
-            x, y, error = map(some, column(metrics, field))
-            alone = not chart.fields
-            axes.errorbar(
-                x,
-                y,
-                error,
-                fmt="o",
-                ms=4,
-                ls=style if alone else "none",
-                lw=1.5,
-                capsize=2,
-                color=LINES[colour],
-                markerfacecolor=LINES[colour] if style == "-" else PAPER,
-                label=label + behind,
-            )
+def fill(axes, chart, metrics, style, behind):
+    """Draws what a Chart shows of one run into axes. behind: goes behind every label."""
+    for field, label, colour in series(chart.fields, metrics):
+        x, y, _ = column(metrics, field)
+        if len(x):
+            y = thinned(y, np.max if field.endswith("_max") else np.mean)
+            steps_of_training(axes, thinned(x), y, colour, style, label + behind)
+    for field, label, colour in series(chart.held_out, metrics):
+        x, y, error = map(evenly_spaced, column(metrics, field))
+        axes.errorbar(
+            x,
+            y,
+            error,
+            fmt="o",
+            ms=4,
+            ls="none" if chart.fields else style,
+            lw=1.5,
+            capsize=2,
+            color=colour,
+            markerfacecolor=colour if style == "-" else PAPER,
+            label=label + behind,
+        )
 
 
 def column(metrics, field):
-    """-> generated tokens, values, standard errors (0 where none is known) of the lines that have
-    this field."""
-    there = [line for line in metrics if line.get(field) is not None]
+    """-> generated tokens, values, standard errors (0 where unknown) of the lines with this
+    field."""
+    lines = [line for line in metrics if line.get(field) is not None]
     return (
-        np.array([line["generated"] for line in there], float),
-        np.array([line[field] for line in there], float),
-        np.array([line.get(f"{field}_se") or 0.0 for line in there]),
+        np.array([line["generated"] for line in lines], float),
+        np.array([line[field] for line in lines], float),
+        np.array([line.get(f"{field}_se") or 0.0 for line in lines]),
     )
 
 
-def some(values):
-    """At most LOOKS of them, evenly spaced, the first and the last among them."""
-    return (
-        values[np.linspace(0, len(values) - 1, LOOKS).round().astype(int)]
-        if len(values) > LOOKS
-        else values
-    )
+def evenly_spaced(values):
+    """At most LOOKS of them, the first and the last among them."""
+    if len(values) <= LOOKS:
+        return values
+    return values[np.linspace(0, len(values) - 1, LOOKS).round().astype(int)]
 
 
 def steps_of_training(axes, x, y, colour, style, label):
@@ -254,13 +263,11 @@ def steps_of_training(axes, x, y, colour, style, label):
     axes.plot(x, running_mean(y, max(1, len(y) // 15)), color=colour, lw=2, ls=style, label=label)
 
 
-def thinned(values, how=np.mean):
-    """At most POINTS: means (or largest, ...) of neighbours."""
-    return (
-        np.array([how(part) for part in np.array_split(values, POINTS)])
-        if len(values) > POINTS
-        else values
-    )
+def thinned(values, combine=np.mean):
+    """At most POINTS values: means (or maxima, ...) of neighbours."""
+    if len(values) <= POINTS:
+        return values
+    return np.array([combine(part) for part in np.array_split(values, POINTS)])
 
 
 def running_mean(y, width):
@@ -277,26 +284,20 @@ def finish(axes, chart, metrics):
         lambda x, _: f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1e3:g} k" if x else "0"
     )
     axes.locator_params(axis="x", nbins=6)
-    if (
-        chart.log
-        and max((line.get_ydata().max() for line in axes.lines if len(line.get_ydata())), default=0)
-        > 0
-    ):
+    drawn = [line.get_ydata() for line in axes.lines if len(line.get_ydata())]
+    if chart.log and max((y.max() for y in drawn), default=0) > 0:
         axes.set_yscale("log")
     elif chart.share:
         axes.set_ylim(0, 1.02)
-    elif (
-        axes.get_ylim()[0] >= 0
-        or min((line.get_ydata().min() for line in axes.lines if len(line.get_ydata())), default=0)
-        >= 0
-    ):
+    elif min((y.min() for y in drawn), default=0) >= 0:
         axes.set_ylim(bottom=0)
     axes.figure.legend(loc="outside lower left", ncols=2)
     tokens, steps = (
         np.array(sorted({line[name] for line in metrics}), float) for name in ("generated", "step")
     )
     if len(tokens) == len(steps) > 1:
-        # beyond them as on average
+        # Another run in the picture may go on for longer: beyond the first run's end a step takes
+        # its average number of tokens.
         tokens, steps = (
             np.concatenate([[-1e6 * x[-1]], x, [1e6 * x[-1]]]) for x in (tokens, steps)
         )
@@ -316,7 +317,7 @@ def finish(axes, chart, metrics):
 
 
 def svg(figure, salt):
-    """A figure as the text of an SVG element, the same for the same figure; `salt` goes into its
+    """A figure as the text of an SVG element, the same for the same figure. `salt` goes into its
     ids, so that several fit into one page."""
     import matplotlib
 
@@ -326,7 +327,7 @@ def svg(figure, salt):
             file, format="svg", metadata=dict(Date=None, Creator=None, Format=None, Type=None)
         )
     text = file.getvalue()
-    # figure_1, axes_1, ...: nobody refers to them
+    # figure_1, axes_1, ...: nothing refers to them
     text = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", text[text.index("<svg") :])
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
     return re.sub(r"font-family: [^;]*;", "font-family: sans-serif;", text)
@@ -335,16 +336,12 @@ def svg(figure, salt):
 def in_page(figure, salt):
     """A figure as SVG whose colours are CSS variables of the page and whose width is that of its
     place."""
-    # it would be the whole page's
+    # its style would be the whole page's
     text = re.sub(r"<style.*?</style>\s*", "", svg(figure, salt), flags=re.S)
     for mark, variable in VARIABLES.items():
         text = text.replace(mark, f"var({variable})")
-    return re.sub(
-        r'<svg (.*?)width="[\d.]+pt" height="[\d.]+pt"',
-        r"<svg \1",
-        re.sub(r'<svg height="[\d.]+pt"', "<svg", text),
-        count=1,
-    )
+    start, end = text.index("<svg"), text.index(">") + 1
+    return re.sub(r' (width|height)="[\d.]+pt"', "", text[start:end]) + text[end:]
 
 
 def alone(figure, path):

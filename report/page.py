@@ -1,22 +1,18 @@
-"""A page about a run: its table, its curves, its trees, and what made it, in one file that opens
-from disk.
+"""A page about a run: its table, its curves, its trees, and what made it, in one file.
 
-    python report.py out/solve-mgrpo-0                       # writes out/solve-mgrpo-0/report.html
-    python report.py out/solve-grpo-0 out/solve-mgrpo-0      # the second beside the first:
-                                                             out/solve-mgrpo-0/report-solve-grpo-0.html
-    python report.py out/tiny-qwen-eval-gsm8k-test.jsonl     # dialogues of eval.py alone
-    python report.py out/solve-mgrpo-0 --output page.html
+    python -m report out/solve-mgrpo-0                          # writes report.html into the folder
+    python -m report out/solve-mgrpo-0 --output page.html
+    python -m report out/tiny-qwen-eval-gsm8k-test.jsonl        # the dialogues of an evaluation
 
-The idea. Everything is made again from what a run has written so far (config.json, metrics.jsonl,
-rollouts.jsonl, result.json, eval-*.jsonl), so a run that was killed half-way has its page too;
-train.py and eval.py make it at their end. Tables are HTML, curves SVG (curves.py; without
-matplotlib the page has none and says so), and trees are data that page.html's script draws a
-screenful at a time, so that a large page opens at once. A run with more trees than fit into `ROOM`
-shows evenly chosen ones, and says so.
+Everything is made from what a run has written so far (config.json, metrics.jsonl, rollouts.jsonl,
+result.json, eval-*.jsonl), so a run that was killed has its page too; train.py and eval.py make it
+at their end. Tables are HTML and curves are SVG (curves.py; without matplotlib the page has none).
+Trees are data that page.html's script draws a screenful at a time, so a large page opens at once.
+Of more trees than fit into `MAX_TREE_BYTES` the page shows evenly chosen ones, and their number.
 
-What a model writes may be anything, also HTML. It reaches the page as JSON in which no "<" stands,
-is put there as text nodes, and the page's policy names the one script that may run by its hash, and
-no source to load anything from.
+The text of a model may be anything, also HTML. It reaches the page as JSON without any "<", and
+the script inserts it as text nodes. The page's policy names the one script that may run by its
+hash, and allows no source to load anything from.
 """
 
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
@@ -27,10 +23,8 @@ import hashlib
 import html
 import itertools
 import json
-import math
 import os
 import re
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,42 +33,35 @@ from typing import NamedTuple
 import torch
 
 from report import curves
-from runtime.distributed import rank0
-from runtime.flags import BadInput, guarded, parse_flags, read_json, reading
-from runtime.transcripts import (
-    answers,
+from report.trees import (
     complain,
+    count_answers,
     dialogues,
     evaluation_of,
     lines_of,
     read_trees,
     set_of,
 )
-from tables import COLUMNS, percent, summarise
+from runtime.distributed import rank0
+from runtime.flags import BadInput, guarded, parse_flags, read_json, reading
+from eval import columns, percent, summarise, turns_of
 
-ROOM = 9_000_000  # bytes of trees on a page, about
-# they make the questions
-ASKED = (
-    "task",
-    "data",
-    "eval_data",
-    "eval_questions",
-    "candidates",
-    "operations",
-    "modulus",
-    "numbers",
+MAX_TREE_BYTES = 9_000_000  # of trees on a page, about
+TEMPLATE = Path(__file__).with_name("page.html")
+NO_CURVES = (
+    "<p>The curves need matplotlib: <code>pip install matplotlib</code>, then <code>python -m "
+    "report</code> again.</p>"
 )
-PAGE = Path(__file__).with_name("page.html")
-NO_CURVES = "<p>The curves need matplotlib: <code>pip install matplotlib</code>, then <code>python report.py</code> again.</p>"
 
 
 @dataclass(frozen=True)
 class Config:
+    run: str = ""  # a run's folder, or an eval-....jsonl; the flag's name may be left out
     output: str = ""  # where the page goes; empty: report.html in the run's folder
 
 
 class Run(NamedTuple):
-    """What there is of a run, or of an evaluation without one."""
+    """The files of a run, or of an evaluation without one."""
 
     name: str
     config: dict  # empty for an evaluation alone
@@ -101,228 +88,162 @@ def open_run(path):
     result, rollouts = path / "result.json", path / "rollouts.jsonl"
     return Run(
         path.resolve().name,
-        object_in(path / "config.json"),
+        read_json(path / "config.json", "a run has one"),
         list(lines_of(path / "metrics.jsonl", ("step", "generated"))),
-        object_in(result) if result.exists() else {},
+        read_json(result, "a run has one") if result.exists() else {},
         [rollouts] if rollouts.exists() else [],
         sorted(path.glob("*eval-*.jsonl")),
         path / "report.html",
     )
 
 
-def object_in(path):
-    """The JSON object in a file that is there; BadInput if it holds something else."""
-    found = read_json(path, "a run has one")
-    if not isinstance(found, dict):
-        raise BadInput(f"{path} is damaged, or not what it should be: it holds no JSON object")
-    return found
-
-
 def evaluation(paths):
-    """Files of dialogues of one evaluation, several if several processes wrote them -> Run."""
+    """Files of dialogues of one evaluation, one for each rank -> Run."""
     name = evaluation_of(paths[0])
     return Run(name, {}, [], {}, [], paths, paths[0].with_name(f"{name}.html"))
-
-
-def distinct(runs):
-    """Runs with names that tell them apart, also when their folders are called alike."""
-    if len({run.name for run in runs}) == len(runs):
-        return runs
-    return [run._replace(name=f"{run.name} ({number})") for number, run in enumerate(runs, 1)]
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def tables_part(runs):
-    """The paper's table as HTML: before and after of each run, greedy and at temperature 1; the
-    difference of two runs; evaluations."""
+def tables_part(run):
+    """The paper's table as HTML, before and after the run, greedy and at temperature 1; then the
+    tables of its evaluations."""
     parts = []
     for label in ("greedy", "temperature 1"):
         rows = [
-            (
-                f"{'before, the base' if name == 'base' else f'after {name}'}{f' ({run.name})' if len(runs) > 1 else ''}",
-                result[label],
-            )
-            for run in runs
-            for name, result in run.result.items()
-            if label in result
+            ("before, the base" if name == "base" else f"after {name}", results[label])
+            for name, results in run.result.items()
+            if label in results
         ]
-        rows += difference(runs, label)
         if rows:
             parts.append(table(f"Held-out questions, {label}", rows))
-        if len(runs) > 1 and rows and rows[-1][1].get("signed"):
-            parts.append(
-                "<p class=soft>The error of the difference takes the two runs for independent. "
-                "They answer the same questions, so "
-                "it is rather too large; over seeds, compare.py pairs them.</p>"
-            )
-    for run in runs:
-        if len(run.result) == 1:
-            parts.append(
-                f"<p>{html.escape(run.name)} has not finished, so there is no table for after "
-                f"training yet. {so_far(run)}</p>"
-            )
-        parts += [
-            table(title, [(run.name, found)]) for title, found in evaluated(run.evals).items()
-        ]
-    return "\n".join(parts) or "<p>No table yet: it is made before the first step.</p>"
-
-
-def difference(runs, label):
-    """The last result of the second run minus that of the first, with the error that independent
-    questions would give; nothing for one run, nor for runs that were asked different questions."""
-    ends = [
-        (run.name, list(run.result.values())[-1].get(label)) for run in runs if len(run.result) > 1
-    ]
-    asked = {json.dumps([run.config.get(name) for name in ASKED]) for run in runs}
-    if len(ends) < 2 or len(asked) > 1 or not all(found for _, found in ends):
-        return []
-    (a, first), (b, second) = ends
-    error = lambda k: (
-        math.hypot(first[k][1], second[k][1]) if None not in (first[k][1], second[k][1]) else None
-    )
-    row = {k: (second[k][0] - first[k][0], error(k)) for k in COLUMNS if k in first and k in second}
-    return [
-        (
-            f"{b} minus {a}",
-            row | dict(questions=min(first["questions"], second["questions"]), signed=True),
+    if len(run.result) == 1:
+        parts.append(
+            f"<p>{html.escape(run.name)} has not finished, so there is no table for after training "
+            f"yet. {so_far(run)}</p>"
         )
-    ]
+    parts += [table(title, [(run.name, row)]) for title, row in evaluated(run.evals).items()]
+    return "\n".join(parts) or "<p>No table yet: it is made before the first step.</p>"
 
 
 def table(title, rows):
     """[(name, {column: (mean, error), "questions"})] -> HTML."""
-    shown = [k for k in COLUMNS if any(k in found for _, found in rows)]
-    head = (
-        "".join(f"<th scope=col>{html.escape(COLUMNS[k])}</th>" for k in shown)
-        + "<th scope=col>questions</th>"
-    )
+    titles = columns(max(turns_of(row) for _, row in rows))
+    shown = {k: head for k, head in titles.items() if any(k in row for _, row in rows)}
+    head = "".join(f"<th scope=col>{html.escape(k)}</th>" for k in (*shown.values(), "questions"))
     body = "".join(
         f"<tr><th scope=row>{html.escape(name)}</th>"
-        + "".join(f"<td>{cell(found, k)}</td>" for k in shown)
-        + f"<td>{found['questions']:,}</td></tr>"
-        for name, found in rows
+        + "".join(f"<td>{cell(row, k)}</td>" for k in shown)
+        + f"<td>{row['questions']:,}</td></tr>"
+        for name, row in rows
     )
     caption = f"{html.escape(title)}: percent ± standard error over questions"
     return (
-        "<div "
-        f"class=wide><table><caption>{caption}</caption><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-        "</div>"
+        f"<div class=wide><table><caption>{caption}</caption>"
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def cell(found, k):
+def cell(row, column):
     """A number of the table, its error set small."""
-    value, _, error = (
-        percent(found[k], "+" if k == "delta" or found.get("signed") else "") if k in found else "–"
-    ).partition(" ")
+    text = percent(row[column], "+" if column == "delta" else "") if column in row else "–"
+    value, _, error = text.partition(" ")
     return f"{value} <small>{error}</small>"
 
 
 def so_far(run):
-    """The last look at held-out questions, as a sentence; empty when there was none."""
-    looks = [line for line in run.metrics if line.get("heldout2") is not None]
+    """The last held-out evaluation of a run's log, as a sentence; empty when there was none."""
+    looks = [line for line in run.metrics if line.get("heldout1") is not None]
     if not looks:
         return ""
-    last = looks[-1]
-    shown = (
-        f"Acc@t{turn} {percent((last[f'heldout{turn}'], last.get(f'heldout{turn}_se')))}"
-        for turn in (1, 2)
-    )
+    last, accuracies = looks[-1], []
+    for k in itertools.count(1):
+        if last.get(f"heldout{k}") is None:
+            break
+        pair = last[f"heldout{k}"], last.get(f"heldout{k}_se")
+        accuracies.append(f"Acc@t{k} {percent(pair)}")
     return (
-        f"The last look, after {last['generated']:,} generated tokens: {', '.join(shown)} (greedy)."
+        f"The last held-out evaluation, after {last['generated']:,} generated tokens: "
+        f"{', '.join(accuracies)} (greedy)."
     )
 
 
 def evaluated(paths):
-    """Files of dialogues -> {title: the columns}, made again from the verdicts, over the questions
-    that have all their samples (the last may not, if the evaluation was killed)."""
-    found = defaultdict(list)
+    """Files of dialogues -> {title: row of the table}, computed from the verdicts. A last question
+    that lacks samples, because the evaluation was killed, is left out."""
+    rights = defaultdict(list)  # [question][sample][turn] of each evaluation
     for path in paths:
         with reading(path):
-            for some in dialogues(path):
-                rights = [
-                    [line[turn]["right"] for turn in ("turn1", "turn2") if turn in line]
-                    for line in some
-                ]
-                found[set_of(path, some[0]["temperature"])].append(rights)
-    return {title: columns(questions) for title, questions in found.items()}
+            for samples in dialogues(path):
+                title = set_of(path, samples[0]["temperature"])
+                rights[title].append([[turn["right"] for turn in x["turns"]] for x in samples])
+    return {title: row_of(questions) for title, questions in rights.items()}
 
 
-def columns(questions):
-    """[question][sample][turn] -> what tables.summarise finds, over the questions with as many
-    samples and turns as any."""
-    size = max((len(rights), len(rights[0])) for rights in questions)
-    whole = [rights for rights in questions if (len(rights), min(map(len, rights))) == size]
+def row_of(questions):
+    """[question][sample][turn] -> row of the table, over the questions with as many samples and
+    turns as any."""
+    size = max((len(samples), len(samples[0])) for samples in questions)
+    whole = [samples for samples in questions if (len(samples), min(map(len, samples))) == size]
     return summarise(torch.tensor(whole, dtype=torch.float)) | dict(questions=len(whole))
 
 
 # ---- curves --------------------------------------------------------------------------------------
 
 
-def curves_part(runs):
-    """The curves of one run or two as HTML, with a line on how to read them; or why there are
-    none."""
-    runs = [run for run in runs if run.metrics]
-    if not runs:
+def curves_part(run):
+    """The curves of a run as HTML, with a line on how to read them; or the reason for their
+    absence."""
+    if not run.metrics:
         return "<p>No step has been made.</p>"
     if not curves.available():
         return NO_CURVES
-    figures = [
-        f'<figure role="img" aria-label="{html.escape(chart.name)}, {html.escape(chart.unit)}"><h3>{html.escape(chart.name)}</h3>'
-        f"{svg}</figure>"
-        for chart, svg in curves.charts([(run.name, run.metrics, run.result) for run in runs])
-    ]
-    whose = " of the first run" if len(runs) > 1 else ""
-    kl = any(run.config.get("kl_coef") for run in runs)
-    without = (
-        "" if kl else " There is no KL, since there was no reference (<code>--kl-coef</code> 0)."
-    )
+    figures = []
+    for chart, svg in curves.charts(run.metrics, run.result):
+        name = html.escape(chart.name)
+        label = f"{name}, {html.escape(chart.unit)}"
+        figures.append(f'<figure role="img" aria-label="{label}"><h3>{name}</h3>{svg}</figure>')
+    without = " There is no KL, since there was no reference (<code>--kl-coef</code> 0)."
     return (
-        f"<p class=soft>Lower axis: generated tokens; upper axis: steps{whose}. Thin line: every "
-        f"step (of more than {curves.POINTS}, "
-        "neighbours are averaged; of the largest gauge the largest is kept). Thick line: running "
-        "mean. Points: held-out questions with "
-        "standard errors; the first and the last come from the tables above, which ask more "
-        "questions."
-        f"{without}</p><div class=grid>{''.join(figures)}</div>"
+        "<p class=soft>Lower axis: generated tokens; upper axis: steps. Thin line: every step (of "
+        f"more than {curves.POINTS}, neighbours are averaged; of the largest gauge the largest is "
+        "kept). Thick line: running mean. Points: held-out questions with standard errors; the "
+        "first and the last come from the tables above, which have more questions."
+        f"{'' if run.config.get('kl_coef') else without}</p>"
+        f"<div class=grid>{''.join(figures)}</div>"
     )
 
 
 # ---- transcripts ---------------------------------------------------------------------------------
 
 
-def chosen_trees(runs):
-    """-> trees for the page, and how many there are in all. Of more than ROOM bytes every so
-    many-th of each file is taken."""
-    sources = [(run, path) for run in runs for path in run.rollouts + run.evals]
-    every, kept, total = max(1.0, sum(path.stat().st_size for _, path in sources) / ROOM), [], 0
-    for run, path in sources:
+def chosen_trees(run):
+    """-> trees for the page, how many answers they hold, and how many trees there are in all. Of
+    more than MAX_TREE_BYTES every so many-th of each file is chosen."""
+    sources = run.rollouts + run.evals
+    every = max(1.0, sum(path.stat().st_size for path in sources) / MAX_TREE_BYTES)
+    kept, total = [], 0
+    for path in sources:
         with reading(path):
-            count, chosen = 0, None
+            count, wanted = 0, None
             if every > 1:
-                count = sum(
-                    1 for _ in (open_lines(path) if path in run.rollouts else dialogues(path))
-                )
-                chosen = {
-                    round((i + 0.5) * every) for i in range(max(1, int(count / every)))
-                }.__contains__
-            trees = list(read_trees(path, chosen))
-            for tree in trees:
-                tree["set"] = ", ".join(
-                    filter(None, (run.name if len(runs) > 1 else "", tree.get("set", "training")))
-                )
-            kept += trees
+                lines = open_lines(path) if path in run.rollouts else dialogues(path)
+                count = sum(1 for _ in lines)
+                numbers = range(max(1, int(count / every)))
+                wanted = {round((i + 0.5) * every) for i in numbers}.__contains__
+            trees = [dict(set="training") | tree for tree in read_trees(path, wanted)]
+            kept += [(tree, count_answers(tree)) for tree in trees]
             total += count or len(trees)
-    while len(kept) > 1 and len(as_json(kept)) > 1.5 * ROOM:  # a few are far longer than others
+    # where a few trees are far longer than the others
+    while len(kept) > 1 and len(as_json([tree for tree, _ in kept])) > 1.5 * MAX_TREE_BYTES:
         kept = kept[1::2]
-    return kept, total
+    return [tree for tree, _ in kept], sum(answers for _, answers in kept), total
 
 
 def open_lines(path):
-    """The lines of a file that look whole, as bytes, unparsed: there may be gigabytes. How many do
-    not is said."""
+    """The complete lines of a file, as bytes and unparsed: there may be gigabytes. A message counts
+    the others."""
     damaged = 0
     with open(path, "rb") as file:
         for line in file:
@@ -334,47 +255,43 @@ def open_lines(path):
 
 
 def as_json(trees):
-    """Trees as JSON that may stand in a <script> element: there is no "<" in it, nor a line
-    separator."""
+    """Trees as JSON that may stand in a <script> element: without "<", and without the line
+    separator U+2028."""
     text = json.dumps(trees, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028")
 
 
-def transcripts_part(kept, total):
-    """What stands above the trees: how many there are, and what they show."""
+def transcripts_part(kept, answers, total):
+    """The paragraph above the trees: how many there are, and what they show."""
     if not total:
         return "<p>None were kept (<code>--transcripts 0</code>, or no step has been made).</p>"
-    shown = f"{sum(map(answers, kept)):,} answers"
-    some = (
-        f"Here are {len(kept):,} of the {total:,} trees that were kept, evenly chosen ({shown})."
+    shown = (
+        f"Here are {len(kept):,} of the {total:,} trees that were kept, evenly chosen "
+        f"({answers:,} answers)."
         if len(kept) < total
-        else f"All {total:,} trees that were kept ({shown})."
+        else f"All {total:,} trees that were kept ({answers:,} answers)."
     )
     return (
-        f"<p class=soft>{some} Each is a question, the attempts at it, and behind each attempt the "
-        "guiding phrase and the corrections. "
-        "R is the reward, A the advantage over the siblings; numbers have four decimals. From "
-        "training, the first questions of every "
-        "step are kept: questions are drawn at random, so this is a fair sample.</p>"
+        f"<p class=soft>{shown} Each is a question and the attempts at it; below an answer stand "
+        "the guiding phrase and the corrections. R is the reward, A the advantage over the "
+        "siblings; numbers have four decimals. From training, the first questions of every step "
+        "are kept: questions are drawn at random, so this is a fair sample.</p>"
     )
 
 
 # ---- how it was made -----------------------------------------------------------------------------
 
 
-def made_part(runs):
-    """Wall time by phase, what made each run, and all settings, those that differ first."""
-    runs = [run for run in runs if run.config]
-    if not runs:
+def made_part(run):
+    """Wall time by phase, what made the run, and all its settings."""
+    if not run.config:
         return "<p>These dialogues come from eval.py alone; there is no run to describe.</p>"
-    settings = [
-        {k: v for k, v in run.config.items() if k not in ("made_by", "resume")} for run in runs
-    ]
+    settings = {k: v for k, v in run.config.items() if k not in ("made_by", "resume")}
     return (
-        compared("Wall time", runs, [phases(run) for run in runs])
-        + compared("Versions and machine", runs, [run.config.get("made_by", {}) for run in runs])
-        + compared("Settings", runs, settings)
-        + f"<p class=soft>{' '.join(html.escape(broken(run)) for run in runs)}</p>"
+        listed("Wall time", phases(run))
+        + listed("Versions and machine", run.config.get("made_by", {}))
+        + listed("Settings", settings)
+        + f"<p class=soft>{html.escape(progress_of(run))}</p>"
     )
 
 
@@ -382,94 +299,74 @@ def phases(run):
     """{phase: seconds and share} of what has been logged so far: from the table before the first
     step to the last step."""
     total = max((line.get("seconds") or 0.0 for line in run.metrics), default=0.0)
+    fields = {
+        "sampling": "seconds_sampling",
+        "training": "seconds_training",
+        "held-out evaluations": "seconds_heldout",
+    }
     spent = {
         phase: sum(line.get(field) or 0.0 for line in run.metrics)
-        for phase, field in (
-            ("sampling", "seconds_sampling"),
-            ("training", "seconds_training"),
-            ("entropies of the kept trees", "seconds_transcripts"),
-            ("looks at held-out questions", "seconds_heldout"),
-        )
+        for phase, field in fields.items()
     }
     spent["the table before, saving and the rest"] = total - sum(spent.values())
-    shown = (
-        {phase: f"{seconds:,.1f} s, {seconds / total:.0%}" for phase, seconds in spent.items()}
-        if total
-        else {}
-    )
+    shown = {}
     before = run.config.get("made_by", {}).get("seconds_base")
-    return (
-        (
-            {"making or loading the model": f"{before:,.1f} s, before all that"}
-            if before is not None
-            else {}
-        )
-        | shown
-        | {
-            "from the table before to the last step": f"{total:,.1f} s",
-            "steps": f"{len(run.metrics):,}",
-        }
-    )
+    if before is not None:
+        shown["making or loading the model"] = f"{before:,.1f} s, before all that"
+    if total:
+        shown |= {name: f"{took:,.1f} s, {took / total:.0%}" for name, took in spent.items()}
+    shown["from the table before to the last step"] = f"{total:,.1f} s"
+    return shown | {"steps": f"{len(run.metrics):,}"}
 
 
-def broken(run):
-    """Whether the run came to its end, in a sentence."""
+def progress_of(run):
+    """A sentence on how far the run came."""
     done = run.metrics[-1]["generated"] if run.metrics else 0
     wanted = run.config.get("tokens", 0)
-    return f"{run.name}: {done:,} tokens generated of {wanted:,}{'.' if done >= wanted else '; it was stopped, or is still running.'}"
+    end = "." if done >= wanted else "; it was stopped, or is still running."
+    return f"{run.name}: {done:,} tokens generated of {wanted:,}{end}"
 
 
-def compared(title, runs, values):
-    """A table with a line for each name and a column for each run; lines that differ come first,
-    marked."""
-    names = list(dict.fromkeys(name for some in values for name in some))
-    differs = {name: len({json.dumps(some.get(name)) for some in values}) > 1 for name in names}
-    head = "".join(f"<th scope=col>{html.escape(run.name)}</th>" for run in runs)
+def listed(title, values):
+    """A dict as a table of two columns that opens and closes."""
     rows = "".join(
-        f"<tr{' class=differs' if differs[name] else ''}><th scope=row>{html.escape(name)}</th>"
-        + "".join(f"<td>{html.escape(str(some.get(name, '–')))}</td>" for some in values)
-        + "</tr>"
-        for name in sorted(names, key=lambda name: not differs[name])
+        f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in values.items()
     )
     return (
-        f"<details{' open' if title == 'Wall time' else ''}><summary>{title}</summary><div "
-        "class=wide><table class=left><thead><tr>"
-        f"<th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
+        f"<details{' open' if title == 'Wall time' else ''}><summary>{title}</summary>"
+        f"<div class=wide><table class=left><tbody>{rows}</tbody></table></div></details>"
     )
 
 
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def page(runs):
-    """Runs -> the page's text."""
-    runs = distinct(runs)
-    kept, total = chosen_trees(runs)
-    text = PAGE.read_text(encoding="utf-8")
+def page(run):
+    """Run -> the text of its page."""
+    kept, answers, total = chosen_trees(run)
+    text = TEMPLATE.read_text(encoding="utf-8")
     script = text.rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = dict(
-        title=html.escape(" beside ".join(run.name for run in runs)),
+        title=html.escape(run.name),
         hash=f"sha256-{digest}",
-        tables=tables_part(runs),
-        curves=curves_part(runs),
-        transcripts=transcripts_part(kept, total),
-        made=made_part(runs),
+        tables=tables_part(run),
+        curves=curves_part(run),
+        transcripts=transcripts_part(kept, answers, total),
+        made=made_part(run),
         data=as_json(kept),
     )
-    pieces = text.split("<!--@")  # not replace: what is put in may hold such a mark
-    return pieces[0] + "".join(
-        parts[name] + rest for name, rest in ((piece.split("-->", 1)) for piece in pieces[1:])
-    )
+    # Split first, then insert: with str.replace, a mark in an inserted text would be replaced too.
+    first, *others = text.split("<!--@")
+    names_and_rests = (piece.split("-->", 1) for piece in others)
+    return first + "".join(parts[name] + rest for name, rest in names_and_rests)
 
 
-def write_page(runs, say=print, output=""):
-    """Makes the page of one Run or two and says where it is. BadInput when it cannot be written; a
-    page that was there is intact then."""
-    beside = (
-        runs[-1].page.with_name(f"report-{runs[0].name}.html") if len(runs) > 1 else runs[0].page
-    )
-    path, text = Path(output) if output else beside, page(runs).encode("utf-8", "replace")
+def write_page(run, say=print, output=""):
+    """Makes the page of a Run and prints its path. BadInput when it cannot be written; a page that
+    was there is intact then."""
+    path, text = Path(output) if output else run.page, page(run).encode("utf-8", "replace")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(text)
@@ -477,44 +374,39 @@ def write_page(runs, say=print, output=""):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written ({error.strerror})") from None
-    missing = any(run.metrics for run in runs) and not curves.available()
+    missing = " (without curves: pip install matplotlib)"
     say(
-        f"{path}: {len(text) / 1e6:.1f} MB, open it in a "
-        f"browser{' (without curves: pip install matplotlib)' if missing else ''}"
+        f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser"
+        f"{missing if run.metrics and not curves.available() else ''}"
     )
 
 
 @rank0
 def at_the_end(folder, say, files=(), elsewhere=False):
-    """What train.py and eval.py do last: the page of the run in `folder`; of an evaluation that is
-    no run's, or went elsewhere, one of its files of dialogues (of all sets and processes). What was
-    measured is safe by now, so whatever goes wrong here is said and no failure."""
+    """The last thing that train.py and eval.py do: make the page of the run in `folder`.
+
+    files: an evaluation's files of dialogues, which get a page of their own where the folder is no
+    run's, or where they went `elsewhere`. All measurements are saved by now, so a page that cannot
+    be made is a message and no failure.
+    """
     try:
         if (folder / "config.json").exists() and not elsewhere:
-            return write_page([open_run(folder)], say)
-        for _, some in itertools.groupby(files, evaluation_of):
-            write_page([evaluation(list(some))], say)
+            return write_page(open_run(folder), say)
+        for _, paths in itertools.groupby(files, evaluation_of):
+            write_page(evaluation(list(paths)), say)
     except Exception as error:
         say(
-            f"no page was made ({type(error).__name__}: {error}); all else is there, and python "
-            f"report.py {folder} tries again"
+            f"no page was made ({type(error).__name__}: {error}); all other files are there, and "
+            f"python -m report {folder} makes it again"
         )
 
 
 def main():
-    words = sys.argv[1:]
-    names = [
-        word
-        for before, word in zip(["", *words], words)
-        if not word.startswith("-") and before != "--output"
-    ]
-    c = parse_flags(Config, __doc__, argv=[word for word in words if word not in names])
-    if not 1 <= len(names) <= 2:
-        raise BadInput(
-            f"{len(names)} runs given: name one, say out/solve-mgrpo-0, or two to see them side by "
-            "side"
-        )
-    write_page([open_run(name) for name in names], output=c.output)
+    """Makes the page that the command line asks for."""
+    config = parse_flags(Config, __doc__, first_word="run")
+    if not config.run:
+        raise BadInput("no run is named: name a folder, say out/solve-mgrpo-0, as the first word")
+    write_page(open_run(config.run), output=config.output)
 
 
 if __name__ == "__main__":

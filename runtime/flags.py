@@ -1,25 +1,25 @@
-"""Flags from a frozen dataclass: a field is a flag, its comment is its help, and bad input gets one
-sentence.
+"""The flags of a script, from a frozen dataclass; and one sentence for everything that ends it.
 
     python train.py --help              # what this file prints for train.py's Config
 
-The idea. A script's settings are one dataclass, read top to bottom:
+The settings of a script are one dataclass:
 
-    attempts: int = 4       # G, answers sampled per question
+    prompts: Annotated[int, AtLeast(1)] = 32       # P, questions per step
 
-From that line come the flag `--attempts`, its type, its default and its line of help; nothing is
-said twice, so nothing can disagree. A bool is a flag without a value, there or not; a Maybe has one
-or not. A flag that does not exist is answered with the nearest one that does.
+That line gives the flag `--prompts`, its type, its range, its default and its line of help. A field
+whose type is another dataclass is a group: its fields are flags too, under a heading of their own.
 
-However a script ends early, `last_words` makes one sentence of the exception, and the exit code
-tells them apart: 2 for bad input and for disks that are full or cannot be written, 70 for a fault
-of this code, 130 for Ctrl-C. --debug prints the traceback besides.
+`last_words` turns the exception that ends a script into a sentence and an exit code: 2 for bad
+input and for a disk that is full or read-only, 70 for a bug, 130 for Ctrl-C. --debug prints the
+traceback as well.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import json
 import math
@@ -32,138 +32,325 @@ import tempfile
 import textwrap
 import traceback
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-ROOT = Path(__file__).resolve().parents[1]  # of the project
-
-
-class Maybe(str):
-    """The type of a flag that may stand without a value: it is "newest" then."""
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 
 class BadInput(Exception):
-    """Something the user gave cannot be used. The message names the thing and the remedy; `guarded`
-    prints it."""
+    """Bad input of the user. The message names the thing and the remedy; `guarded` prints it."""
 
 
-OWN_FLAGS = "Flags (--name value or --name=value; --debug shows the traceback of an error besides its sentence):"
+# ---- what a field can be -------------------------------------------------------------------------
+
+
+class Maybe(str):
+    """Type of a flag whose value is optional: without one it is "newest"."""
+
+
+class Range(NamedTuple):
+    """What a number must satisfy, as a function and in words."""
+
+    holds: Any  # value -> bool
+    words: str  # "of at least 1"
+
+
+# For an end that is open: Annotated[float, Above(0), AtMost(1)].
+def AtLeast(limit):
+    return Range(lambda value: value >= limit, f"of at least {limit:,}")
+
+
+def AtMost(limit):
+    return Range(lambda value: value <= limit, f"of at most {limit:,}")
+
+
+def Above(limit):
+    return Range(lambda value: value > limit, f"above {limit:,}")
+
+
+def Below(limit):
+    return Range(lambda value: value < limit, f"below {limit:,}")
+
+
+def Between(low, high):
+    return Range(lambda value: low <= value <= high, f"from {low:,} to {high:,}")
+
+
+class Flag(NamedTuple):
+    kind: Any  # int, float, str, bool, Maybe, Literal[...] or tuple[int | float | str, ...]
+    ranges: tuple  # what its number, or each number of its tuple, must satisfy: (AtLeast(1), ...)
+    default: Any
+    note: str  # the comment of the field
+    group: str  # field of the config whose dataclass holds it; "" for the config's own fields
+
+
+@functools.cache
+def flags_of(config):
+    """-> {name of a flag: Flag} of a dataclass and its groups, its own fields first.
+
+    A group's defaults are those of the instance that stands in the field, so a script can choose
+    others: `hardware: Hardware = Hardware(recompute="yes")`.
+    """
+    hints, own, grouped = get_type_hints(config, include_extras=True), {}, {}
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            for name, flag in flags_of(kind).items():
+                # two groups with the same field could not be told apart on the command line
+                assert name not in hints and name not in grouped, f"--{name} is in two dataclasses"
+                default = getattr(default_of(field), name)
+                grouped[name] = flag._replace(default=default, group=field.name)
+        else:
+            kind, *ranges = (kind.__origin__, *kind.__metadata__) if is_annotated(kind) else (kind,)
+            note = comments(config).get(field.name, "")
+            own[field.name] = Flag(kind, tuple(ranges), default_of(field), note, "")
+    return own | grouped
+
+
+def default_of(field):
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+def is_annotated(kind):
+    return get_origin(kind) is Annotated
 
 
 def comments(config):
-    """-> {field: its comment}, read from the source of the dataclass and of those it inherits from.
+    """-> {field: its comment}, read from the source of a dataclass and of those it inherits from.
 
-    The comment of a field stands behind it, or in whole lines above it.
+    The comment of a field stands behind it, or in whole lines directly above it.
     """
-    found = {}
+    notes = {}
     for cls in reversed(config.__mro__[:-1]):
-        above = []
-        for line in inspect.getsource(cls).splitlines():
-            field = re.match(r"    (\w+): [^#]*?(?:  # (.+))?$", line)
-            if field:
-                found[field[1]] = " ".join([*above, *filter(None, [field[2]])])
-            whole_line = re.match(r"    # (.+)$", line)
-            above = [*above, whole_line[1]] if whole_line else []
-    return found
+        source = textwrap.dedent(inspect.getsource(cls))
+        lines = source.splitlines()
+        for field in ast.parse(source).body[0].body:
+            if isinstance(field, ast.AnnAssign):
+                first = field.lineno - 1
+                while lines[first - 1].startswith("    # "):
+                    first -= 1
+                above = [line.strip(" #") for line in lines[first : field.lineno - 1]]
+                # a declaration may take several lines, and its comment stands behind the last
+                behind = re.search(r"  # (.+)$", lines[field.end_lineno - 1])
+                notes[field.target.id] = " ".join(above + ([behind[1]] if behind else []))
+    return notes
 
 
-def help_text(config, doc):
-    """The script's docstring, then its own flags, then those it takes over from another script's
-    config, under that script's name."""
-    lines, fields = [doc.strip()], {field.name: field for field in dataclasses.fields(config)}
-    for cls in config.__mro__[:-1]:
-        here = cls.__module__ == config.__module__
-        lines += ["", OWN_FLAGS if here else f"Flags of {cls.__module__}.py, taken here too:", ""]
-        lines += [
-            line
-            for name in inspect.get_annotations(cls)
-            for line in help_lines(config, fields[name])
-        ]
-    return "\n".join(lines)
+def kinds(config):
+    """-> {name of a flag: its type with its ranges}: what `check_fields` checks a file against."""
+    return {
+        name: Annotated[(flag.kind, *flag.ranges)] if flag.ranges else flag.kind
+        for name, flag in flags_of(config).items()
+    }
 
 
-def help_lines(config, field):
-    """A line or two for a flag: name, values, meaning, default."""
-    kind, note = get_type_hints(config)[field.name], comments(config).get(field.name, "")
-    kind = (
-        "|".join(get_args(kind))
-        if get_origin(kind) is Literal
-        else {bool: "", Maybe: "[str]"}.get(kind, kind.__name__)
-    )
-    note = f"{note} [{field.default!r}]" if field.default not in ("", False) else note
-    head = f"  --{field.name.replace('_', '-')} {kind}"
-    body = textwrap.wrap(note, 84, initial_indent=" " * 36, subsequent_indent=" " * 36)
-    return [head.ljust(36) + body[0].strip(), *body[1:]] if len(head) < 36 else [head, *body]
+def flat(config):
+    """-> {name of a flag: value} of a config and its groups: what config.json holds."""
+    return {
+        name: getattr(getattr(config, flag.group) if flag.group else config, name)
+        for name, flag in flags_of(type(config)).items()
+    }
+
+
+def unflat(config, values):
+    """-> a `config` with these {name of a flag: value}, and defaults for the rest.
+
+    Lists, as JSON has them, become tuples. BadInput for a value of the wrong type or out of its
+    range, TypeError for a name that is no flag.
+    """
+    flags = flags_of(config)
+    if unknown := values.keys() - flags.keys():
+        raise TypeError(
+            f"{config.__module__}.{config.__name__} has no {', '.join(sorted(unknown))}"
+        )
+    own, groups = {}, {}
+    for name, flag in flags.items():
+        value = values.get(name, flag.default)
+        if name in values:
+            if why := unfit(value, flag.kind, flag.ranges):
+                raise BadInput(f"{flag_name(name)} {shown(value)}: {why}")
+            value = tuple(value) if isinstance(value, list) else value
+        (groups.setdefault(flag.group, {}) if flag.group else own)[name] = value
+    hints = get_type_hints(config)
+    return config(**own, **{group: hints[group](**fields) for group, fields in groups.items()})
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+# a larger number fits no size of a tensor, and no float that it is divided by
+LARGEST = (1 << 53) - 1
+
+
+def flag_name(field):
+    return f"--{field.replace('_', '-')}"
+
+
+def shown(value):
+    """A value as it is given on the command line."""
+    words = [str(one) for one in (value if isinstance(value, (tuple, list)) else [value])]
+    return ",".join(word.removesuffix(".0") for word in words)
+
+
+def element(kind):
+    """The X of tuple[X, ...]; None for other types."""
+    return get_args(kind)[0] if get_origin(kind) is tuple else None
+
+
+def wanted(kind):
+    """A type in words: "a whole number"."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if element(kind):
+        return {int: "whole numbers", float: "numbers", str: "texts"}[element(kind)]
+    return WORDS.get(str if kind is Maybe else kind) or f"a {kind.__name__}"
+
+
+def is_a(value, kind):
+    """Whether a value, of a flag or from a file, has a field's type. A whole number is a float too.
+    True is not a number, and neither are NaN and infinity."""
+    if is_annotated(kind):
+        kind = kind.__origin__
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if element(kind):  # JSON has lists
+        return isinstance(value, (tuple, list)) and all(is_a(x, element(kind)) for x in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    kind = str if kind is Maybe else kind
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def unfit(value, kind, ranges=()):
+    """-> why a value cannot be that of a field, or ""."""
+    if not is_a(value, kind):
+        return f"must be {wanted(kind)}{', and finite' if float in (kind, element(kind)) else ''}"
+    numbers = value if element(kind) else [value]
+    if element(kind) in (int, float) and not numbers:
+        return "needs at least one number"
+    if all(range.holds(number) for range in ranges for number in numbers):
+        return ""
+    must = "each must be" if element(kind) else "must be"
+    return f"{must} a number {' and '.join(range.words for range in ranges)}"
 
 
 def convert(name, text, kind):
     """`text` as the field's type. BadInput names the flag, the value and what is accepted."""
-    accepted = {int: "a whole number", float: "a number"}
     if get_origin(kind) is Literal:
         if text in get_args(kind):
             return text
         near = difflib.get_close_matches(text, get_args(kind), 1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
         raise BadInput(f"--{name} {text!r}: choose one of {', '.join(get_args(kind))}{guess}")
+    if element(kind):
+        parts = [part.strip() for part in text.split(",")]
+        return tuple(convert(name, part, element(kind)) for part in parts if part)
     try:
         value = kind(text)
-        # every comparison with it is false, so no range would refuse it
-        if kind is float and math.isnan(value):
+        if kind is float and math.isnan(value):  # every comparison with NaN is false
             raise ValueError
     except ValueError:
-        raise BadInput(f"--{name} {text!r} is not {accepted[kind]}") from None
-    # more fits no tensor's size, and no float that it is divided by
-    if kind is int and abs(value) >= 1 << 53:
+        raise BadInput(f"--{name} {text!r} is not {WORDS[kind]}") from None
+    if kind is int and abs(value) > LARGEST:
         raise BadInput(f"--{name} {text}: whole numbers here have at most 15 digits")
     return value
 
 
-def parse(config, argv, refused=()):
-    """-> {field: value} of the flags in argv. BadInput for an unknown flag, a flag without a value,
-    a stray word, or a flag that other scripts have and this one `refused`: {name: reason}."""
-    hints, given, words = get_type_hints(config), {}, list(argv)
+def parse(config, argv, refused=(), renamed=(), first_word=""):
+    """-> {field: value} of the flags in argv, those of groups too.
+
+    BadInput for an unknown flag, a flag without a value, a stray word, a flag of other scripts that
+    this one `refused` ({name: reason}), and an old flag, `renamed` ({name: sentence with its
+    successor}). first_word: the field that a word in front of all flags stands for.
+    """
+    flags, given, words = flags_of(config), {}, list(argv)
+    if first_word and words and not words[0].startswith("-"):
+        words[0] = f"--{first_word}={words[0]}"
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if name in refused:
             raise BadInput(f"{flag} is not for this script: {refused[name]}")
-        if not word.startswith("--") or name not in hints:
-            near = difflib.get_close_matches(name, hints, 1, 0.5)
-            guess = (
-                f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists the flags"
-            )
-            raise BadInput(
-                f"unknown {'flag' if word.startswith('-') else 'argument'} {flag!r}: {guess}"
-            )
-        if hints[name] is bool:
+        if name in renamed and word.startswith("--"):
+            raise BadInput(f"{flag} is not a flag any more: {renamed[name]}")
+        if not word.startswith("--") or name not in flags:
+            near = difflib.get_close_matches(name, flags, 1, 0.5)
+            guess = f"did you mean {flag_name(near[0])}?" if near else "--help lists the flags"
+            what = "flag" if word.startswith("-") else "argument"
+            raise BadInput(f"unknown {what} {flag!r}: {guess}")
+        kind = flags[name].kind
+        if kind is bool:
             if equals:
                 raise BadInput(f"{flag} takes no value: it is given or not")
             given[name] = True
             continue
-        if hints[name] is Maybe and not equals and (not words or words[0].startswith("--")):
+        if kind is Maybe and not equals and (not words or words[0].startswith("--")):
             given[name] = Maybe("newest")
             continue
         if not equals and not words:
             raise BadInput(f"{flag} needs a value")
         value = value if equals else words.pop(0)
-        given[name] = convert(flag.removeprefix("--"), value, hints[name])
+        given[name] = convert(flag.removeprefix("--"), value, kind)
     return given
 
 
-def parse_flags(config, doc, presets=None, argv=None, refused=()):
-    """The settings of a script: dataclass defaults, then the preset's, then the flags of the
-    command line.
+def parse_flags(config, doc, presets=None, argv=None, refused=(), renamed=(), first_word=""):
+    """The settings of a script -> an instance of the dataclass `config`: its defaults, then the
+    preset's values, then the flags of the command line. All are checked against types and ranges.
 
-    presets(given) -> {field: value} may look at what was given (to pick a preset) and returns what
-    to put under it. Prints help and exits 0 for --help.
+    presets(given) -> {name of a flag: value} may depend on what was given (to pick a preset).
+    Prints help and exits with 0 for --help. refused, renamed, first_word: as in `parse`.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        # here, where `guarded` sees a reader that has left
+        # flushed here, where `guarded` handles a reader that has left
         print(help_text(config, doc), flush=True)
         sys.exit(0)
-    given = parse(config, argv, refused)
-    return config(**{**(presets(given) if presets else {}), **given})
+    given = parse(config, argv, refused, renamed, first_word)
+    return unflat(config, {**(presets(given) if presets else {}), **given})
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+OWN_FLAGS = "Flags (--name value or --name=value; --debug prints the traceback of an error):"
+COLUMN, WIDTH = 32, 100  # where the meaning of a flag begins, and where its lines end
+
+
+def help_text(config, doc):
+    """The script's docstring, its own flags, then a block for each group under the first line of
+    the group's docstring."""
+    hints, lines, group = get_type_hints(config), [doc.strip(), "", OWN_FLAGS, ""], ""
+    for name, flag in flags_of(config).items():
+        if flag.group != group:
+            group = flag.group
+            lines += ["", hints[group].__doc__.strip().splitlines()[0].rstrip(".") + ":", ""]
+        lines += help_lines(name, flag)
+    return "\n".join(lines)
+
+
+def help_lines(name, flag):
+    """A line or more for a flag: name, values, meaning, default."""
+    kind, note = flag.kind, flag.note
+    if get_origin(kind) is Literal:
+        values = "|".join(get_args(kind))
+    elif element(kind):
+        values = f"{element(kind).__name__},..."
+    else:
+        values = {bool: "", Maybe: "[str]"}.get(kind, kind.__name__)
+    if flag.default not in ("", False, ()) or kind in (int, float):
+        default = shown(flag.default)
+        note += f" [{default}]" if kind in (int, float) or element(kind) else f" [{default!r}]"
+    margin = " " * COLUMN
+    head = f"  {flag_name(name)} {values}"
+    body = textwrap.wrap(note, WIDTH, initial_indent=margin, subsequent_indent=margin) or [""]
+    return (
+        [head.ljust(COLUMN) + body[0].strip(), *body[1:]] if len(head) < COLUMN else [head, *body]
+    )
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read_json(path, hint):
@@ -183,40 +370,20 @@ def read_json(path, hint):
     return found
 
 
-def is_a(value, kind):
-    """Whether a value from a file has a field's type. A whole number does for a float; True is no
-    number, and NaN is none either."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < math.inf
-    return isinstance(value, str if kind is Maybe else kind) and (
-        kind is bool or not isinstance(value, bool)
-    )
-
-
 def check_fields(values, kinds, where):
     """BadInput, which begins with `where`, unless `values` is a dict with every field of `kinds`,
-    {name: type}."""
-    wanted = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        Maybe: "a text",
-    }
+    {name: type}; a type may carry ranges (`kinds` of a config)."""
     if not isinstance(values, dict):
         raise BadInput(f"{where} is a {type(values).__name__}, and should hold fields with names")
     for name, kind in kinds.items():
         if name not in values:
             raise BadInput(f"{where} has no field {name!r}")
-        if not is_a(values[name], kind):
-            one = (
-                f"one of {', '.join(get_args(kind))}"
-                if get_origin(kind) is Literal
-                else wanted.get(kind) or f"a {kind.__name__}"
-            )
-            raise BadInput(f"{where}: {name} = {values[name]!r:.60} is not {one}")
+        value, ranges = values[name], getattr(kind, "__metadata__", ())
+        kind = kind.__origin__ if is_annotated(kind) else kind
+        if not is_a(value, kind):
+            raise BadInput(f"{where}: {name} = {value!r:.60} is not {wanted(kind)}")
+        if why := unfit(value, kind, ranges):
+            raise BadInput(f"{where}: {name} = {shown(value)} {why}")
 
 
 def make_folder(path):
@@ -318,9 +485,8 @@ def last_words(error):
         return f"error: {error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and (error.errno in DISK or error.errno is None):
         return f"error: {error}", 2
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and not any(ROOT.glob(f"**/{str(error.name).rpartition('.')[2]}.py"))
+    if isinstance(error, ModuleNotFoundError) and not any(
+        ROOT.glob(f"**/{str(error.name).rpartition('.')[2]}.py")
     ):
         return f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
     if ran_out(error):

@@ -32,21 +32,18 @@ Letters: L layers, N query heads, K key/value heads, C head size, D width, V voc
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
+import contextlib
 import os
 import re
 import resource
 import sys
-import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from model import CHUNK, GPT, ModelConfig
-from runtime import distributed
-from runtime.flags import BadInput, guarded, parse_flags
-from sample import SHARE
+from engine.cache import CACHE_SHARE_OF_FREE_MEMORY
+from model import CHUNK, GPT
+from runtime.flags import BadInput, ran_out
 
 GB = 1e9
 PHRASE = 24  # tokens of the longest guiding phrase with a large vocabulary, and a few
@@ -111,15 +108,16 @@ def logits(c, compute):
     return CHUNK * c.vocab_size * (8 + narrow) + c.vocab_size * c.width * (8 + 2 * narrow)
 
 
-def kv_tokens(prompts, attempts, corrections, prompt, completion, layers=2, phrase=PHRASE):
-    """Tokens whose keys and values a whole rollout has at its end: questions once, attempts, their
-    copies with a phrase, corrections."""
-    first = prompts * (prompt + attempts * completion)
-    return (
-        first
-        if layers == 1
-        else first + prompts * attempts * (completion + phrase + corrections * completion)
-    )
+def kv_tokens(prompts, group_sizes, prompt, completion, phrase=PHRASE):
+    """Tokens whose keys and values a rollout holds at its end."""
+    rows, tokens = prompts, prompts * prompt
+    for number, n in enumerate(group_sizes, 1):
+        rows *= n
+        last = number == len(group_sizes)
+        tokens += rows * completion + (0 if number == 1 else 0)
+        if not last:
+            tokens += rows * phrase
+    return tokens
 
 
 def kv_bytes(c, compute, device):
@@ -131,7 +129,7 @@ def kv_bytes(c, compute, device):
 def cache_room(c, compute):
     """How many tokens' keys and values may exist on a CPU: those of half of the memory that is free
     now. (A Linux that has run out ends the process without a word, so it must not come to that.)"""
-    return int(SHARE * available("cpu")) // kv_bytes(c, compute, "cpu")
+    return int(CACHE_SHARE_OF_FREE_MEMORY * available("cpu")) // kv_bytes(c, compute, "cpu")
 
 
 def plan(
@@ -140,15 +138,12 @@ def plan(
     compute,
     tokens,
     prompts,
-    attempts,
-    corrections,
+    group_sizes,
     prompt,
     completion,
-    layers=2,
     cache_tokens=0,
     reference=False,
     recompute=False,
-    offload=False,
     device="cuda",
     total=None,
     phrase=PHRASE,
@@ -156,14 +151,13 @@ def plan(
 ):
     """-> {what: bytes} on the device (and "host"), for a training step with these flags (names as
     in train.py; prompt and completion: their most tokens). total: bytes that there are; of what the
-    rest leaves of them the cache takes half at most (sample.SHARE). ranks: on each of so many
+    rest leaves of them the cache takes half at most (engine.cache). ranks: on each of so many
     (parallel.py), with its slice of masters and moments, and what is gathered at a time."""
     # fused attention with shared keys
     count, c, flash = parameters(config), config, device == "cuda" and compute == torch.bfloat16
-    longest = prompt + completion + (phrase + completion if layers == 2 else 0)
-    cached = kv_tokens(
-        -(-prompts // ranks), attempts, corrections, prompt, completion, layers, phrase
-    )
+    longest = prompt + completion + (len(group_sizes) - 1) * (phrase + completion)
+    cached = kv_tokens(-(-prompts // ranks), group_sizes, prompt, completion, phrase)
+    offload = False
     planned = {
         "weights": count * compute.itemsize,
         "masters and gradients": 8 * count // ranks,
@@ -177,7 +171,7 @@ def plan(
     }
     if total and not cache_tokens:
         left = max(0, total - on_device(planned) + planned["KV cache"])
-        planned["KV cache"] = min(planned["KV cache"], int(SHARE * left))
+        planned["KV cache"] = min(planned["KV cache"], int(CACHE_SHARE_OF_FREE_MEMORY * left))
     return planned
 
 
@@ -229,188 +223,20 @@ def out_of_memory(planned, error, total):
     )
 
 
-# ---- optimiser on the host -----------------------------------------------------------------------
+MOST_ROWS = 1 << 24
 
 
-class HostAdamW:
-    """AdamW whose moments live in host memory, with masters to update there; the device keeps fp32
-    weights and gradients. Same arithmetic, so the same result.
-
-    A step copies gradients to the host, updates there (torch's fused CPU kernel), and copies the
-    weights back: 8 bytes a parameter over the bus, for 8 bytes a parameter less on the device.
-    """
-
-    def __init__(self, params, lr, **options):
-        self.params = list(params)  # on several ranks slices, of which each has its part
-        mine = [distributed.local(p.detach()) for p in self.params]
-        buffer = torch.empty(2, sum(x.numel() for x in mine))  # masters, and gradients on their way
-        if self.params[0].is_cuda:
-            self.pin(buffer)
-        masters, self.grads = (
-            [to.view(x.shape) for to, x in zip(part.split([x.numel() for x in mine]), mine)]
-            for part in buffer
-        )
-        self.masters = [torch.nn.Parameter(to.copy_(x)) for to, x in zip(masters, mine)]
-        self.adam = torch.optim.AdamW(self.masters, lr, fused=True, **options)
-        self.param_groups = self.adam.param_groups
-
-    def pin(self, buffer):
-        """Locks this memory for as long as the optimiser lives: out of memory that may be paged
-        out, copies are slower and the host waits.
-
-        The obvious pin_memory=True takes a block for each tensor whose size is rounded up to a
-        power of two, so that host memory would be up to twice the plan's. Ordinary memory is as
-        large as was asked for, and one buffer shares no page with another that is locked.
-        RuntimeError with CUDA's reason if that much cannot be locked.
-        """
-        cuda, address = torch.cuda.cudart(), buffer.data_ptr()
-        torch.cuda.check_error(cuda.cudaHostRegister(address, buffer.nbytes, 0))
-        weakref.finalize(self, cuda.cudaHostUnregister, address).atexit = False
-
-    @torch.no_grad()
-    def step(self):
-        for master, grad, p in zip(self.masters, self.grads, self.params):
-            master.grad = (
-                None if p.grad is None else grad.copy_(distributed.local(p.grad), non_blocking=True)
-            )
-        if self.params[0].is_cuda:
-            torch.cuda.synchronize(self.params[0].device)
-        self.adam.step()
-        for master, p in zip(self.masters, self.params):
-            distributed.local(p).copy_(master, non_blocking=True)
-
-    def zero_grad(self, set_to_none=True):
-        for p in self.params:
-            p.grad = None
-
-    def state_dict(self):
-        """Adam's moments; the masters are the parameters, bit by bit."""
-        return self.adam.state_dict()
-
-    def load_state_dict(self, state):
-        """Moments from a state, masters from the parameters as they are now."""
-        moments = {
-            i: {name: distributed.local(value) for name, value in found.items()}
-            for i, found in state["state"].items()
-        }
-        self.adam.load_state_dict(state | dict(state=moments))
-        with torch.no_grad():
-            for master, p in zip(self.masters, self.params):
-                master.copy_(distributed.local(p))
+@contextlib.contextmanager
+def explained(planned=None, total=None):
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if ran_out(error):
+            raise out_of_memory(planned, error, total) from None
+        raise
 
 
-def make_optimizer(policy, lr, offload):
-    """AdamW without weight decay, on the device or on the host."""
-    make = (
-        HostAdamW
-        if offload
-        else lambda params, lr, **options: torch.optim.AdamW(params, lr, fused=True, **options)
-    )
-    return make(policy.parameters(), lr, weight_decay=0.0)
-
-
-# ---- the table -----------------------------------------------------------------------------------
-
-SHAPES = {  # V, D, L, N, K, C, hidden: from the models' config.json
-    "Qwen2.5-0.5B": ModelConfig(
-        151_936, 896, 24, 14, 2, 64, 4864, 32_768, qkv_bias=True, tied=True
-    ),
-    "Llama-3.2-1B": ModelConfig(128_256, 2048, 16, 32, 8, 64, 8192, 131_072, tied=True),
-    "Qwen2.5-Math-1.5B": ModelConfig(
-        151_936, 1536, 28, 12, 2, 128, 8960, 4096, qkv_bias=True, tied=True
-    ),
-    "Qwen3-4B": ModelConfig(151_936, 2560, 36, 32, 8, 128, 9728, 40_960, qk_norm=True, tied=True),
-    "Qwen2.5-Math-7B": ModelConfig(
-        152_064, 3584, 28, 28, 4, 128, 18_944, 4096, qkv_bias=True, tied=False
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Config:
-    prompts: int = 32  # P, questions per step
-    corrections: int = 4  # H, layer-2 answers per attempt
-    prompt_tokens: int = 512  # most tokens of a question's prompt
-    tokens_per_microbatch: int = 16_384  # tokens that go through the model together
-    # tokens whose keys and values the sampler may hold; 0: those of the whole rollout
-    cache_tokens: int = 0
-    recompute: Literal["yes", "no"] = "yes"  # activation checkpointing
-    offload_optimizer: bool = False  # Adam's moments and the masters that it updates in host memory
-    # GPUs that share the questions, the masters and Adam's moments; also prints what goes over the
-    # wires
-    ranks: int = 1
-    reference: Literal["yes", "no"] = "yes"  # a copy for the KL term
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute type
-
-
-def received(shape, c, passes):
-    """Bytes that a rank receives in a step of so many passes."""
-    return sum(
-        distributed.traffic(
-            shape, getattr(torch, c.dtype), c.ranks, passes, c.reference == "yes"
-        ).values()
-    )
-
-
-def main():
-    c = parse_flags(Config, __doc__)
-    for name in ("prompts", "corrections", "prompt_tokens", "tokens_per_microbatch", "ranks"):
-        if getattr(c, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    titles = [
-        "model",
-        "completion",
-        "G",
-        "weights, reference",
-        "masters, gradients, Adam",
-        "activations",
-        "logits",
-        "sum, GB",
-    ]
-    titles += ["+ KV cache", *(["received a pass", "a step"] if c.ranks > 1 else [])]
-    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
-    for name, shape in SHAPES.items():
-        fitting = [n for n in (1024, 4096) if c.prompt_tokens + 2 * n + PHRASE <= shape.context]
-        for completion in fitting or [(shape.context - c.prompt_tokens - PHRASE) // 2]:
-            for attempts in (8, 16):
-                p = plan(
-                    shape,
-                    compute=getattr(torch, c.dtype),
-                    tokens=c.tokens_per_microbatch,
-                    prompts=c.prompts,
-                    attempts=attempts,
-                    corrections=c.corrections,
-                    prompt=c.prompt_tokens,
-                    completion=completion,
-                    cache_tokens=c.cache_tokens,
-                    reference=c.reference == "yes",
-                    recompute=c.recompute == "yes",
-                    offload=c.offload_optimizer,
-                    ranks=c.ranks,
-                )
-                sums = [
-                    p["weights"] + p["reference"],
-                    p["masters and gradients"] + p["Adam"],
-                    p["activations"] + p["gathered"],
-                    p["logits"],
-                    on_device(p) - p["KV cache"],
-                    p["KV cache"],
-                ]
-                # each token once
-                packed = kv_tokens(
-                    -(-c.prompts // c.ranks), attempts, c.corrections, c.prompt_tokens, completion
-                )
-                passes = -(-packed // c.tokens_per_microbatch)
-                sums += (
-                    [received(shape, c, 1) - received(shape, c, 0), received(shape, c, passes)]
-                    if c.ranks > 1
-                    else []
-                )
-                print(
-                    f"| {name} | {completion:,} | {attempts} | "
-                    f"{' | '.join(f'{size / GB:.1f}' for size in sums)} |"
-                )
-
-
-if __name__ == "__main__":
-    guarded(main)
+def needed_in_training(planned):
+    """Bytes of a plan that a step takes beside the sampler: gradients, AdamW, activations, logits."""
+    parts = ("Adam", "gathered", "activations", "logits")
+    return planned["masters and gradients"] // 2 + sum(planned[part] for part in parts)

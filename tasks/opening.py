@@ -1,307 +1,261 @@
-"""From flags to a run: what is checked, read and planned before any weights are loaded, so that
-what is wrong is said at once.
+"""From flags to a policy and a task: the one way to open a model, for training, eval and chat.
 
-The idea. train.py has the loop; this is what stands before it. `prepare` gives a Setup: the
-settings with nothing left open, the tokenizer, the questions, the model's shape, a verifier, and a
-function that loads the weights. There are two ways to one: a built-in task with its base
-(`tiny_model`), and a model from --init with files of problems (`real_model`).
+A policy is model.GPT. It comes from one of three places:
+
+    nothing              the base model of a built-in task, made now or reused from out/ (base.py)
+    a run or checkpoint  out/solve-mgrpo-0, or its checkpoint.pt, or out/base-....pt
+    a Hugging Face model a folder with config.json, safetensors and a tokenizer; or a run's model/
+
+Everything that can be wrong with flags, files and tokenizer is found before the weights are read.
 """
 
-import dataclasses
-import importlib.util
-import math
 import os
-import shutil
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-
-from eval import MOST, ROWS, check_cache, check_counts, make_verifier, max_new_tokens
-from huggingface.prompts import model_folder, open_shape, open_weights
-from huggingface.tokenizer import build_encoding
-from huggingface.weights import library
-from model import ModelConfig, load_checkpoint
+from engine.workers import in_parallel
+from huggingface.prompts import RealConfig, model_folder, open_shape, open_weights
+from huggingface.weights import library, save_model
+from mgrpo import longest_phrase
 from runtime import distributed, memory
-from runtime.flags import BadInput, file_name, make_folder
-from runtime.log import say
-from tasks import base
-from tasks.base import base_model, base_path, pick_device, resolve
-from tasks.catalog import longest_phrase, task_of, token_limits
-from tasks.files import DataSet, names
+from runtime.checkpoints import load_checkpoint, save_checkpoint
+from runtime.device import compute_dtype, pick_device
+from runtime.flags import BadInput, check_fields, flag_name, kinds, read_json
+from sample import Sampler
+from tasks.base import BaseConfig, base_model, base_path, base_shape, new_model, with_context
+from tasks.catalog import TaskConfig, make_task
+from tasks.files import DataSet, make_verifier
+
+NEW_TOKENS = 1024  # of a real model's completion, unless asked otherwise
+PROMPT_TOKENS = 512  # of a real model's prompt, unless asked otherwise
 
 
-class Setup(NamedTuple):
-    """What a run needs to know before any weights are there."""
+def open_model_and_task(model="", *, data=(), eval_data=(), **options):
+    """-> policy, task. For the options see `open_model_and_tasks`.
 
-    c: Any  # train.Config with nothing left open
-    encoding: Any
-    task: Any  # of tasks.py, or a data.DataSet
-    shape: ModelConfig
-    # (where a run that goes on had it from, if it does) -> the policy, where it came from
-    load: Any
-    verifier: Any
-
-
-def validate(c):
-    """BadInput for values that cannot work together, with the consequence and the way out."""
-    least = dict.fromkeys(
-        (
-            "cache_tokens",
-            "max_new_tokens",
-            "lr",
-            "kl_coef",
-            "layer2_weight",
-            "save_every",
-            "resample",
-            "look_questions",
-            "eval_every",
-            "transcripts",
-        ),
-        0,
-    ) | dict(eval_questions=2)
-    least |= dict.fromkeys(
-        (
-            "tokens",
-            "prompts",
-            "attempts",
-            "corrections",
-            "epochs",
-            "minibatches",
-            "tokens_per_microbatch",
-            "keep",
-            "prompt_tokens",
-        ),
-        1,
-    )
-    for name, smallest in least.items():
-        if not smallest <= getattr(c, name) < math.inf:
-            raise BadInput(
-                f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number of at least "
-                f"{smallest}"
-            )
-    check_counts(
-        dict(
-            eval_questions=c.eval_questions,
-            look_questions=c.look_questions,
-            resample=c.resample,
-            epochs=c.epochs,
-        )
-    )
-    rows = c.prompts * c.attempts * (1 + c.corrections)
-    if rows > MOST:
-        raise BadInput(
-            f"--prompts {c.prompts}, --attempts {c.attempts} and --corrections {c.corrections} "
-            f"make {rows:,} rows a step: "
-            f"lower them to {MOST:,} at most"
-        )
-    if c.layers not in (1, 2):
-        raise BadInput(f"--layers {c.layers}: 1 is GRPO, 2 is MGRPO")
-    if c.layers == 2 and c.corrections == 1 and c.group == "attempt" and c.failed != "raw":
-        raise BadInput(
-            "--corrections 1: an attempt's only correction has no siblings to be better than, so "
-            "layer 2 would learn "
-            "nothing; use --corrections 2 or more, --group question, or --failed raw"
-        )
-    if c.layers == 1 and c.attempts == 1:
-        raise BadInput(
-            "--attempts 1: a single answer has no siblings to be better than; use --attempts 2 or "
-            "more"
-        )
-    if c.prompts % (c.minibatches * distributed.size()):
-        among = f" on each of {distributed.size()} processes" if distributed.size() > 1 else ""
-        raise BadInput(
-            f"--prompts {c.prompts} does not divide into --minibatches {c.minibatches}{among}: "
-            "choose a multiple of "
-            f"{c.minibatches * distributed.size()}"
-        )
-    if c.failed == "raw" and c.group == "question":
-        raise BadInput(
-            "--failed raw takes the reward itself as advantage, so --group question would change "
-            "nothing; drop one of them"
-        )
-    if not 0 < c.temperature < math.inf:
-        raise BadInput(
-            f"--temperature {c.temperature}: rollouts must be sampled; greedy ones are all alike "
-            "and teach nothing"
-        )
-    if (
-        c.compile
-        and not torch.cuda.is_available()
-        and not any(map(shutil.which, ("g++", "clang++")))
-    ):
-        raise BadInput(
-            "--compile: torch.compile needs a C++ compiler here (g++ or clang++), and there is "
-            "none; leave it out"
-        )
-    if c.look_questions == 1:
-        raise BadInput(
-            "--look-questions 1: an accuracy with an error needs at least 2 questions (or 0: no "
-            "looks)"
-        )
-    if c.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise BadInput(
-            "--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out "
-            "(report.html has its curves)"
-        )
-    if not 0 <= c.format_weight <= 0.5:
-        raise BadInput(
-            f"--format-weight {c.format_weight} is not in [0, 0.5]: form could pay better than "
-            "being right"
-        )
-    if not 0 < c.clip_low < 1 or not 0 < c.clip_high < math.inf:
-        raise BadInput(
-            f"--clip-low {c.clip_low} must lie in (0, 1) and --clip-high {c.clip_high} above 0"
-        )
-    file_name("name", c.name)
-
-
-def method(c):
-    return "MGRPO" if c.layers == 2 else "GRPO"
-
-
-def prepare(c):
-    """Checks the config and reads all but the weights, so that what is wrong is said at once ->
-    Setup."""
-    validate(c)
-    measured, c = c.dtype == "auto" and pick_device(c.device) == "cpu", resolve(c)
-    name = Path(os.path.abspath(c.init)).name if c.init else c.task
-    c = dataclasses.replace(
-        c,
-        name=c.name or f"{name}-{method(c).lower()}-{c.seed}",
-        recompute={"auto": "yes" if c.init else "no"}.get(c.recompute, c.recompute),
-    )
-    say(
-        f"{c.device}, {c.dtype} compute over float32 "
-        f"masters{' (measured to be the faster here)' if measured else ''}"
-    )
-    setup = (real_model if c.init else tiny_model)(c)
-    check_cache(c.cache_tokens, row_tokens(setup))
-    distributed.agree("settings", setup.c)
-    distributed.agree(
-        "questions to learn from",
-        [problem.question for problem in getattr(setup.task, "splits", dict(train=()))["train"]],
-    )
-    say(str(setup.task))
-    make_folder("out")
-    return setup
-
-
-def tiny_model(c):
-    """A built-in task, and its base from out/ or yet to be made -> Setup."""
-    task, encoding, longest = task_of(c), build_encoding(), token_limits(task_of(c))[1]
-    if c.max_new_tokens > longest:
-        raise BadInput(
-            f"--max-new-tokens {c.max_new_tokens}: a question and two such completions may not fit "
-            "the context of this task's "
-            f"model; use at most {longest}, or 0 for that"
-        )
-    c = dataclasses.replace(c, max_new_tokens=c.max_new_tokens or longest)
-    shape = base.shape_for(c, encoding, task)
-    return Setup(c, encoding, task, shape, lambda began=None: base_of_rank0(c, shape, began), None)
-
-
-def base_of_rank0(c, shape, began=None):
-    """The base of a built-in task, made or found by rank 0, on every rank -> model, its path.
-
-    began: of a run that goes on, the path of the base that it began with; "" if it needs none, and
-    any model of this shape will do. BadInput when that base is not there and would not be made by
-    this code.
+    data: files to train on; eval_data: files to evaluate on. Both are for real models.
     """
-    if began == "" or distributed.rank():
-        model, path = base.new_model(c, shape), began or ""
-    elif began is None or str(base_path(base_config(c))) == began:
-        model, _, path = base_model(base_config(c), say)
+    policy, tasks = open_model_and_tasks(model, sets=[(data, eval_data)], **options)
+    return policy, tasks[0]
+
+
+def open_model_and_tasks(
+    model="",
+    *,
+    sets=(),
+    weights=True,
+    puzzle=TaskConfig(),
+    base=BaseConfig(),
+    real=RealConfig(),
+    device="auto",
+    dtype="auto",
+    max_new_tokens=0,
+    turns=2,
+    say=print,
+):
+    """-> policy (model.GPT), [task, ...] (see tasks/problems.py).
+
+    model: see this file's docstring. sets: (files to train on, files to evaluate on) of each task;
+    a built-in task takes none. weights: False makes a model without reading weights, for a run
+    whose weights are elsewhere. puzzle, base: of a base. real: of a Hugging Face model. turns:
+    answers in a row that must fit the context. BadInput names what is wrong and the remedy.
+
+    The policy has `origin` (where it came from), and `folder` and `prefix` for files about it.
+    """
+    device = pick_device(device)
+    # Rank 0 measures for all: ranks must not compute in different types.
+    measured = dtype == "auto" and device == "cpu"
+    dtype = distributed.broadcast_object(lambda: compute_dtype(dtype, device))
+    note = " (measured to be the faster here)" if measured else ""
+    say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
+    path = Path(model)
+    if not model:
+        policy, task = open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say)
+        tasks = [task]
+    elif path.is_file() or (path / "checkpoint.pt").exists():
+        path = path if path.is_file() else path / "checkpoint.pt"
+        policy, task = open_checkpoint(path, real, device, dtype, max_new_tokens, turns)
+        tasks = [task]
     else:
-        try:
-            model, path = load_checkpoint(began, getattr(torch, c.dtype), c.device)[0], began
-        except (FileNotFoundError, ValueError) as error:
-            why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        policy, tasks = open_real(
+            path, sets, real, device, dtype, max_new_tokens, turns, weights, say
+        )
+    for task in tasks:
+        distributed.agree("questions", [p.question for p in task.held_out(16)])
+        say(str(task))
+    return policy, tasks
+
+
+# ---- the three places ----------------------------------------------------------------------------
+
+
+def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say):
+    """The base model of a built-in task; rank 0 makes or finds it -> policy, task."""
+    task, name = make_task(puzzle, max_new_tokens), str(dtype).removeprefix("torch.")
+    path = base_path(puzzle, base, device, name)
+    if weights and distributed.rank() == 0:
+        policy, _, path = base_model(puzzle, base, device, name, say, turns)
+    else:
+        shape = base_shape(make_task(puzzle), base.depth, turns)
+        policy = new_model(shape, base.base_seed, device, name)
+    if weights:
+        distributed.broadcast(policy)
+    policy.origin, policy.folder, policy.prefix = str(path), path.parent, f"{path.stem}-"
+    return policy, task
+
+
+def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
+    """The checkpoint.pt of a run on a built-in task, or a base -> policy, task."""
+    for field in fields(RealConfig):
+        if getattr(real, field.name) not in (field.default, 0):
             raise BadInput(
-                f"{began}, the base that this run began with and that its KL term needs: {why}; "
-                "this code would make "
-                "another, so bring it back, or start a new run"
-            ) from None
-    return model if began == "" else distributed.broadcast(model), path
+                f"{flag_name(field.name)}: {path} was trained on a built-in task, which has its "
+                "own; leave it out"
+            )
+    try:
+        policy, extra = load_checkpoint(path, dtype, device)
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path}: there is no such file; `python train.py` makes out/<run>"
+        ) from None
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    where = f"{path}: what it was trained on"
+    if "config" not in extra:
+        raise BadInput(f"{path} does not name its task: it is no checkpoint of a run or a base")
+    check_fields(extra["config"], kinds(TaskConfig) | dict(max_new_tokens=int), where)
+    settings = {field.name: extra["config"][field.name] for field in fields(TaskConfig)}
+    try:
+        puzzle = TaskConfig(**settings)
+        longest = make_task(puzzle).max_new_tokens
+        trained = min(extra["config"]["max_new_tokens"], longest)
+        task = make_task(puzzle, max_new_tokens or max(trained, 0))
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+    if task.encoding.max_token_value >= policy.config.vocab_size:
+        raise BadInput(
+            f"{path}: its vocabulary of {policy.config.vocab_size} is not that of the built-in "
+            "tasks"
+        )
+    policy = with_context(policy, row_tokens(task, turns))
+    policy.origin, policy.folder = str(path), path.parent
+    policy.prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
+    return policy, task
 
 
-def real_model(c):
-    """The model of --init with the questions of --data -> Setup."""
-    folder = model_folder(c.init)
-    shape, encoding = open_shape(folder, c.template)
-    c = dataclasses.replace(
-        c,
-        max_new_tokens=max_new_tokens(shape, encoding, c.prompt_tokens, c.max_new_tokens),
-        template=encoding.template_name,
-    )
-    task = DataSet(names(c.data), encoding, c.prompt_tokens, names(c.eval_data), say)
-    library()  # missing? say so before the weights are needed
-    load = lambda began=None: (
-        open_weights(folder, shape, encoding, getattr(torch, c.dtype), c.device),
-        c.init,
-    )
-    return Setup(c, encoding, task, shape, load, make_verifier(c.verifier))
-
-
-def plan(setup, total):
-    """memory.plan for the flags of a run on a device with `total` bytes."""
-    c, shape, phrase = setup.c, setup.shape, longest_phrase(setup.encoding)
-    prompt = c.prompt_tokens if c.init else shape.context - 2 * c.max_new_tokens - phrase
-    return memory.plan(
+def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, weights, say):
+    """A folder in Hugging Face's format, or a run that has one as its model/ -> policy, tasks."""
+    path = model_folder(folder)
+    # out/run and out/run/model: a run knows its own prompts and completions.
+    runs = [parent for parent in (path.parent, folder) if (parent / "metrics.jsonl").exists()]
+    trained = run_settings(runs[0]) if runs else {}
+    shape, encoding = open_shape(path, real.template)
+    prompt_tokens = real.prompt_tokens or trained.get("prompt_tokens", PROMPT_TOKENS)
+    new_tokens = fitting_new_tokens(
         shape,
-        compute=getattr(torch, c.dtype),
-        tokens=c.tokens_per_microbatch,
-        prompts=c.prompts,
-        attempts=c.attempts,
-        corrections=c.corrections,
-        prompt=prompt,
-        completion=c.max_new_tokens,
-        layers=c.layers,
-        cache_tokens=c.cache_tokens,
-        reference=c.kl_coef > 0,
-        recompute=c.recompute == "yes",
-        offload=c.offload_optimizer,
-        device=c.device,
-        total=total,
-        phrase=phrase,
-        ranks=distributed.size(),
+        prompt_tokens,
+        longest_phrase(encoding),
+        max_new_tokens or trained.get("max_new_tokens", 0),
+        turns,
     )
+    if not sets:
+        raise BadInput("--data is missing: give files of questions, say --data gsm8k/test.jsonl")
+    known = trained_on(trained, encoding, say)
+    tasks = [
+        DataSet(
+            paths,
+            encoding,
+            prompt_tokens,
+            held_out,
+            max_new_tokens=new_tokens,
+            verifier=make_verifier(real.verifier),
+            known=frozenset() if paths else known,
+            say=say,
+        )
+        for paths, held_out in sets
+    ]
+    library()  # missing? found before the weights are needed
+    policy = open_weights(path, shape, encoding, dtype, device)
+    policy.origin, policy.folder = str(folder), runs[0] if runs else Path("out")
+    policy.prefix = "" if runs else f"{folder.resolve().name}-"
+    return policy, tasks
 
 
-def row_tokens(setup):
-    """Tokens of the longest row: prompt, two completions, a phrase."""
-    c = setup.c
-    return (
-        c.prompt_tokens + 2 * c.max_new_tokens + longest_phrase(setup.encoding)
-        if c.init
-        else setup.shape.context
+def run_settings(run):
+    """config.json of a run on data sets, as a dict whose fields were checked."""
+    path = run / "config.json"
+    settings = read_json(path, "a run has one")
+    wanted = dict(
+        prompt_tokens=int, max_new_tokens=int, data=tuple[str, ...], eval_data=tuple[str, ...]
     )
+    check_fields(settings, wanted, path)
+    if settings["prompt_tokens"] < 1 or settings["max_new_tokens"] < 0:
+        raise BadInput(f"{path}: prompt_tokens must be at least 1, and max_new_tokens at least 0")
+    return settings
 
 
-def wanted_tokens(setup):
-    """Tokens that a rollout would have cached at a time, or a batch of evaluation."""
-    c = setup.c
-    rollout = memory.kv_tokens(
-        len(distributed.share(c.prompts)),
-        c.attempts,
-        c.corrections,
-        c.prompt_tokens,
-        c.max_new_tokens,
-        c.layers,
-    )
-    return max(rollout, min(c.eval_questions, ROWS) * row_tokens(setup)) if c.init else 0
+def trained_on(settings, encoding, say):
+    """The canonical questions that a run with these settings trained on; none for a model that is
+    no run's. Evaluation leaves them out."""
+    if not settings:
+        return frozenset()
+    data, eval_data = settings["data"], settings["eval_data"]
+    if not all(os.path.exists(name) for name in [*data, *eval_data]):
+        say(
+            f"data: the run was trained on {', '.join(data)}, which is not there now: questions "
+            "that it knows cannot be left out"
+        )
+        return frozenset()
+    quiet = lambda text: None
+    trained = DataSet(data, encoding, settings["prompt_tokens"], eval_data, say=quiet)
+    return frozenset(trained.canonical(problem) for problem in trained.splits["train"])
 
 
-def later(planned):
-    """Bytes that a step will take after the sampler has looked how much is free: gradients, Adam,
-    activations, logits, gathered blocks."""
-    return planned["masters and gradients"] // 2 + sum(
-        planned[what] for what in ("Adam", "gathered", "activations", "logits")
-    )
+def fitting_new_tokens(shape, prompt_tokens, phrase, asked, turns):
+    """Tokens of a completion such that a prompt, `turns` of them and the phrases fit the context.
+
+    -> `asked` if that fits; what fits, at most NEW_TOKENS, for 0. BadInput if it does not fit.
+    """
+    room = (shape.context - prompt_tokens - (turns - 1) * phrase) // turns
+    if room < max(asked, 1):
+        raise BadInput(
+            f"--prompt-tokens {prompt_tokens} and {turns} times --max-new-tokens {asked or 1} do "
+            f"not fit the model's context of {shape.context}, with {turns - 1} phrases of {phrase}: "
+            f"lower one of them (completions may have {max(room, 0)} here)"
+        )
+    return asked or min(NEW_TOKENS, room)
 
 
-def base_config(c):
-    """The part of a config that makes the base."""
-    return base.Config(
-        **{field.name: getattr(c, field.name) for field in dataclasses.fields(base.Config)}
-    )
+# ---- what goes with a policy ---------------------------------------------------------------------
+
+
+def row_tokens(task, turns):
+    """Tokens of the longest row: a prompt, `turns` completions, a phrase between two."""
+    phrases = (turns - 1) * longest_phrase(task.encoding)
+    return task.prompt_tokens + turns * task.max_new_tokens + phrases
+
+
+def make_sampler(policy, cache_tokens, longest, wanted=0, reserved=0):
+    """A Sampler whose KV cache holds at least one row of `longest` tokens.
+
+    cache_tokens: the flag, 0 for no limit. wanted: tokens that a call would have cached; a CPU
+    without room for them gets a limit, and rows wait their turn. reserved: bytes of CUDA memory
+    that the cache must leave free.
+    """
+    if 0 < cache_tokens < longest:
+        raise BadInput(
+            f"--cache-tokens {cache_tokens}: a row may need {longest}; use that or more, or 0"
+        )
+    if not cache_tokens and policy.cos.device.type == "cpu":
+        room = memory.cache_room(policy.config, policy.compute)
+        cache_tokens = max(room, longest) if wanted > room else 0
+    return in_parallel(Sampler(policy, cache_tokens=cache_tokens, reserved=reserved))
+
+
+def save_policy(policy, folder, weights, settings):
+    """Saves the model of a run as it came: a built-in task's as checkpoint.pt, a real one in
+    Hugging Face's format. weights: whole, {name: tensor}; settings: the run's, a flat dict."""
+    if hasattr(policy, "prompt_template"):
+        save_model(policy, folder / "model", policy.compute, weights)
+    else:
+        save_checkpoint(folder / "checkpoint.pt", policy, weights, config=settings)

@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
 
-from huggingface.tokenizer import build_encoding
+from tasks.tokenizer import build_encoding
 from model import GPT, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,11 @@ END = build_encoding().eot_token
 
 def command(*words):
     """The command line of a script: train.py or eval.py by path, tools.chat and others by module."""
-    return [sys.executable, *([str(ROOT / words[0])] if words[0].endswith(".py") else ["-m", words[0]]), *words[1:]]
+    return [
+        sys.executable,
+        *([str(ROOT / words[0])] if words[0].endswith(".py") else ["-m", words[0]]),
+        *words[1:],
+    ]
 
 
 def script(cwd, *words, threads=1):

@@ -1,5 +1,6 @@
-"""Expressions: how they are read, and when two are equal."""
+"""Expressions: how they are parsed, and which two are equal."""
 
+import gc
 import random
 from fractions import Fraction
 
@@ -19,7 +20,7 @@ from verifier.algebra import (
     is_unfinished,
     proportional,
     root_of_minus_one,
-    values,
+    values_at_points,
 )
 from verifier.latex import Unreadable, clean, parse
 
@@ -77,7 +78,7 @@ def parsed(*texts):
         (r"\binom{n}{k}", r"\frac{n!}{k!(n-k)!}"),
     ],
 )
-def test_equal(first, second):
+def test_equal_expressions(first, second):
     """Catches false negatives in every way of evaluating, and an order that matters."""
     a, b = parsed(first, second)
     assert equal(a, b) and equal(b, a) and equal(a, a)
@@ -136,7 +137,7 @@ def test_equal(first, second):
         ("f(x)", "g(x)"),
     ],
 )
-def test_different(first, second):
+def test_different_expressions(first, second):
     """Catches false positives: tolerances for exact numbers, floats that overflow to the same,
     residues taken for integers."""
     a, b = parsed(first, second)
@@ -185,37 +186,31 @@ def test_different(first, second):
         r"2\frac{1}{2}3",
     ],
 )
-def test_unreadable(text):
-    """Catches a parser that guesses: what is not an expression of the subset must not become
-    one."""
+def test_text_outside_of_the_subset_is_unreadable(text):
+    """Catches a parser that guesses an expression where there is none."""
     with pytest.raises(Unreadable):
         parse(clean(text))
 
 
-def test_trees_keep_what_is_written():
+def test_precedence_is_that_of_latex():
     """Catches precedence and arguments gone wrong: \\frac12 takes one digit each, a minus is
     outside of a mixed number and of a power."""
-    assert evaluate(parse(r"\frac12").tree, EXACT) == Fraction(1, 2) and evaluate(
-        parse(r"\frac1{72}").tree, EXACT
-    ) == Fraction(1, 72)
-    assert (
-        evaluate(parse(r"\frac{72}5").tree, EXACT) == Fraction(72, 5)
-        and evaluate(parse("-2^2").tree, EXACT) == -4
-    )
-    assert evaluate(parse(r"-1\frac12").tree, EXACT) == Fraction(-3, 2) and evaluate(
-        parse("2/3/4").tree, EXACT
-    ) == Fraction(1, 6)
-    assert (
-        evaluate(parse("2-3-4").tree, EXACT) == -5
-        and evaluate(parse("2+3(4-1)^2/9").tree, EXACT) == 5
-    )
-    assert (
-        parse(r"x_1+y_{12}+\theta").names == {"x_1", "y_12", r"\theta"}
-        and parse(r"e+\pi+2").names == frozenset()
-    )
+    for text, value in (
+        (r"\frac12", "1/2"),
+        (r"\frac1{72}", "1/72"),
+        (r"\frac{72}5", "72/5"),
+        ("-2^2", "-4"),
+        (r"-1\frac12", "-3/2"),
+        ("2/3/4", "1/6"),
+        ("2-3-4", "-5"),
+        ("2+3(4-1)^2/9", "5"),
+    ):
+        assert evaluate(parse(text).tree, EXACT) == Fraction(value), text
+    assert parse(r"x_1+y_{12}+\theta").names == {"x_1", "y_12", r"\theta"}
+    assert parse(r"e+\pi+2").names == frozenset()
 
 
-def test_polynomials_against_integers():
+def test_polynomials_equal_their_reordered_sums():
     """Catches wrong modular arithmetic: 300 random polynomials, equal to their reordered sums and
     different from them plus one."""
     rng = random.Random(0)
@@ -225,15 +220,13 @@ def test_polynomials_against_integers():
             for _ in range(rng.randint(2, 6))
         ]
         first, second = "+".join(terms), "+".join(rng.sample(terms, len(terms)))
-        assert (
-            equal(*parsed(first, second))
-            and not equal(*parsed(first, second + "+1"))
-            and not equal(*parsed(first, second + "+x"))
-        )
+        assert equal(*parsed(first, second))
+        assert not equal(*parsed(first, second + "+1"))
+        assert not equal(*parsed(first, second + "+x"))
         assert equal(*parsed(rf"\sqrt{{{first}}}", rf"({second})^{{1/2}}"))
 
 
-def test_numbers_against_fractions():
+def test_sums_of_fractions_are_exact():
     """Catches arithmetic that is not exact: 300 random sums of fractions against Python's."""
     rng = random.Random(1)
     for _ in range(300):
@@ -248,18 +241,17 @@ def test_numbers_against_fractions():
         assert not equal(parse(text), parse(f"{text}+1/{10**30}"))
 
 
-def test_points_are_reproducible():
-    """Catches points from the clock or from Python's salted hash: a verdict must not depend on the
-    process or on the order."""
+def test_points_depend_on_the_two_texts_only():
+    """Catches points from the clock or from Python's salted hash: a verdict depends neither on the
+    process nor on the order."""
     a, b = parsed(r"\sin x", "x")
-    assert list(values(a, b)) == list(values(a, b))
-    assert [x for x, _, _ in values(a, b)] == [x for _, x, _ in values(b, a)]
-    assert algebra.chance("s", "x") == 119921562600028569162502981117393351470 and algebra.chance(
-        "s", "x"
-    ) != algebra.chance("s", "y")
+    assert list(values_at_points(a, b)) == list(values_at_points(a, b))
+    assert [x for x, _, _ in values_at_points(a, b)] == [x for _, x, _ in values_at_points(b, a)]
+    assert algebra.hash_number("s", "x") == 119921562600028569162502981117393351470
+    assert algebra.hash_number("s", "x") != algebra.hash_number("s", "y")
 
 
-def test_the_prime_has_an_i():
+def test_every_modulus_is_prime_and_has_a_root_of_minus_one():
     """Catches a modulus that is not prime, without a root of -1, or drawn from Python's salted
     hash: Fermat's test to twenty bases."""
     assert drawn_prime("s") == 671760126679764327887313817093 != drawn_prime("t")
@@ -270,10 +262,9 @@ def test_the_prime_has_an_i():
         assert root_of_minus_one(prime) ** 2 % prime == prime - 1
 
 
-def test_no_prime_is_known(monkeypatch):
-    """Catches a verdict that rests on a prime one can look up: the difference is a multiple of it,
-    or an exponent of it less one. And exponents so large that a text could be made for many primes
-    at once: then nothing is proved."""
+def test_a_known_prime_proves_nothing(monkeypatch):
+    """Catches a verdict that rests on a published prime: here the difference is a multiple of it.
+    Exponents may also be so large that one text holds for many primes: then nothing is proved."""
     for first, second in (
         (f"x^2+{PRIME}", "x^2"),
         (f"x^{{{PRIME}}}", "x"),
@@ -289,7 +280,7 @@ def test_no_prime_is_known(monkeypatch):
         equal(*parsed(f"x^{{{PRIME}}}", "x"))
 
 
-def test_equations_and_inequalities():
+def test_equations_are_equal_up_to_a_factor():
     """Catches equations compared by their sides, and signs lost when an inequality is multiplied by
     -1."""
 
@@ -316,9 +307,9 @@ def test_equations_and_inequalities():
     )
 
 
-def test_unfinished_arithmetic():
-    """Catches 17 \\times 23 accepted for 391, or a fraction, a power or a scientific number taken
-    for unfinished work."""
+def test_arithmetic_left_to_do_is_unfinished():
+    """Catches 17 \\times 23 accepted for 391; and a fraction, a power or a scientific number taken
+    for unfinished."""
     for text in (
         r"17\times 23",
         "2+3",
@@ -380,9 +371,8 @@ def test_unfinished_arithmetic():
     assert not is_unfinished(*parsed(r"\sin\frac{5\pi}{6}")[0][:1], number=True)
 
 
-def test_the_deadline(monkeypatch):
-    """Catches a comparison that does not look at the clock, and a deadline that outlives its
-    comparison."""
+def test_a_comparison_ends_at_its_deadline(monkeypatch):
+    """Catches a comparison that never checks the clock, and a deadline that outlives it."""
     now = iter(range(1000))
     monkeypatch.setattr(algebra, "clock", lambda: next(now) * algebra.SECONDS / 8)
     a, b = parsed(
@@ -393,7 +383,7 @@ def test_the_deadline(monkeypatch):
     assert equal(a, b)
 
 
-def test_sizes_are_bounded(monkeypatch):
+def test_exact_numbers_are_bounded(monkeypatch):
     """Catches numbers that grow without bound: towers of powers and factorials never come to more
     than BITS bits in exact arithmetic."""
     seen, number = [], algebra.Exact.number
@@ -422,13 +412,9 @@ def test_sizes_are_bounded(monkeypatch):
         evaluate(parse("501!").tree, EXACT)
 
 
-def test_the_garbage_collector_is_not_the_answers_fault():
-    """Catches comparisons that fail because Python cleaned up a large heap in their 50 ms (seen
-    once in 5,000 under hypothesis); and a collector that stays off."""
-    import gc
-
-    from verifier import algebra
-
+def test_the_garbage_collector_waits_for_a_comparison():
+    """Catches comparisons that time out while Python collects a large heap (once in 5,000 under
+    hypothesis), and a collector that stays off."""
     with algebra.deadline:
         assert not gc.isenabled()
     assert gc.isenabled()

@@ -20,12 +20,13 @@ from test_prompts import TOKENS, make_folder
 
 from eval import two_turns
 from huggingface.prompts import open_tokenizer
-from huggingface.tokenizer import PHRASES
-from mgrpo import Sampling, draw_phrases
-from model import GPT, ModelConfig, save_checkpoint
+from huggingface.weights import save_model
+from mgrpo import PHRASES, Sampling, draw_phrases, phrase_text
+from model import GPT, ModelConfig
+from runtime.checkpoints import save_checkpoint
 from runtime.flags import BadInput, guarded
 from sample import Sampler
-from tasks.catalog import draw, make_task, phrase_text
+from tasks.legacy import draw, make_task
 from tools import chat
 from tools.chat import Config, Dialogue, Partner, Stream, inert, open_partner, split_gold, verdict
 
@@ -244,7 +245,7 @@ def test_a_dialogue_is_an_evaluation(dialogue, encoding, capsys):
     against eval.two_turns."""
     talk, task = dialogue(seed=5), make_task("solve")
     problems = [draw(task, "held out", 5, i) for i in range(2)]
-    expected = two_turns(Sampler(tiny(), workers=1), encoding, problems, Sampling(20, 1.0, 5))
+    expected = two_turns(Sampler(tiny()), encoding, problems, Sampling(20, 1.0, 5))
     for i, problem in enumerate(problems):
         talk.take("  ")
         out = capsys.readouterr().out
@@ -255,7 +256,7 @@ def test_a_dialogue_is_an_evaluation(dialogue, encoding, capsys):
             == f"{problem.question}\n{first}\n{verdict_of(expected[0], i, problem)}» {phrase}{second}\n{verdict_of(expected[1], i, problem)}"
         )
         assert talk.layer.completions.ids == [expected[1].completions.ids[i]]
-    assert talk.number == 2 and talk.sampler.seen is None and talk.sampler.crew is None
+    assert talk.number == 2 and talk.sampler.seen is None
 
 
 def verdict_of(layer, row, problem):
@@ -335,7 +336,7 @@ def test_again_continues_all_there_was(dialogue, encoding, capsys):
             talk.layer.completions.prompts == [prompt] and f"» {phrase}" in capsys.readouterr().out
         )
         assert (
-            Sampler(tiny(), workers=1).generate([prompt], 1, 12, 0.0).ids
+            Sampler(tiny()).generate([prompt], 1, 12, 0.0).ids
             == talk.layer.completions.ids
         )
     assert talk.number == 1
@@ -623,7 +624,7 @@ def test_a_real_model(tmp_path, monkeypatch, capsys):
     source = make_folder(tmp_path / "source", TOKENS["chatml"], dict(eos_token_id=258))
     model, folder = tiny(1024, vocabulary=320, end=258), tmp_path / "run"
     model.source = source
-    model.save_pretrained(folder / "model", torch.float32)
+    save_model(model, folder / "model", torch.float32)
     flags = dict(device="cpu", dtype="float32")
     alone = open_partner(Config(str(folder / "model"), **flags))
     # beside a prompt of 512

@@ -22,17 +22,19 @@ from conftest import PATIENCE, ROOT, script
 
 import heldout
 import train
-from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from model import GPT, ModelConfig
 from runtime import checkpoints, log
 from runtime.checkpoints import (
     Progress,
     Stop,
     alone_in,
     check_state,
+    load_checkpoint,
     load_state,
     newest_state,
     resumed_run,
     resumed_settings,
+    save_checkpoint,
     save_state,
     saved,
 )

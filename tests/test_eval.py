@@ -15,7 +15,8 @@ from mgrpo import Sampling
 from runtime.flags import BadInput
 from runtime.transcripts import Dialogues
 from tables import details, mean_and_error, pass_at, several, summarise, table
-from tasks.catalog import Problem, make_task
+from tasks.legacy import make_task
+from tasks.problems import Problem
 
 
 def test_transitions_by_hand():

@@ -1,5 +1,7 @@
-"""Property-based fuzzing of what reads text from others: the verifier and the JSONL loader.
-EXAMPLES=100000 pytest tests/test_fuzz.py for a long run."""
+"""Property-based fuzzing of the code that reads foreign text: the verifier and the JSONL loader.
+
+EXAMPLES=100000 pytest -m extra tests/test_fuzz.py      # a long run
+"""
 
 import json
 import os
@@ -7,7 +9,7 @@ import re
 
 import pytest
 
-from reward import Reward, extract_answer, score
+from reward import extract_answer, score
 from runtime.flags import BadInput
 from tasks.files import read_problems
 
@@ -17,95 +19,23 @@ hypothesis = pytest.importorskip(
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-pytestmark = pytest.mark.extra
+pytestmark = [pytest.mark.extra, pytest.mark.slow]
 long = settings(
     max_examples=int(os.environ.get("EXAMPLES", 1500)),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-BITS = [
-    r"\boxed{",
-    "}",
-    "{",
-    "<answer>",
-    "</answer>",
-    "<think>",
-    "</think>",
-    "#### ",
-    r"\frac",
-    r"\sqrt",
-    "^",
-    "_",
-    "(",
-    ")",
-    "[",
-    "]",
-    ",",
-    ";",
-    "=",
-    "<",
-    ">",
-    "+",
-    "-",
-    "*",
-    "/",
-    "!",
-    ".",
-    "%",
-    r"\$",
-    "$",
-    " ",
-    "0",
-    "1",
-    "7",
-    "12",
-    "1,000",
-    "3.5",
-    "1e9",
-    "9" * 40,
-    "x",
-    "y",
-    "n",
-    "i",
-    r"\pi",
-    "e",
-    r"\infty",
-    r"\pm",
-    r"\cup",
-    r"\text{",
-    "cm",
-    r"\sin",
-    r"\log",
-    r"\binom",
-    r"\begin{pmatrix}",
-    "&",
-    r"\\",
-    r"\end{pmatrix}",
-    r"\left(",
-    r"\right)",
-    r"\overline{",
-    "π",
-    "√",
-    "−",
-    "½",
-    "３",
-    "\x00",
-    "\n",
-    "np.",
-    "__import__('os')",
-    r"\cdot 10^{",
-    "**",
-    "or",
-    "and",
-    r"\leq",
-    r"\neq",
-    "mod",
-    "|",
-    r"\lfloor",
-    r"\rfloor",
-]
-fragments = st.lists(st.sampled_from(BITS), max_size=40).map("".join)
+BITS = r"""
+    \boxed{ } { <answer> </answer> <think> </think> \frac \sqrt ^ _ ( ) [ ] , ; = < > + - * / ! . %
+    \$ $ 0 1 7 12 1,000 3.5 1e9 9999999999999999999999999999999999999999 x y n i \pi e \infty \pm
+    \cup \text{ cm \sin \log \binom \begin{pmatrix} & \\ \end{pmatrix} \left( \right) \overline{ π √
+    − ½ ３ np. __import__('os') ** or and \leq \neq mod | \lfloor \rfloor \dfrac \sqrt[3] \{ \} : 2
+    999 0.5 \ln \in \text{cm} \text{or} \% ^\circ \overline {,} \! \, \approx \mathbb{R} \emptyset
+    e9 10^ ^{99} \cdot \times ² ٣ \sum_{k=1}^{9} five \langle \rangle a_1 ' 3:30 1011_2 \0
+"""
+SPACED = ["#### ", " ", "\x00", "\n", "\\cdot 10^{"]
+fragments = st.lists(st.sampled_from([*BITS.split(), *SPACED]), max_size=40).map("".join)
 golds = st.one_of(
     st.sampled_from(
         [
@@ -139,35 +69,23 @@ golds = st.one_of(
 )
 @example(r"\boxed{" + "!" * 900 + "}", "5")
 @example(r"\boxed{" + "(" * 400 + "6" + ")" * 400 + "}", "6")
-def test_no_answer_breaks_the_verifier(response, gold):
-    """Catches an exception, and a comparison that hits its deadline of 50 ms of CPU time: both come
-    out as `failed`."""
-    found = score(response, gold, 0.5)
-    assert (
-        isinstance(found, Reward)
-        and found.failed == 0
-        and found.accuracy in (0, 1)
-        and 0 <= found.total <= 1.5
-    )
+def test_every_response_gets_a_verdict_in_time(response, gold):
+    """Catches an exception, and a comparison that reaches its deadline of 50 ms of CPU time: both
+    give `failed`."""
+    reward = score(response, gold, 0.5)
+    assert reward.failed == 0 and reward.accuracy in (0, 1) and 0 <= reward.total <= 1.5
     answer = extract_answer(response)
     assert answer is None or (isinstance(answer, str) and answer == answer.strip())
 
 
 @long
 @given(fragments.filter(lambda text: text.strip() and len(text) < 900))
-def test_what_is_right_for_one_is_right_for_the_other(text):
-    """Catches a comparison that depends on which side is the gold: whatever equals itself does so
-    in a box and in a tag."""
-    if (
-        "boxed" not in text
-        and "answer" not in text
-        and "think" not in text
-        and not re.search(r"[{}]", re.sub(r"\\[\\{}]", "", text))
-    ):
-        assert (
-            score(rf"\boxed{{{text}}}", text).accuracy
-            == score(f"<answer>{text}</answer>", text).accuracy
-        )
+def test_box_and_tag_get_the_same_accuracy(text):
+    """Catches an answer that loses something in a box or in a tag."""
+    without_sets = re.sub(r"\\[\\{}]", "", text)
+    if not re.search(r"boxed|answer|think|[{}]", without_sets):
+        in_box, in_tag = score(rf"\boxed{{{text}}}", text), score(f"<answer>{text}</answer>", text)
+        assert in_box.accuracy == in_tag.accuracy
 
 
 values = st.recursive(
@@ -206,8 +124,7 @@ rows = st.dictionaries(
     )
 )
 def test_no_file_breaks_the_loader(tmp_path_factory, lines):
-    """Catches a traceback for a line that nobody thought of: a file is read, or refused in one
-    sentence."""
+    """Catches a traceback: every file is either read or refused in one sentence."""
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:

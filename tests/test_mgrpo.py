@@ -24,7 +24,7 @@ from mgrpo import (
     targets,
 )
 from model import GPT, ModelConfig
-from tasks.catalog import Problem
+from tasks.problems import Problem
 
 GOLDEN = SHARED / "golden" / "trl_loss.json"
 

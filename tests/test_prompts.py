@@ -139,7 +139,7 @@ def test_a_question_cannot_forge_a_turn(tmp_path):
         (["<|endoftext|>"], [256], "words"),
     ],
 )
-def test_which_template(special, ends, name, tmp_path):
+def test_the_end_token_chooses_the_template(special, ends, name, tmp_path):
     """Catches a base model that is put questions in a format it never saw, and an instruct model in
     the base's."""
     encoding, found = open_tokenizer(
@@ -164,7 +164,7 @@ def test_begin_of_text_comes_once(tmp_path):
         assert ids[0] == 256 and ids.count(256) == 1, name
 
 
-def test_ends_of_both_files(tmp_path):
+def test_end_tokens_of_both_files_count(tmp_path):
     """Catches generation_config.json ignored: there Qwen's instruct models keep their second end
     token."""
     folder = make_folder(
@@ -176,7 +176,7 @@ def test_ends_of_both_files(tmp_path):
     assert end_tokens(folder) == (258, 256)
 
 
-def test_what_a_model_was_trained_on_is_remembered(tmp_path):
+def test_a_saved_model_keeps_its_template(tmp_path):
     """Catches a base model that we trained on the paper's template read back as an instruct model:
     it now ends with <|im_end|>."""
     folder = make_folder(
@@ -197,15 +197,15 @@ def test_what_a_model_was_trained_on_is_remembered(tmp_path):
         (["not", "an object"], "plain", "config.json is damaged"),
     ],
 )
-def test_what_cannot_be_asked(config, template, says, tmp_path):
+def test_prompts_without_tokens_or_ends_are_refused(config, template, says, tmp_path):
     """Catches a template that the tokenizer cannot write, and completions that nothing ends."""
     with pytest.raises(BadInput, match=says.replace("|", r"\|")):
         open_tokenizer(make_folder(tmp_path / "m", TOKENS["chatml"], config), template)
 
 
 def test_the_papers_template_by_hand():
-    """Catches words of the template changed: the frame of shared knowledge, with a line break
-    before each end."""
+    """Catches words of the template changed: a ChatML frame, with a line break before each
+    end."""
     text = "".join(prompts.paper("Q"))
     assert (
         text
@@ -215,7 +215,7 @@ def test_the_papers_template_by_hand():
 
 
 def test_prompts_shows_the_prompt(tmp_path, monkeypatch, capsys):
-    """Catches a script that only its author can run, and a traceback for a wrong call."""
+    """Catches a command that only its author can run, and a traceback for a wrong call."""
     monkeypatch.setattr(
         sys,
         "argv",

@@ -2,6 +2,7 @@
 one command."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import eval as evaluation
 import heldout
 import train
 from runtime.flags import BadInput, guarded
-from tasks import base as pretrain
+from tools import tiny_qwen
 
 FLOAT = ("--dtype", "float32", "--device", "cpu")
+WORDS = ("--data", "train.jsonl", "--tokenizer", "tokenizer")
 SMALL = ("--prompt-tokens", "640", "--max-new-tokens", "24")
 
 
@@ -36,8 +38,8 @@ def problems(count, first=0):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """pretrain.py --data, train.py --init, eval.py --init in a folder of its own -> folder, what
-    each printed."""
+    """tools.tiny_qwen, train.py --init, eval.py --init in a folder of its own -> folder, what each
+    printed."""
     pytest.importorskip(
         "safetensors", reason="needs safetensors: pip install -r requirements-extra.txt"
     )
@@ -54,7 +56,7 @@ def walked(tmp_path_factory):
     printed = [
         script(
             folder,
-            "pretrain.py",
+            "tools.tiny_qwen",
             "--data",
             "train.jsonl",
             "--tokenizer",
@@ -116,6 +118,7 @@ def walked(tmp_path_factory):
     return folder, printed
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_the_run_leaves_a_model(walked):
     """Catches a run that trains and loses the result, a config that claims a task, a plan that is
@@ -151,6 +154,7 @@ def test_the_run_leaves_a_model(walked):
     assert "You are a helpful" not in (folder / "out/r/samples.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_the_table_of_each_set(walked):
     """Catches sets mixed into one table, figures that are asked for and missing, and transcripts
@@ -202,6 +206,7 @@ def test_the_table_of_each_set(walked):
     assert sorted(line["sample"] for line in lines) == [0] * 10 + [1] * 5 + [2] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_transformers_loads_what_we_leave(walked):
     """Catches an export that only we can read: transformers' logits of the same prompt equal ours,
@@ -231,6 +236,7 @@ def test_transformers_loads_what_we_leave(walked):
     assert encoding.template_name == "paper"
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_what_is_saved_is_what_was_evaluated(walked):
     """Catches an export rounded to bf16 after fp32 training: steps of RL are smaller than a bf16
@@ -242,6 +248,7 @@ def test_what_is_saved_is_what_was_evaluated(walked):
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_transcripts_are_kept(walked):
     """Catches one set's transcripts written over another's of the same file name, and over those of
@@ -278,6 +285,7 @@ def test_transcripts_are_kept(walked):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_a_run_from_a_run(walked):
     """Catches a model of ours that we cannot start from again, --layers 1 on a real model, and a
@@ -330,10 +338,11 @@ def test_a_run_from_a_run(walked):
     assert (folder / "out/again/eval-copy.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, capsys):
     """Catches minutes of loading before a missing data file, and a model written over by
-    pretrain.py."""
+    tiny_qwen."""
     from huggingface import weights
 
     monkeypatch.chdir(walked[0])
@@ -350,34 +359,16 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, 
             "nowhere.jsonl: there is no such file",
         ),
         (
-            pretrain,
-            [
-                "pretrain.py",
-                "--data",
-                "train.jsonl",
-                "--tokenizer",
-                "tokenizer",
-                "--save",
-                "out/base",
-            ],
+            tiny_qwen,
+            ["tiny_qwen", *WORDS, "--save", "out/base"],
             "there is something already",
         ),
         (
-            pretrain,
-            [
-                "pretrain.py",
-                "--data",
-                "train.jsonl",
-                "--tokenizer",
-                "tokenizer",
-                "--save",
-                "new",
-                "--task",
-                "chain",
-            ],
-            "--task is about",
+            tiny_qwen,
+            ["tiny_qwen", *WORDS, "--save", "new", "--task", "chain"],
+            "unknown flag '--task'",
         ),
-        (pretrain, ["pretrain.py", "--data", "train.jsonl"], "belong together"),
+        (tiny_qwen, ["tiny_qwen", "--data", "train.jsonl"], "belong together"),
     ]
     for module, words, says in cases:
         monkeypatch.setattr(sys, "argv", [*words, *FLOAT])
@@ -387,6 +378,7 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, 
         assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_ctrl_c_shows_what_there_is(walked, monkeypatch, capsys):
     """Catches an interrupted evaluation that throws away the greedy table, and a training run that
@@ -467,10 +459,9 @@ def test_solutions_that_are_too_long(tmp_path):
     (tmp_path / "d.jsonl").write_text(
         json.dumps(dict(question="q", answer="x" * 3000 + "#### 1")) + "\n"
     )
+    encoding = tiny_qwen.open_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(BadInput, match="at most 960 tokens"):
-        pretrain.open_solutions(
-            pretrain.Script(data=str(tmp_path / "d.jsonl"), tokenizer=str(tmp_path / "tokenizer"))
-        )
+        tiny_qwen.read_solutions((str(tmp_path / "d.jsonl"),), encoding)
 
 
 @pytest.mark.parametrize(
@@ -507,20 +498,15 @@ def test_nothing_is_learnt_without_safetensors(tmp_path):
     """Catches minutes of work that end at a missing package: it is asked for first."""
     make_folder(tmp_path / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
     (tmp_path / "d.jsonl").write_text(problems(3))
-    hide = "import sys; sys.modules['safetensors'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    words = [
-        str(ROOT / "pretrain.py"),
-        "--data",
-        "d.jsonl",
-        "--tokenizer",
-        "tokenizer",
-        "--save",
-        "m",
-        *FLOAT,
-    ]
+    hide = (
+        "import sys, runpy; sys.modules['safetensors'] = None; "
+        "runpy.run_module('tools.tiny_qwen', run_name='__main__', alter_sys=True)"
+    )
+    words = ["--data", "d.jsonl", "--tokenizer", "tokenizer", "--save", "m", *FLOAT]
     done = subprocess.run(
         [sys.executable, "-c", hide, *words],
         cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
         timeout=PATIENCE,

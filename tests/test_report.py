@@ -1,4 +1,4 @@
-"""report.py and what it is made of: the trees that a run keeps, tables made again from verdicts,
+"""report/ and runtime/transcripts.py: the trees that a run keeps, tables made again from verdicts,
 hostile text, and the page in a real browser."""
 
 import base64
@@ -10,24 +10,20 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import script
-from test_mgrpo import scripted_rollout
-from test_train import rollout  # noqa: F401 - a fixture
 
-from eval import evaluate
-from huggingface.tokenizer import PHRASES
-from mgrpo import completion_logprobs, pad_rows
-from report import curves
-from report import page as report
-from runtime import transcripts
+from report import curves, page, trees
+from report.trees import count_answers, read_trees, tree_text, walk
+from reward import extract_answer
 from runtime.flags import BadInput, guarded
-from runtime.transcripts import Dialogues, answers, pieces, read_trees
+from runtime.transcripts import Dialogues, pieces, short, write_trees
 from sample import Sampler
-from tasks.catalog import draw, make_task
-from train import Trees
+from tables import summarise
 
 HOSTILE = (
     "<script>window.hacked = 1</script>",
@@ -36,59 +32,59 @@ HOSTILE = (
     '"; window.hacked = 3; //',
     "${window.hacked = 4}",
 )
-
+PHRASES = ("Wait, let me check.", "Is that right?", "Once more.")
 PATIENCE = 600_000  # milliseconds that a browser may take for anything
 
 
 # ---- a run that nobody had to train --------------------------------------------------------------
 
 
-def node(right, words, advantage=0.0, **more):
+def node(right, words, advantage=0.0, answers=(), **more):
     return (
         dict(
             right=right,
             undecided=False,
-            cut=False,
+            truncated=False,
             trained=True,
             reward=float(right),
             advantage=advantage,
             tokens=words,
             logprobs=[-0.25 * i for i in range(len(words))],
-            entropy=[0.5 * i for i in range(len(words))],
+            answers=list(answers),
         )
         | more
     )
 
 
-def tree_of(step, kind, text="7+8=4"):
-    """kind: "fixed", "broken", "cut" or "plain"."""
-    first, second = dict(fixed=(False, True), broken=(True, False)).get(kind, (True, True))
+def tree_of(step, kind, text="7+8=4", layers=2):
+    """A tree of two attempts. The first attempt is corrected twice; the first correction is
+    corrected again in each further layer. kind, of the last layer: "fixed", "broken", "truncated"
+    or "plain"."""
+    before, after = dict(fixed=(False, True), broken=(True, False)).get(kind, (True, True))
     words = ["<think>", text, "</think>", "<|endoftext|>"]
-    correction = node(second, words, 1.155, cut=kind == "cut")
-    attempt = node(
-        first,
-        words,
-        0.5 if first else -1.5,
-        phrase=PHRASES[0],
-        corrections=[correction, node(first, words, 0.0, trained=first)],
-    )
+    last = node(after, words, 1.155, truncated=kind == "truncated", phrase=PHRASES[layers - 2])
+    for depth in range(layers - 1, 1, -1):
+        sibling = node(before, words, 0.0, trained=before, phrase=PHRASES[depth - 1])
+        above = node(before, words, 1.155, [last, sibling], phrase=PHRASES[depth - 2])
+        last = above
+    sibling = node(before, words, 0.0, trained=before, phrase=PHRASES[0])
+    attempt = node(before, words, 0.5 if before else -1.5, [last, sibling])
     return dict(
         step=step,
         generated=1000 * step,
         question=f"question {step} {text}",
         gold="4",
-        attempts=[attempt, node(True, words)],
+        answers=[attempt, node(True, words)],
     )
 
 
-def metrics_of(step):
+def metrics_of(step, layers=2):
     line = dict(
         step=step,
         generated=1000 * step,
         seconds=2.0 * step,
         seconds_sampling=1.0,
         seconds_training=0.5,
-        seconds_transcripts=0.1,
         tokens_per_s=500.0,
         peak_gb=1.5,
         gauge_max=1e-5,
@@ -100,134 +96,156 @@ def metrics_of(step):
         lr=1e-4,
         loss=0.0,
     )
-    for i in (1, 2):
+    look = dict(seconds_heldout=0.3)
+    for k in range(1, layers + 1):
         line |= {
-            f"reward{i}": 0.5,
-            f"accuracy{i}": 0.5 + step / 100,
-            f"length{i}": 20.0,
-            f"cut{i}": 0.0,
-            f"signal{i}": 0.4,
+            f"reward{k}": 0.5,
+            f"accuracy{k}": 0.5 + step / 100,
+            f"length{k}": 20.0,
+            f"truncated{k}": 0.0,
+            f"signal{k}": 0.4,
         }
-    look = dict(
-        heldout1=0.5,
-        heldout2=0.6,
-        heldout1_se=0.01,
-        heldout2_se=0.02,
-        heldout_fix=0.2,
-        heldout_broke=0.1,
-        heldout_fix_se=0.01,
-        heldout_broke_se=0.01,
-        seconds_heldout=0.3,
-    )
-    return line | dict(fix=0.2, broke=0.1) | (look if step % 4 == 0 else {})
+        look |= {f"heldout{k}": (4 + k) / 10, f"heldout{k}_se": k / 100}
+    for k in range(2, layers + 1):
+        line |= {f"fix{k}": 0.2, f"broke{k}": 0.1}
+        look |= {f"heldout_fix{k}": 0.2, f"heldout_broke{k}": 0.1}
+        look |= {f"heldout_fix{k}_se": 0.01, f"heldout_broke{k}_se": 0.01}
+    return line | (look if step % 4 == 0 else {})
 
 
-def write_run(folder, trees, steps=12, results=("base", "MGRPO"), **settings):
+def row_of(last, turns=2):
+    """A row of the table: Acc@t1 of 0.6, Acc@tN of `last`."""
+    row = {f"t{k}": (0.6, 0.015) for k in range(1, turns)}
+    row |= {f"t{turns}": (last, 0.012), "delta": (last - 0.6, 0.01)}
+    for k in range(2, turns + 1):
+        row |= {f"fix{k}": (0.2, 0.01), f"broke{k}": (0.1, 0.01)}
+    return row | dict(questions=1024)
+
+
+def write_run(folder, forest, steps=12, results=("base", "MGRPO"), layers=2, **settings):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(
-        json.dumps(
-            dict(
-                task="solve",
-                tokens=12_000,
-                kl_coef=0.0,
-                made_by=dict(commit="abc1234", torch="2", seconds_base=7.5),
-            )
-            | settings
-        )
-    )
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(metrics_of(step)) + "\n" for step in range(1, steps + 1))
-    )
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(tree) + "\n" for tree in trees))
-    row = lambda t2: dict(
-        t1=(0.6, 0.015),
-        t2=(t2, 0.012),
-        delta=(t2 - 0.6, 0.01),
-        i2c=(0.2, 0.01),
-        c2i=(0.1, 0.01),
-        questions=1024,
-    )
-    found = {
-        name: {label: row(0.65 + 0.2 * i) for label in ("greedy", "temperature 1")}
+    made_by = dict(commit="abc1234", torch="2", seconds_base=7.5)
+    config = dict(task="solve", tokens=12_000, kl_coef=0.0, made_by=made_by) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [json.dumps(metrics_of(step, layers)) + "\n" for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(tree) + "\n" for tree in forest))
+    tables = {
+        name: {label: row_of(0.65 + 0.2 * i, layers) for label in ("greedy", "temperature 1")}
         for i, name in enumerate(results)
     }
-    (folder / "result.json").write_text(json.dumps(found))
+    (folder / "result.json").write_text(json.dumps(tables))
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder with a tree of each kind, hostile ones among them."""
-    kinds = ["fixed", "broken", "cut", "plain", "plain", "fixed"]
-    trees = [tree_of(step, kind) for step, kind in enumerate(kinds, 1)] + [
-        tree_of(7 + i, "plain", text) for i, text in enumerate(HOSTILE)
-    ]
-    return write_run(tmp_path_factory.mktemp("report") / "out/hostile", trees)
+    kinds = ["fixed", "broken", "truncated", "plain", "plain", "fixed"]
+    forest = [tree_of(step, kind) for step, kind in enumerate(kinds, 1)]
+    forest += [tree_of(7 + i, "plain", text) for i, text in enumerate(HOSTILE)]
+    return write_run(tmp_path_factory.mktemp("report") / "out/hostile", forest)
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Only tests that look at curves draw them: it takes seconds a page."""
+    if request.node.get_closest_marker("extra") is None:
+        monkeypatch.setattr(curves, "available", lambda: False)
 
 
 def page_of(folder):
-    report.write_page([report.open_run(folder)], lambda text: None)
+    page.write_page(page.open_run(folder), lambda text: None)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def embedded(text):
     """The trees that a page holds, as its script reads them."""
-    return json.loads(
-        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
-    )
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return json.loads(data[1])
 
 
 # ---- what is kept --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pack", ["tree", "rows"])
-def test_a_kept_tree_is_the_rollout(rollout, encoding, tmp_path, pack):  # noqa: F811
-    """The oracle for rollouts.jsonl: texts, log-probabilities, rewards and advantages of the
-    rollout, and entropies of a forward pass row by row; catches rows mixed up by packing, and an
-    attempt's corrections under another attempt."""
-    import dataclasses
+@pytest.fixture
+def layers(gpt, encoding):
+    """A real rollout of the random model with group sizes 3, 2, 2 on three questions, with made-up
+    scores; of layer 1 only rows 0, 2, 3, ... go on."""
+    torch.manual_seed(0)
+    sampler = Sampler(gpt)
+    prompts = [encoding.encode_ordinary(f"question {i}\n") for i in range(3)]
+    grown = [layer_of(sampler.generate(prompts, 3, 8, 0.9, 5), encoding, None, None)]
+    for number, n in ((2, 2), (3, 2)):
+        above = grown[-1]
+        rows = [row for row in range(len(above.texts)) if number > 2 or row != 1]
+        phrases = [f"{PHRASES[row % 3]} {number}.{row}" for row in rows]
+        prefixes = [encoding.encode_ordinary("\n" + phrase) for phrase in phrases]
+        done = sampler.extend(above.completions, prefixes, n, 8, 0.9, 5, rows)
+        repeated = [phrase for phrase in phrases for _ in range(n)]
+        grown.append(layer_of(done, encoding, repeated, above))
+    return grown
 
-    gpt, layers, c = rollout
-    problems = [draw(make_task("solve", 2, 2, 5), "train", 0, i) for i in range(4)]
-    c = dataclasses.replace(c, transcripts=3, pack=pack, tokens_per_microbatch=200, temperature=0.9)
-    for layer in layers:
-        layer.undecided = torch.zeros(len(layer.texts), dtype=torch.bool)
-    transcripts.record(
-        tmp_path, gpt, Trees(layers, problems, torch.arange(4)), encoding, c, 5, 1000
+
+def layer_of(completions, encoding, phrases, above):
+    """Completions as a scored layer, with made-up scores."""
+    parents, size = completions.parents.cpu(), len(completions)
+    return SimpleNamespace(
+        completions=completions,
+        texts=encoding.decode_batch(completions.ids),
+        lengths=completions.lengths.cpu(),
+        rewards=torch.rand(size),
+        advantages=torch.randn(size),
+        correct=torch.rand(size) < 0.5,
+        undecided=torch.rand(size) < 0.2,
+        trained=torch.rand(size) < 0.8,
+        parents=parents,
+        questions=parents if above is None else above.questions[parents],
+        phrases=phrases,
     )
-    trees = list(read_trees(tmp_path / "rollouts.jsonl"))
-    assert [(tree["step"], tree["question"], tree["gold"]) for tree in trees] == [
-        (5, p.question, p.gold) for p in problems[:3]
+
+
+def test_a_kept_tree_is_the_rollout(layers, encoding, tmp_path):
+    """Catches an answer under another parent, a layer left out, a phrase of another row, and
+    tokens, log-probabilities, rewards or advantages of another row."""
+    path = tmp_path / "rollouts.jsonl"
+    problems = [SimpleNamespace(question=f"question {i}", gold=i) for i in range(3)]
+    entropies = {(3, 2): [0.5] * 99}
+    for step in (1, 2):
+        about = dict(step=step, generated=1000)
+        write_trees(path, layers, problems, encoding, 2, about, entropies)
+    kept = list(read_trees(path))
+    assert [(tree["step"], tree["question"], tree["gold"]) for tree in kept] == [
+        (step, f"question {i}", str(i)) for step in (1, 2) for i in (0, 1)
     ]
-    for question, tree in enumerate(trees):
-        rows = (layers[0].questions == question).nonzero()[:, 0].tolist()
-        assert len(tree["attempts"]) == 3 and answers(tree) == 3 + 6
-        for row, attempt in zip(rows, tree["attempts"]):
-            below = (layers[1].parents == row).nonzero()[:, 0].tolist()
-            for layer, i, kept in [
-                (layers[0], row, attempt),
-                *((layers[1], j, kept) for j, kept in zip(below, attempt["corrections"])),
-            ]:
-                done, ids = layer.completions, layer.completions.sampled[i]
-                prompt = done.prompts[i // done.n]
-                _, entropy = completion_logprobs(gpt, pad_rows([prompt], [ids], "cpu"), 0.9)
-                assert "".join(kept["tokens"]) == encoding.decode(ids) and len(
-                    kept["tokens"]
-                ) == len(ids) == int(layer.lengths[i])
-                assert kept["entropy"] == pytest.approx(entropy[0].tolist(), abs=2e-4) and kept[
-                    "logprobs"
-                ] == pytest.approx(done.logprobs[i, : len(ids)].tolist(), abs=6e-5)
-                assert kept["advantage"] == pytest.approx(
-                    float(layer.advantages[i]), abs=6e-5
-                ) and kept["reward"] == float(layer.rewards[i])
-                assert (kept["right"], kept["trained"], kept["cut"]) == (
-                    bool(layer.correct[i]),
-                    bool(layer.trained[i]),
-                    not bool(done.ended[i]),
-                )
-            assert encoding.decode(layers[1].completions.prompts[below[0] // 2]).endswith(
-                attempt["phrase"]
-            )
+    assert kept[0]["answers"] == kept[2]["answers"]
+    rows = [[] for _ in layers]  # the row that each node should be, in the order of the walk
+
+    def expect(number, parent):
+        if number < 3:
+            for row in (layers[number].parents == parent).nonzero()[:, 0].tolist():
+                rows[number].append(row)
+                expect(number + 1, row)
+
+    expect(0, 0)
+    expect(0, 1)
+    assert list(map(len, rows)) == [6, 10, 20]
+    for depth, values, _ in walk(kept[0]["answers"] + kept[1]["answers"]):
+        layer, row = layers[depth - 1], rows[depth - 1].pop(0)
+        done, ids = layer.completions, layer.completions.sampled[row]
+        assert "".join(values["tokens"]) == encoding.decode(ids)
+        assert len(values["tokens"]) == len(ids) == int(layer.lengths[row])
+        logprobs = done.logprobs[row, : len(ids)].tolist()
+        assert values["logprobs"] == pytest.approx(logprobs, abs=6e-5)
+        assert values["advantage"] == pytest.approx(float(layer.advantages[row]), abs=6e-5)
+        assert values["reward"] == pytest.approx(float(layer.rewards[row]), abs=6e-5)
+        for name in ("right", "trained", "undecided"):
+            assert values[name] == bool(getattr(layer, dict(right="correct").get(name, name))[row])
+        assert values["truncated"] == (not bool(done.ended[row]))
+        assert values.get("phrase") == (layer.phrases and layer.phrases[row])
+        known = depth == 3 and row == 2
+        assert values.get("entropy") == ([0.5] * len(ids) if known else None)
+    assert not any(rows)
 
 
 def test_pieces_never_break_a_character(encoding):
@@ -240,41 +258,123 @@ def test_pieces_never_break_a_character(encoding):
     assert pieces(encoding, half) == ["\ufffd"] and pieces(encoding, [10**6]) == ["\ufffd"]
 
 
-def test_tables_are_made_again_from_verdicts(gpt, encoding, tmp_path):
-    """The oracle for the page's tables of an evaluation: what evaluate() itself found, with several
-    samples, from the file of dialogues alone."""
-    torch.manual_seed(0)
-    problems, sampler = (
-        [draw(make_task("solve", 2, 2, 5), "held out", 0, i) for i in range(6)],
-        Sampler(gpt),
-    )
-    kept = Dialogues(tmp_path, "eval-solve", dict(model="m"))
-    lucky = lambda batch, layers, how: (
-        [layer.correct.random_(0, 2) for layer in layers] and kept.record(batch, layers, how)
-    )
-    found, record = {}, []
-    for temperature, samples in ((0.0, 1), (0.5, 4)):
-        record.clear()
-        evaluate(
-            sampler,
-            encoding,
-            problems,
-            5,
-            temperature=temperature,
-            samples=samples,
-            record=lambda *batch: (record.append(batch), lucky(*batch)),
-        )
-        parts = [
-            torch.stack([layer.correct.view(6, samples).float() for layer in layers], -1)
-            for _, layers, _ in record
+def test_tables_are_made_again_from_verdicts(layers, tmp_path):
+    """Catches verdicts that change their turn, sample or question on the way through the file: the
+    page's table of an evaluation of three turns is the one of its layers, which summarise() gets."""
+    first = layers[0]  # three questions, three samples
+    kept, tables = Dialogues(tmp_path, "eval-solve", dict(model="m"), extract_answer), []
+    problems = [SimpleNamespace(question=f"question {i}", gold=i, data=None) for i in range(3)]
+    for temperature in (0.0, 0.5):
+        turns = [
+            SimpleNamespace(
+                **vars(first)
+                | dict(correct=torch.rand(9) < 0.5, phrases=turn and [PHRASES[turn]] * 9)
+            )
+            for turn in (None, 1, 2)
         ]
-        found[temperature] = report.summarise(torch.cat(parts))
-    again = report.evaluated(kept.paths)
-    assert list(again) == ["eval-solve, greedy", "eval-solve, temperature 0.5"] and all(
-        table["questions"] == 6 for table in again.values()
+        kept.record(problems, turns, SimpleNamespace(temperature=temperature))
+        right = torch.stack([turn.correct.view(3, 3).float() for turn in turns], -1)
+        tables.append(summarise(right) | dict(questions=3))
+    again = page.evaluated(kept.paths)
+    assert list(again) == ["eval-solve, greedy", "eval-solve, temperature 0.5"]
+    for ours, theirs in zip(again.values(), tables):
+        assert 0 < theirs["t3"][0] < 1 and ours.keys() == theirs.keys()
+        assert all(ours[k] == pytest.approx(theirs[k]) for k in theirs)
+    tree = next(read_trees(kept.path))
+    assert count_answers(tree) == 9 and tree["set"] == "eval-solve, greedy"
+    words = [(depth, node["text"], node.get("phrase")) for depth, node, _ in walk(tree["answers"])]
+    text = first.texts
+    expected = [(1, text[0], None), (2, text[0], PHRASES[1]), (3, text[0], PHRASES[2])]
+    assert words[:4] == [*expected, (1, text[1], None)]
+
+
+def test_a_file_of_dialogues_is_never_overwritten(layers, tmp_path):
+    """Catches a second evaluation that replaces the first or is appended to it; an answer that is
+    not the verifier's; and a question's place and fields that are lost."""
+    data = SimpleNamespace(place="file:3", about=dict(id="x"))
+    problems = [SimpleNamespace(question=f"question {i}", gold=i, data=data) for i in range(3)]
+    for _ in range(2):
+        kept = Dialogues(tmp_path / "deep", "t", dict(model="m"), lambda text: text[:2])
+        for _ in range(2):
+            kept.record(problems, layers[:1], SimpleNamespace(temperature=0.7))
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["t.2.jsonl", "t.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "deep/t.jsonl").read_text().splitlines()]
+    assert [line["sample"] for line in lines] == [0, 1, 2] * 6
+    for i, line in enumerate(lines):
+        turn = line["turns"][0]
+        assert line["question"] == f"question {i % 9 // 3}" and line["temperature"] == 0.7
+        assert turn["text"] == layers[0].texts[i % 9] and turn["answer"] == turn["text"][:2]
+        assert (line["model"], line["source"], line["id"]) == ("m", "file:3", "x")
+        assert line["number"] == i % 9 and turn["tokens"] == int(layers[0].lengths[i % 9])
+
+
+# ---- trees as text -------------------------------------------------------------------------------
+
+
+def test_trees_are_printed_with_every_layer():
+    """Catches a layer that is not printed, an answer under another parent, a phrase that is missing
+    or repeated for siblings, and a line break that leaves the tree."""
+    tree = tree_of(3, "fixed", "a\nb", layers=3)
+    tree["answers"][1]["undecided"] = True
+    words = "<think>{}</think><|endoftext|>".format("a\n{}│  b")
+    wrong, right = "├─ [WRONG R=0.00 A={}] " + words, "├─ [right R=1.00 A={}] " + words
+    deep, deeper = "│  ", "│  │  "
+    assert tree_text(tree).splitlines() == [
+        "## step 3",
+        "question 3 a",
+        "b",
+        "gold: 4",
+        *wrong.format("-1.50", "").splitlines(),
+        deep + PHRASES[0],
+        *(deep + wrong.format("+1.16", deep)).splitlines(),
+        deeper + PHRASES[1],
+        *(deeper + right.format("+1.16", deeper)).splitlines(),
+        *(deeper + wrong.format("+0.00", deeper)).splitlines(),
+        *(deep + wrong.format("+0.00", deep)).splitlines(),
+        *right.replace("right", "undecided").format("+0.00", "").splitlines(),
+    ]
+
+
+def printed_trees(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["report.trees", *map(str, words)])
+    guarded(trees.main)
+    return capsys.readouterr().out
+
+
+def test_the_trees_of_a_run_are_printed(run, tmp_path, monkeypatch, capsys):
+    """Catches trees of another step, dialogues that are not printed, and an escape sequence of a
+    model that reaches the terminal."""
+    text = printed_trees(monkeypatch, capsys, run)
+    assert text.count("## step") == 11 and HOSTILE[0] in text
+    assert "\x1b" not in text and "\\x1b[31m" in text
+    assert printed_trees(monkeypatch, capsys, run, "--step", "2").count("## step 2\n") == 1
+    write_dialogues(tmp_path / "eval-x.jsonl", [("why", 0.5, [(True, False), (True, True)])])
+    assert printed_trees(monkeypatch, capsys, "--run", tmp_path / "eval-x.jsonl") == (
+        "## eval-x, temperature 0.5\nwhy\ngold: 4\n"
+        "├─ [right] <answer>1</answer>\n│  Is that right?\n│  ├─ [WRONG] <answer>0</answer>\n"
+        "├─ [right] <answer>1</answer>\n│  Is that right?\n│  ├─ [right] <answer>1</answer>\n\n"
     )
-    for ours, theirs in zip(again.values(), found.values()):
-        assert 0 < theirs["t1"][0] < 1 and all(ours[k] == pytest.approx(theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], "no run is named"),
+        (["nowhere"], "there are no trees to print"),
+        (["empty"], "rollouts.jsonl: there are no trees to print"),
+        (["eval-x.jsonl"], "is damaged"),
+        (["empty", "--setp", "1"], "did you mean --step"),
+    ],
+)
+def test_trees_that_cannot_be_read_are_one_sentence(words, says, tmp_path, monkeypatch, capsys):
+    """Catches a traceback, and success as exit code."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("eval-x.jsonl").write_text('{"question": "q", "temperature": 0.0}\n')
+    with pytest.raises(SystemExit) as stop:
+        printed_trees(monkeypatch, capsys, *words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -301,37 +401,30 @@ def test_the_page_stands_alone_and_nothing_in_it_runs(run):
     ] == "training"
 
 
-def test_the_table_of_two_runs(run, tmp_path):
-    """Catches the difference taken the wrong way round, or its error without one of the two."""
-    other = write_run(
-        tmp_path / "out/grpo", [tree_of(1, "plain")], results=("base", "GRPO"), layers=1, lr=0.5
+def test_a_run_of_three_layers_has_all_of_them_on_its_page(tmp_path):
+    """Catches "two" written somewhere: columns of each turn and each pair of neighbours, one
+    difference from the first to the last, answers of every layer."""
+    folder = write_run(tmp_path / "three", [tree_of(1, "fixed", layers=3)], layers=3)
+    text = page_of(folder)
+    heads = re.findall(r"<th scope=col>(.*?)</th>", text)
+    assert heads[: len(heads) // 2] == [
+        *("Acc@t1", "Acc@t2", "Acc@t3", "Δ(t1,t3)", "Δ i→c, t2", "Δ c→i, t2"),
+        *("Δ i→c, t3", "Δ c→i, t3", "questions"),
+    ]
+    assert "+25.0 <small>± 1.0</small>" in text and "(6 answers)" in text
+    (tree,) = embedded(text)
+    assert [depth for depth, _, _ in walk(tree["answers"])] == [1, 2, 3, 3, 2, 1]
+
+
+def test_a_run_of_one_layer_has_a_page(tmp_path):
+    """Catches a page that needs corrections: GRPO evaluated in one turn."""
+    folder = write_run(tmp_path / "one", [], layers=1, results=("base",), steps=4)
+    (folder / "result.json").write_text(
+        json.dumps(dict(base=dict(greedy=dict(t1=(0.5, 0.01), questions=9))))
     )
-    found = json.loads((other / "result.json").read_text())
-    found["GRPO"]["greedy"]["t2"] = (0.7, 0.016)
-    (other / "result.json").write_text(json.dumps(found))
-    ((_, row),) = report.difference([report.open_run(other), report.open_run(run)], "greedy")
-    assert (
-        row["t2"] == (pytest.approx(0.15), pytest.approx(0.02))
-        and report.cell(row, "t2") == "+15.0 <small>± 2.0</small>"
-    )
-    said = []
-    report.write_page([report.open_run(other), report.open_run(run)], said.append)
-    text = (run / "report-grpo.html").read_text()
-    assert all(
-        words in text
-        for words in (
-            "grpo beside hostile",
-            "before, the base (grpo)",
-            "after MGRPO (hostile)",
-            "hostile minus grpo",
-            "+15.0 <small>± 2.0</small>",
-        )
-    )
-    assert (
-        re.search(r"<tr class=differs><th scope=row>lr</th><td>0.5</td><td>–</td>", text)
-        and "report-grpo.html" in said[0]
-    )
-    assert {tree["set"] for tree in embedded(text)} == {"grpo, training", "hostile, training"}
+    text = page_of(folder)
+    heads = re.findall(r"<th scope=col>(.*?)</th>", text)
+    assert heads == ["Acc@t1", "questions"] and "Acc@t1 50.0 ± 1.0 (greedy)" in text
 
 
 def test_a_run_that_was_killed_has_its_page(tmp_path):
@@ -375,7 +468,7 @@ def test_damaged_lines_are_counted_aloud(tmp_path, monkeypatch, capsys, many):
     with open(folder / "eval-solve.jsonl", "a") as file:
         file.write('{"quest')
     if many:
-        monkeypatch.setattr(page, "ROOM", 3000)
+        monkeypatch.setattr(page, "MAX_TREE_BYTES", 3000)
     text = page_of(folder)
     said = capsys.readouterr().err.splitlines()
     assert said == [
@@ -389,9 +482,8 @@ def test_damaged_lines_are_counted_aloud(tmp_path, monkeypatch, capsys, many):
     assert "5 trees that were kept" in text and (len(embedded(text)) == 5) != many
 
 
-def test_without_matplotlib_tables_and_trees_are_there(run, monkeypatch):
-    """Catches a page that needs the optional package."""
-    monkeypatch.setattr(curves, "available", lambda: False)
+def test_without_matplotlib_tables_and_trees_are_there(run):
+    """Catches a page that needs the optional package (the fixture `quick` takes it away)."""
     text = page_of(run)
     assert (
         "pip install matplotlib" in text
@@ -403,15 +495,14 @@ def test_without_matplotlib_tables_and_trees_are_there(run, monkeypatch):
 
 def test_the_wall_time_adds_up(run):
     """Catches phases that are counted twice: 12 steps in 24 s, of which 12 sample, 6 train, 3 x 0.3
-    look, 12 x 0.1 keep trees."""
-    shown = report.phases(report.open_run(run))
+    evaluate."""
+    shown = page.phases(page.open_run(run))
     assert shown == {
         "making or loading the model": "7.5 s, before all that",
         "sampling": "12.0 s, 50%",
         "training": "6.0 s, 25%",
-        "looks at held-out questions": "0.9 s, 4%",
-        "entropies of the kept trees": "1.2 s, 5%",
-        "the table before, saving and the rest": "3.9 s, 16%",
+        "held-out evaluations": "0.9 s, 4%",
+        "the table before, saving and the rest": "5.1 s, 21%",
         "steps": "12",
         "from the table before to the last step": "24.0 s",
     }
@@ -423,14 +514,14 @@ def test_ten_thousand_transcripts_are_sampled(tmp_path):
     MB, and says how many. (The file is as dense as write_trees makes it.)"""
     words = [f"{i} " for i in range(120)]
     long = dict(tokens=words, logprobs=[-0.1234] * 120, entropy=[0.5678] * 120)
-    trees = [tree_of(step, "plain") for step in range(1, 2101)]
-    for tree in trees:
-        for one in (tree["attempts"][0], *tree["attempts"][0]["corrections"], tree["attempts"][1]):
-            one |= long
-        tree["attempts"][1]["corrections"] = [tree["attempts"][0]["corrections"][0]]
+    forest = [tree_of(step, "plain") for step in range(1, 2101)]
+    for tree in forest:
+        for _, answer, _ in walk(tree["answers"]):
+            answer |= long
+        tree["answers"][1]["answers"] = [tree["answers"][0]["answers"][0]]
     folder = write_run(tmp_path / "large", [])
     (folder / "rollouts.jsonl").write_text(
-        "".join(json.dumps(tree, separators=(",", ":")) + "\n" for tree in trees)
+        "".join(json.dumps(tree, separators=(",", ":")) + "\n" for tree in forest)
     )
     write_dialogues(
         folder / "eval-solve.jsonl", [(f"q{i}", 0.0, [(True, True)]) for i in range(400)]
@@ -439,7 +530,7 @@ def test_ten_thousand_transcripts_are_sampled(tmp_path):
     kept = embedded(text)
     assert (
         len(text.encode()) < 20e6
-        and f"Here are {len(kept):,} of the 2,500 trees that were kept, evenly chosen ({sum(map(answers, kept)):,} answers)."
+        and f"Here are {len(kept):,} of the 2,500 trees that were kept, evenly chosen ({sum(map(count_answers, kept)):,} answers)."
         in text
     )
     steps = [tree["step"] for tree in kept if tree["set"] == "training"]
@@ -465,7 +556,7 @@ def write_dialogues(path, questions):
             right=right,
             undecided=False,
             tokens=3,
-            cut=False,
+            truncated=False,
         )
         | more
     )
@@ -479,8 +570,7 @@ def write_dialogues(path, questions):
                     gold="4",
                     temperature=temperature,
                     sample=i,
-                    turn1=turn(first),
-                    turn2=turn(second, phrase=PHRASES[1]),
+                    turns=[turn(first), turn(second, phrase=PHRASES[1])],
                 )
             )
             + "\n"
@@ -505,15 +595,15 @@ def test_a_question_that_is_there_twice_counts_twice(tmp_path):
             ("b", 0.5, [(False, False)]),
         ],
     )
-    greedy, sampled = report.evaluated([tmp_path / "eval-x.jsonl"]).values()
+    greedy, sampled = page.evaluated([tmp_path / "eval-x.jsonl"]).values()
     assert (greedy["questions"], greedy["t1"][0], greedy["t2"][0]) == (4, 0.5, 1.0) and (
         sampled["questions"],
         sampled["t1"][0],
         sampled["t2"][0],
     ) == (2, 0.5, 1.0)
-    assert [(tree["question"], answers(tree)) for tree in read_trees(tmp_path / "eval-x.jsonl")][
-        2:6
-    ] == [("d", 2), ("d", 2), ("a", 4), ("a", 4)]
+    assert [
+        (tree["question"], count_answers(tree)) for tree in read_trees(tmp_path / "eval-x.jsonl")
+    ][2:6] == [("d", 2), ("d", 2), ("a", 4), ("a", 4)]
 
 
 def test_evaluations_are_told_apart(tmp_path):
@@ -527,7 +617,7 @@ def test_evaluations_are_told_apart(tmp_path):
         ("eval-my-ranking", True),
     ):
         write_dialogues(tmp_path / f"{name}.jsonl", [(name, 0.0, [(right, right)])] * 2)
-    found = report.evaluated(sorted(tmp_path.glob("*.jsonl")))
+    found = page.evaluated(sorted(tmp_path.glob("*.jsonl")))
     assert {
         title: (columns["questions"], columns["t1"][0]) for title, columns in found.items()
     } == {
@@ -543,7 +633,7 @@ def test_evaluations_are_told_apart(tmp_path):
 def test_numbers_that_are_none(tmp_path):
     """Catches one NaN of a diverged model that makes the data of the whole page unreadable, and a
     page that a foreign NaN breaks."""
-    assert transcripts.short([1.23456, float("nan"), -0.00001, float("inf")]) == [
+    assert short([1.23456, float("nan"), -0.00001, float("inf")]) == [
         1.2346,
         None,
         0.0,
@@ -557,44 +647,52 @@ def test_numbers_that_are_none(tmp_path):
     assert embedded(text)[0]["loss"] is None
 
 
-def test_two_runs_of_one_name_are_told_apart(tmp_path):
-    """Catches settings of one run shown as those of both."""
-    runs = [
-        write_run(tmp_path / place / "out/r", [tree_of(1, "plain")], lr=lr)
-        for place, lr in (("a", 1), ("b", 2))
-    ]
-    report.write_page(
-        [report.open_run(path) for path in runs], lambda text: None, output=str(tmp_path / "p.html")
-    )
-    text = (tmp_path / "p.html").read_text()
-    assert (
-        "<th scope=col>r (1)</th><th scope=col>r (2)</th>" in text
-        and "<tr class=differs><th scope=row>lr</th><td>1</td><td>2</td></tr>" in text
-    )
-    assert {tree["set"] for tree in embedded(text)} == {"r (1), training", "r (2), training"}
-
-
-def test_runs_that_were_asked_other_questions_have_no_difference(run, tmp_path):
-    """Catches accuracies of different tasks subtracted, and an unknown error shown as 0."""
-    other = report.open_run(write_run(tmp_path / "out/other", [], task="chain"))
-    assert report.difference([other, report.open_run(run)], "greedy") == []
-    same = report.open_run(write_run(tmp_path / "out/same", []))
-    same.result["MGRPO"]["greedy"]["t1"] = (0.6, None)
-    ((_, row),) = report.difference([same, report.open_run(run)], "greedy")
-    assert row["t1"] == (0.0, None) and report.cell(row, "t1") == "+0.0 <small>± ?</small>"
-
-
 def test_every_row_of_a_page_has_its_number_of_questions(run):
     """Catches a number of questions that stands for another row's, or for none."""
     one = dict(t1=(0.5, 0.1))
     for counts in ((1024, 5), (7, 7)):
-        text = report.table(
+        text = page.table(
             "x", [(name, one | dict(questions=count)) for name, count in zip("ab", counts)]
         )
         assert (
             re.findall(r"<td>([\d,]+)</td></tr>", text) == [f"{count:,}" for count in counts]
             and "<th scope=col>questions</th></tr>" in text
         )
+
+
+def test_the_evaluations_of_a_run_are_on_its_page(run, tmp_path):
+    """Catches dialogues that are read and not shown: as trees of their own set, without numbers
+    that nobody kept, and a table."""
+    folder = tmp_path / "copied"
+    shutil.copytree(run, folder)
+    write_dialogues(
+        folder / "eval-solve.jsonl", [("a", 0.0, [(False, True)]), ("b", 0.0, [(False, False)])]
+    )
+    text = page_of(folder)
+    assert (
+        re.search(
+            r"eval-solve, greedy: percent ± standard error over questions<.*?<th "
+            r"scope=col>questions</th>.*?<td>2</td></tr></tbody>",
+            text,
+        )
+        and "50.0 <small>± 50.0</small>" in text
+    )
+    mine = [tree for tree in embedded(text) if tree["set"] == "eval-solve, greedy"]
+    assert [tree["question"] for tree in mine] == ["a", "b"] and mine[0]["answers"][0][
+        "answers"
+    ] == [
+        dict(
+            right=True,
+            undecided=False,
+            truncated=False,
+            text="<answer>1</answer>",
+            phrase=PHRASES[1],
+            answers=[],
+        )
+    ]
+    alone = folder / "eval-solve.jsonl"
+    page.write_page(page.open_run(alone), lambda text: None)
+    assert "come from eval.py alone" in alone.with_suffix(".html").read_text()
 
 
 @pytest.mark.parametrize("what", ["damaged evaluation", "full disk", "broken matplotlib"])
@@ -613,25 +711,25 @@ def test_a_run_does_not_fail_for_its_page(run, tmp_path, monkeypatch, what):
         )
     else:
         monkeypatch.setattr(curves, "available", lambda: True)
-        monkeypatch.setattr(curves, "charts", lambda runs: 1 / 0)
-    report.at_the_end(folder, said.append)
+        monkeypatch.setattr(curves, "charts", lambda *_: 1 / 0)
+    page.at_the_end(folder, said.append)
     assert (
         len(said) == 1
         and said[0].startswith("no page was made (")
-        and f"python report.py {folder} tries again" in said[0]
+        and f"python -m report {folder} makes it again" in said[0]
     )
 
 
 @pytest.mark.parametrize(
     "words, says",
     [
-        ([], "0 runs given"),
-        (["a", "b", "c"], "3 runs given"),
+        ([], "no run is named"),
+        (["a", "b"], "unknown argument 'b'"),
         (["nowhere"], "is no run"),
         (["{run}", "--outptu", "x"], "did you mean --output"),
         (["{run}", "--output", "no/such/folder.html"], "cannot be written"),
         (["{damaged}"], "is damaged"),
-        (["--output", "p.html", "nowhere"], "is no run"),
+        (["--output", "p.html", "--run", "nowhere"], "is no run"),
         (["{run}/rollouts.jsonl"], "is no run"),
     ],
 )
@@ -642,10 +740,10 @@ def test_bad_input_of_report(run, tmp_path, monkeypatch, capsys, words, says):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["report.py", *(word.format(run=run, damaged="eval-x.jsonl") for word in words)],
+        ["report", *(word.format(run=run, damaged="eval-x.jsonl") for word in words)],
     )
     with pytest.raises(SystemExit) as stop:
-        guarded(report.main)
+        guarded(page.main)
     said = capsys.readouterr().err
     assert (
         stop.value.code == 2
@@ -664,13 +762,13 @@ def test_a_full_disk_leaves_the_old_page(run, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(BadInput, match="No space left"):
-        report.write_page([report.open_run(run)], print)
+        page.write_page(page.open_run(run), print)
     assert (run / "report.html").read_text() == before and not list(run.glob("*.tmp"))
 
 
 def test_output_names_the_page(run, tmp_path):
     """Catches a flag that is not obeyed."""
-    printed = script(tmp_path, "report.py", str(run), "--output", "here.html")
+    printed = script(tmp_path, "report", str(run), "--output", "here.html")
     assert "here.html" in printed and "after MGRPO" in (tmp_path / "here.html").read_text()
 
 
@@ -693,15 +791,43 @@ def test_curves_show_what_there_is(run):
     ] and text.count("<svg") == len(names)
     assert (
         "There is no KL" in text
-        and not set(re.findall(r"#0[1-7]{5}", text))
+        and not set(re.findall(r"#0[1-9]0[1-9]0[1-9]", text))
         and "var(--line0)" in text
         and "var(--ink)" in text
     )
     lines = [dict(metrics_of(step), kl=0.01) for step in range(1, 3001)]
-    long = {
-        chart.name: svg for chart, svg in curves.charts([("a", lines, {}), ("b", lines[:1], {})])
-    }
+    long = {chart.name: svg for chart, svg in curves.charts(lines, {})}
     assert "KL from the reference" in long and max(map(len, long.values())) < 100_000
+
+
+@pytest.mark.parametrize(
+    "layers, accuracy, transitions",
+    [
+        (1, ["attempts"], []),
+        (2, ["attempts", "corrections"], ["i→c", "c→i"]),
+        (
+            3,
+            ["attempts", "corrections", "layer 3"],
+            ["i→c, layer 2", "i→c, layer 3", "c→i, layer 2", "c→i, layer 3"],
+        ),
+    ],
+)
+def test_every_layer_has_its_line(layers, accuracy, transitions):
+    """Catches a chart that stops at layer 2, two lines of one colour, and the standard errors or
+    the number of a layer 10 taken for another field."""
+    metrics = [metrics_of(step, layers) for step in range(1, 5)]
+    charts = {chart.name: chart for chart in curves.CHARTS}
+    shown = {
+        name: curves.series(chart.fields, metrics) for name, chart in charts.items() if chart.fields
+    }
+    assert [line.label for line in shown["Accuracy in training"]] == accuracy
+    assert [line.label for line in shown["What corrections change"]] == transitions
+    held_out = curves.series(charts["Accuracy on held-out questions"].held_out, metrics)
+    assert [line.label for line in held_out] == [f"Acc@t{k}" for k in range(1, layers + 1)]
+    for lines in (*shown.values(), held_out):
+        assert len({line.colour for line in lines}) == len(lines)
+    fields = [line.field for line in curves.series({"reward{k}": ("x", 0)}, [metrics_of(1, 11)])]
+    assert fields == [f"reward{k}" for k in range(1, 12)]
 
 
 def test_running_means_by_hand():
@@ -716,8 +842,8 @@ def test_running_means_by_hand():
         and len(curves.thinned(np.arange(1201.0))) == curves.POINTS
     )
     assert curves.thinned(np.arange(800.0), np.max).tolist()[:2] == [1, 3]
-    few = curves.some(np.arange(200))
-    assert (few[0], few[-1], len(few)) == (0, 199, curves.LOOKS) and curves.some(
+    few = curves.evenly_spaced(np.arange(200))
+    assert (few[0], few[-1], len(few)) == (0, 199, curves.LOOKS) and curves.evenly_spaced(
         np.arange(9)
     ).tolist() == list(range(9))
 
@@ -725,7 +851,7 @@ def test_running_means_by_hand():
 def test_held_out_points_begin_and_end_with_the_tables():
     """Catches a curve without the base, or with the final table at the first step."""
     result = {
-        name: dict(greedy=dict(t1=(0.5, 0.01), t2=(t2, 0.01), i2c=(0.1, 0), c2i=(0, 0)))
+        name: dict(greedy=dict(t1=(0.5, 0.01), t2=(t2, 0.01), fix2=(0.1, 0), broke2=(0, 0)))
         for name, t2 in (("base", 0.6), ("MGRPO", 0.9))
     }
     x, y, error = curves.column(
@@ -736,8 +862,8 @@ def test_held_out_points_begin_and_end_with_the_tables():
         [0.6, 0.6, 0.9],
         [0.01, 0.02, 0.01],
     )
-    result["base"]["greedy"]["i2c"] = (0.1, 0.03)
-    assert curves.column(curves.with_ends([metrics_of(1)], result), "heldout_fix")[2].tolist() == [
+    result["base"]["greedy"]["fix2"] = (0.1, 0.03)
+    assert curves.column(curves.with_ends([metrics_of(1)], result), "heldout_fix2")[2].tolist() == [
         0.03,
         0,
     ]
@@ -767,12 +893,9 @@ def test_odd_runs_are_drawn(tmp_path):
     anything above 0."""
     pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-extra.txt)")
     one = dict(metrics_of(1), gauge_max=0.0, gauge_mean=0.0)
-    names = [
-        chart.name
-        for chart, svg in curves.charts([("a$_$b", [one], {}), ("c", [one], {})])
-        if "a$_$b" in svg
-    ]
-    assert "Accuracy in training" in names
+    assert len(curves.charts([one], {})) == len(curves.CHARTS) - 2  # no KL, nothing held out
+    figure = curves.draw(curves.CHARTS[0], [("a$_$b", [one]), ("c", [one])])
+    assert "attempts, a$_$b" in curves.svg(figure, "salt")
     assert curves.draw(curves.CHARTS[0], [("a", [one])]).axes[0].lines[0].get_marker() == "o"
 
 
@@ -808,7 +931,7 @@ def new_page(browser, **more):
 
 
 @pytest.fixture
-def page(browser, run):
+def tab(browser, run):
     """The hostile run's page, opened from disk; at the end nothing may have run that should not,
     nor been asked for."""
     page_of(run)
@@ -826,46 +949,46 @@ def page(browser, run):
     opened.close()
 
 
-def questions(page):
-    return [text.split()[1] for text in page.locator("#trees > article > .text").all_inner_texts()]
+def questions(tab):
+    return [text.split()[1] for text in tab.locator("#trees > article > .text").all_inner_texts()]
 
 
 @pytest.mark.extra
-def test_filters_in_a_browser(page):
+def test_filters_in_a_browser(tab):
     """Catches filters that show other trees than they say."""
-    assert len(questions(page)) == 11 and "11 of 11 trees" in report.inner_text("#count")
-    for kind, found in (("fixed", ["1", "6"]), ("broken", ["2"]), ("cut", ["3"])):
-        report.select_option("#kind", kind)
-        assert questions(page) == found
-        assert page.locator("#trees li.found").count() == len(found)
-    report.select_option("#kind", "all")
-    page.fill("#from", "2")
-    page.fill("#to", "4")
-    page.keyboard.press("Tab")
-    assert questions(page) == ["2", "3", "4"]
-    report.select_option("#kind", "fixed")
-    assert questions(page) == [] and report.inner_text("#count") == "no tree is like this"
+    assert len(questions(tab)) == 11 and "11 of 11 trees" in tab.inner_text("#count")
+    for kind, found in (("fixed", ["1", "6"]), ("broken", ["2"]), ("truncated", ["3"])):
+        tab.select_option("#kind", kind)
+        assert questions(tab) == found
+        assert tab.locator("#trees li.found").count() == len(found)
+    tab.select_option("#kind", "all")
+    tab.fill("#from", "2")
+    tab.fill("#to", "4")
+    tab.keyboard.press("Tab")
+    assert questions(tab) == ["2", "3", "4"]
+    tab.select_option("#kind", "fixed")
+    assert questions(tab) == [] and tab.inner_text("#count") == "no tree is like this"
 
 
 @pytest.mark.extra
-def test_tints_and_numbers_in_a_browser(page):
+def test_tints_and_numbers_in_a_browser(tab):
     """Catches a tint of the wrong sign or of nothing, and numbers on hover that are not the
     token's."""
-    token = page.locator("#trees article").first.locator(".answer").first.locator("span").nth(1)
+    token = tab.locator("#trees article").first.locator(".answer").first.locator("span").nth(1)
     look = lambda: (
         token.get_attribute("class"),
         token.evaluate("e => getComputedStyle(e).backgroundColor"),
     )
     assert look() == ("", "rgba(0, 0, 0, 0)")
     for tint, name in (("advantage", "down"), ("logprobs", "heat"), ("entropy", "heat")):
-        page.click(f"[data-tint={tint}]")
+        tab.click(f"[data-tint={tint}]")
         assert (
             look()[0] == name
             and look()[1] != "rgba(0, 0, 0, 0)"
-            and report.get_attribute(f"[data-tint={tint}]", "aria-pressed") == "true"
+            and tab.get_attribute(f"[data-tint={tint}]", "aria-pressed") == "true"
         )
     token.hover()
-    says = report.inner_text("#inspector")
+    says = tab.inner_text("#inspector")
     assert (
         all(
             part in says
@@ -880,50 +1003,49 @@ def test_tints_and_numbers_in_a_browser(page):
         )
         and token.get_attribute("title") == says
     )
-    page.click('[data-tint=""]')
+    tab.click('[data-tint=""]')
     assert look()[1] == "rgba(0, 0, 0, 0)"
 
 
 @pytest.mark.extra
-def test_hostile_text_is_text_in_a_browser(page):
+def test_hostile_text_is_text_in_a_browser(tab):
     """Catches markup of a model that becomes part of the page: it is there to read, and made no
     element (the fixture sees that nothing ran)."""
-    shown = report.inner_text("#trees")
+    shown = tab.inner_text("#trees")
     assert (
         HOSTILE[0] in shown and HOSTILE[1] in shown and "\u241b[31m \u2400 \ufffdgnp.exe" in shown
     )
     assert (
-        page.locator("#trees script, #trees img").count() == 0
-        and page.locator("script").count() == 2
+        tab.locator("#trees script, #trees img").count() == 0 and tab.locator("script").count() == 2
     )
 
 
 @pytest.mark.extra
-def test_the_keyboard_is_enough(page):
+def test_the_keyboard_is_enough(tab):
     """Catches what only a mouse can reach: j and k go from tree to tree, t tints, arrows walk
     through the tokens of an answer, Tab reaches every control."""
-    focused = lambda: page.evaluate(
+    focused = lambda: tab.evaluate(
         "[...document.querySelectorAll('#trees > article')].indexOf(document.activeElement)"
     )
-    page.keyboard.press("j")
+    tab.keyboard.press("j")
     assert focused() == 0
-    page.keyboard.press("j")
-    page.keyboard.press("j")
-    page.keyboard.press("k")
+    tab.keyboard.press("j")
+    tab.keyboard.press("j")
+    tab.keyboard.press("k")
     assert focused() == 1
-    page.keyboard.press("t")
-    assert report.get_attribute("[data-tint=advantage]", "aria-pressed") == "true"
-    page.keyboard.press("Tab")
+    tab.keyboard.press("t")
+    assert tab.get_attribute("[data-tint=advantage]", "aria-pressed") == "true"
+    tab.keyboard.press("Tab")
     for _ in range(3):
-        page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowLeft")
-    assert '"7+8=4"' in report.inner_text("#inspector") and page.locator(".cursor").count() == 1
-    page.focus("nav a")
+        tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowLeft")
+    assert '"7+8=4"' in tab.inner_text("#inspector") and tab.locator(".cursor").count() == 1
+    tab.focus("nav a")
     reached = set()
     for _ in range(20):
-        page.keyboard.press("Tab")
+        tab.keyboard.press("Tab")
         reached.add(
-            page.evaluate("document.activeElement.id || document.activeElement.dataset.tint || ''")
+            tab.evaluate("document.activeElement.id || document.activeElement.dataset.tint || ''")
         )
     assert {"kind", "set", "from", "to", "advantage", "logprobs", "entropy"} <= reached
 
@@ -935,19 +1057,19 @@ def test_the_page_is_readable_small_and_dark(browser, run):
     image = pytest.importorskip("PIL.Image", reason="needs pillow, which comes with matplotlib")
     page_of(run)
     for width, scheme in ((400, "light"), (400, "dark"), (1200, "dark")):
-        page = new_page(browser, viewport=dict(width=width, height=900), color_scheme=scheme)
-        page.goto(f"file://{run}/report.html")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        tab = new_page(browser, viewport=dict(width=width, height=900), color_scheme=scheme)
+        tab.goto(f"file://{run}/report.html")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert (
             min(
-                page.evaluate(
+                tab.evaluate(
                     "[...document.querySelectorAll('#curves text')].map(e => "
                     "e.getBoundingClientRect().height)"
                 )
             )
             >= 8
         )
-        picture = image.open(io.BytesIO(page.screenshot())).convert("L")
+        picture = image.open(io.BytesIO(tab.screenshot())).convert("L")
         shades = picture.histogram()
         assert (
             len([count for count in shades if count]) > 50
@@ -956,7 +1078,7 @@ def test_the_page_is_readable_small_and_dark(browser, run):
         assert (sum(i * count for i, count in enumerate(shades)) / sum(shades) < 80) == (
             scheme == "dark"
         )
-        report.close()
+        tab.close()
 
 
 @pytest.mark.extra
@@ -967,72 +1089,13 @@ def test_a_large_page_is_drawn_in_parts(browser, tmp_path):
         tmp_path / "many", [tree_of(step, "plain", "x" * 50) for step in range(1, 2001)]
     )
     page_of(folder)
-    page = new_page(browser)
-    page.goto(f"file://{folder}/report.html")
-    first = page.locator("#trees > article").count()
-    assert 10 < first < 500 and f"{first} of 2000 trees" in report.inner_text("#count")
-    page.click("#more")
-    assert page.locator("#trees > article").count() == 2 * first
+    tab = new_page(browser)
+    tab.goto(f"file://{folder}/report.html")
+    first = tab.locator("#trees > article").count()
+    assert 10 < first < 500 and f"{first} of 2000 trees" in tab.inner_text("#count")
+    tab.click("#more")
+    assert tab.locator("#trees > article").count() == 2 * first
     for _ in range(2 * first + 1):
-        page.keyboard.press("j")
-    assert page.locator("#trees > article").count() == 3 * first
-    report.close()
-
-
-def test_scripted_trees_reach_the_page(encoding, tmp_path, gpt):
-    """Catches transitions of a hand-written rollout told wrongly: 3 corrections mend, 2 break
-    (test_train counts the same)."""
-    layers, problems = scripted_rollout(encoding)
-    from train import Config
-
-    for layer in layers:
-        if layer.undecided is None:
-            layer.undecided = torch.zeros(len(layer.texts), dtype=torch.bool)
-    count = int(layers[0].questions.max()) + 1
-    problems = [draw(make_task("solve", 2, 2, 5), "train", 0, i) for i in range(count)]
-    transcripts.record(
-        tmp_path,
-        gpt,
-        Trees(layers, problems, torch.arange(count)),
-        encoding,
-        Config(transcripts=count),
-        1,
-        0,
-    )
-    changes = [
-        (attempt["right"], c["right"])
-        for tree in read_trees(tmp_path / "rollouts.jsonl")
-        for attempt in tree["attempts"]
-        for c in attempt["corrections"]
-    ]
-    assert (
-        changes.count((False, True)) == 3
-        and changes.count((True, False)) == 2
-        and len(changes) == 8
-    )
-
-
-def test_the_evaluations_of_a_run_are_on_its_page(run, tmp_path):
-    """Catches dialogues that are read and not shown: as trees of their own set, without numbers
-    that nobody kept, and a table."""
-    folder = tmp_path / "copied"
-    shutil.copytree(run, folder)
-    write_dialogues(
-        folder / "eval-solve.jsonl", [("a", 0.0, [(False, True)]), ("b", 0.0, [(False, False)])]
-    )
-    text = page_of(folder)
-    assert (
-        re.search(
-            r"eval-solve, greedy: percent ± standard error over questions<.*?<th "
-            r"scope=col>questions</th>.*?<td>2</td></tr></tbody>",
-            text,
-        )
-        and "50.0 <small>± 50.0</small>" in text
-    )
-    mine = [tree for tree in embedded(text) if tree["set"] == "eval-solve, greedy"]
-    assert [tree["question"] for tree in mine] == ["a", "b"] and mine[0]["attempts"][0][
-        "corrections"
-    ][0] == dict(right=True, undecided=False, cut=False, text="<answer>1</answer>")
-    alone = folder / "eval-solve.jsonl"
-    report.write_page([report.open_run(alone)], lambda text: None)
-    assert "come from eval.py alone" in alone.with_suffix(".html").read_text()
+        tab.keyboard.press("j")
+    assert tab.locator("#trees > article").count() == 3 * first
+    tab.close()

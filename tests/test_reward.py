@@ -1,4 +1,7 @@
-"""The verifier: a hole here is what the policy would learn."""
+"""The reward: the policy would learn every hole in it.
+
+python -m tests.test_reward 10000      # the slowest of 10,000 repetitive texts
+"""
 
 import json
 import random
@@ -9,30 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from reward import (
-    LONGEST,
-    Makes,
-    Reward,
-    VerifierFailed,
-    extract_answer,
-    is_correct,
-    parse_number,
-    score,
-)
+from reward import Makes, Reward, agree, extract_answer, is_correct, score
 from verifier import algebra, answers
+from verifier.answers import LONGEST, VerifierFailed, parse_number
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.parametrize(
     "text, answer",
     [
-        ("<answer>3</answer> no, <answer>4</answer>", "4"),  # the last one counts
+        ("<answer>3</answer> no, <answer>4</answer>", "4"),
         (r"\boxed{3} or rather <answer>4</answer>", "4"),
         (r"<answer>4</answer> or rather \boxed{3}", "3"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),  # braces inside
         (r"\boxed{{1}} x}", "{1}"),
-        ("<answer>3</answer><answer>4", "3"),  # cut off: the last COMPLETE one
+        ("<answer>3</answer><answer>4", "3"),  # truncated
         (r"\boxed{3} and \boxed{4", "3"),
         ("<answer>1<answer>2</answer>", "2"),
         ("</answer>5<answer>", None),
@@ -76,8 +72,8 @@ DATA = Path(__file__).parent.parent.parent / "shared" / "data"
         ("<answer>19\n#### 18", "18"),
     ],
 )
-def test_extract_answer(text, answer):
-    """Catches first-instead-of-last, unbalanced braces, and truncated answers accepted."""
+def test_the_last_complete_tag_or_box_is_the_answer(text, answer):
+    """Catches the first answer taken, unbalanced braces, and truncated answers accepted."""
     assert extract_answer(text) == answer
 
 
@@ -116,7 +112,7 @@ def test_extract_answer(text, answer):
         ("12345678901234567890123", "12345678901234567890123"),
     ],
 )
-def test_equal_answers(answer, gold):
+def test_equal_answers_are_paid(answer, gold):
     """Catches false negatives: a right answer scored 0 teaches the policy that it was wrong."""
     assert is_correct(f"<think>x</think><answer>{answer}</answer>", gold) and is_correct(
         rf"so \boxed{{{answer}}}", gold
@@ -156,7 +152,7 @@ def test_equal_answers(answer, gold):
         ("9" * 5000, "9" * 5000),
     ],
 )
-def test_different_answers(answer, gold):
+def test_different_answers_are_not_paid(answer, gold):
     """Catches false positives: near misses, many answers, echoes, floats that compare equal, digits
     of other scripts."""
     assert not is_correct(f"<answer>{answer}</answer>", gold)
@@ -179,13 +175,12 @@ def test_different_answers(answer, gold):
         "",
     ],
 )
-def test_hacks_score_zero(response):
-    """Catches rewards for naming the gold anywhere: unfinished, empty, several at once, or echoed
-    from the question."""
+def test_naming_the_gold_without_answering_scores_zero(response):
+    """Catches rewards for a gold that is truncated, one of several, or echoed from the question."""
     assert score(response, "7").total == 0
 
 
-def test_countdown_answers():
+def test_countdown_uses_each_number_once_and_makes_the_target():
     """Catches numbers left out or used twice, a wrong order of operations, and anything that is not
     arithmetic."""
     gold = Makes(24, (1, 3, 8))
@@ -212,7 +207,7 @@ def test_countdown_answers():
         assert not is_correct(f"<answer>{wrong}</answer>", gold), wrong
 
 
-def test_format_never_beats_being_right():
+def test_good_form_never_beats_a_right_answer():
     """Catches additive format rewards that make a long wrong answer look good."""
     form_only, right_only = (
         score("<think>a</think><answer>8</answer>", "7", 0.5),
@@ -225,38 +220,16 @@ def test_format_never_beats_being_right():
         score("", "7", 0.9)
 
 
-def test_no_response_breaks_it():
-    """Catches an exception in the verifier, which would end a run: 20,000 strings of the characters
-    that matter, and long hostile ones."""
+def test_no_response_raises():
+    """Catches an exception, which would end a run: 20,000 strings of the characters that matter,
+    and long hostile ones."""
     rng = random.Random(0)
-    alphabet = [
-        "<answer>",
-        "</answer>",
-        "\\boxed{",
-        "{",
-        "}",
-        "<think>",
-        "</think>",
-        "1",
-        "7",
-        "/",
-        "0",
-        ".",
-        ",",
-        "-",
-        "(",
-        ")",
-        "*",
-        " ",
-        "\\frac",
-        "é",
-    ]
+    words = r"<answer> </answer> \boxed{ { } <think> </think> 1 7 / 0 . , - ( ) * \frac é"
+    alphabet = [*words.split(), " "]
     for _ in range(20_000):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 14)))
-        assert is_correct(text, "7") in (True, False) and is_correct(text, Makes(7, (1, 7))) in (
-            True,
-            False,
-        )
+        assert is_correct(text, "7") in (True, False)
+        assert is_correct(text, Makes(7, (1, 7))) in (True, False)
     for hostile in (
         "\\boxed{" * 50_000,
         "<answer>" * 50_000 + "</answer>",
@@ -266,7 +239,7 @@ def test_no_response_breaks_it():
         assert not is_correct(hostile, "7")
 
 
-def test_parse_number_is_exact():
+def test_numbers_are_exact_fractions():
     """Catches floats on the way: 0.1 + 0.2 must be 0.3 here, and 1/3 not 0.333."""
     assert parse_number("0.1") + parse_number("0.2") == parse_number("0.3")
     assert parse_number("1/3") != parse_number("0." + "3" * 30)
@@ -275,9 +248,8 @@ def test_parse_number_is_exact():
     )
 
 
-def test_golds_of_numbers_between_spaces_stay_strict():
-    """Catches mixed numbers, products and units read into lists: "8 10 6 4" is compared number by
-    number, nothing else counts."""
+def test_numbers_between_spaces_are_compared_one_by_one():
+    """Catches mixed numbers, products and units read into lists such as "8 10 6 4"."""
     for wrong in (
         "8 10 6",
         "8 10 6 4 4",
@@ -318,7 +290,8 @@ def test_a_failing_verifier_is_counted(error, monkeypatch):
 
     monkeypatch.setattr(answers, "match", broken)
     assert score(form, "1+x") == (0, 1, 0, 1) and not is_correct(form, "1+x")
-    assert score("<answer>7</answer>", "7") == (1, 0, 1, 0)  # what needs no algebra still works
+    assert score("<answer>7</answer>", "7") == (1, 0, 1, 0)  # numbers need no algebra
+    assert agree("7", "7.0") and not agree("x+1", "1+x")  # two votes without a verdict are two
 
 
 def test_running_out_of_time_is_a_failure(monkeypatch):
@@ -328,7 +301,7 @@ def test_running_out_of_time_is_a_failure(monkeypatch):
     assert score(r"\boxed{x+1}", "1+x").failed == 1 and score(r"\boxed{x+1}", "1+x").accuracy == 0
 
 
-def test_another_verifier_decides():
+def test_a_given_verifier_decides():
     """Catches a verifier that is not asked, is asked without an answer, or is asked about
     Countdown's golds."""
     asked = []
@@ -339,16 +312,11 @@ def test_another_verifier_decides():
             return True
 
     assert score(r"so \boxed{4}", "5", 0.0, Always()).accuracy == 1 and asked == [("4", "5")]
-    assert (
-        score("5", "5", 0.0, Always()).accuracy
-        == score(r"\boxed{}", "5", 0.0, Always()).accuracy
-        == 0
-    )
+    for response in ("5", r"\boxed{}"):
+        assert score(response, "5", 0.0, Always()).accuracy == 0
     assert score("<answer>3*8</answer>", Makes(24, (3, 8)), 0.0, Always()).accuracy == 1
-    assert (
-        score("<answer>3+8</answer>", Makes(24, (3, 8)), 0.0, Always()).accuracy == 0
-        and len(asked) == 1
-    )
+    assert score("<answer>3+8</answer>", Makes(24, (3, 8)), 0.0, Always()).accuracy == 0
+    assert len(asked) == 1
 
 
 def lines_of(name):
@@ -358,41 +326,39 @@ def lines_of(name):
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-# Where a policy of ours differs from the expectation: a complete box stands when a later one is cut
-# off; 100,200 is one number.
+# Here our rules differ from the expectation: a complete box stands although a later one is
+# truncated; 100,200 is one number.
 OTHERWISE = {29, 121}
 
 
-def test_cases_of_real_graders():
+def test_cases_that_break_known_graders():
     """Catches every mistake that known graders make: truncated boxes, joined boxes, units, order,
     tolerance, hangs, injected code."""
     cases = lines_of("grader_cases.jsonl")
     rewards = {case["id"]: score(case["response"], case["gold"]) for case in cases}
-    assert [
-        case
-        for case in cases
-        if rewards[case["id"]].accuracy != case["expected"] and case["id"] not in OTHERWISE
-    ] == []
-    assert all(case["ambiguous"] for case in cases if case["id"] in OTHERWISE) and not any(
-        reward.failed for reward in rewards.values()
-    )
+    for case in cases:
+        if case["id"] in OTHERWISE:
+            assert case["ambiguous"]
+        else:
+            assert rewards[case["id"]].accuracy == case["expected"], case
+    assert not any(reward.failed for reward in rewards.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "gsm8k/train.jsonl"])
 def test_gsm8k_golds_verify_against_their_solutions(name):
-    """Catches golds with commas or signs that their own solutions do not reach, and golds that
-    another problem's solution does."""
+    """Catches golds with commas or signs that their own solutions do not reach, and golds that the
+    solution of another problem reaches."""
     solutions = [record["answer"] for record in lines_of(name)]
     golds = [text.rpartition("#### ")[2] for text in solutions]
     assert all(map(is_correct, solutions, golds))
     numbers = [int(gold.replace(",", "")) for gold in golds]
-    others = [numbers[i] != numbers[i - 1] for i in range(len(golds))]
-    assert [is_correct(solutions[i], golds[i - 1]) for i in range(len(golds))] == [
-        not other for other in others
-    ] and sum(others) > 1000
+    verdicts = [is_correct(solutions[i], golds[i - 1]) for i in range(len(golds))]
+    expected = [numbers[i] == numbers[i - 1] for i in range(len(golds))]
+    assert verdicts == expected and expected.count(False) > 1000
 
 
-HELD = {  # by class: (gold, answers that are not to be paid)
+UNPAID = {  # by class: (gold, answers that must not be paid)
     "arithmetic left undone": [
         ("17", r"3*4+5 4^2+1 2^4+1 \frac{34}{1}\cdot\frac12 (17)+0 17\cdot1"),
         ("18", "(16-3-4)*2 20-2 6(3) (6)(3) 9+9"),
@@ -480,16 +446,18 @@ HELD = {  # by class: (gold, answers that are not to be paid)
     ],
 }
 BEHIND_FIVE = (
-    "dozen|halves|half|thirds|tenths|hundredths|twelfths|millionths|quarters|times|times "
-    "six|squared|cubed|doubled|tripled|plus six|minus one|over two|and a half|point "
-    "five|hundred|score|gross|pairs|negative|"
-    "below zero|maybe six|six|sixes|fives|zeroes|twenties|fold|factorial|mod seven|choose two|to "
-    "the power two|equals six|versus six|not|cm six|cm times two|dozen eggs|million dollars|apples "
-    "plus six|six apples|"
-    "per six|percent of ten|lakh|googol|zillions|k|x|xy|of six|less one|more than "
-    "four|recurring|degrees below zero|minuses|kilo"
+    "dozen|halves|half|thirds|tenths|hundredths|twelfths|millionths|quarters|times|times six|"
+    "squared|cubed|doubled|tripled|plus six|minus one|over two|and a half|point five|hundred|"
+    "score|gross|pairs|negative|below zero|maybe six|six|sixes|fives|zeroes|twenties|fold|"
+    "factorial|mod seven|choose two|to the power two|equals six|versus six|not|cm six|"
+    "cm times two|dozen eggs|million dollars|apples plus six|six apples|per six|percent of ten|"
+    "lakh|googol|zillions|k|x|xy|of six|less one|more than four|recurring|degrees below zero|"
+    "minuses|kilo"
 )
-IN_TEXT_BEHIND_FIVE = r"0|.5|+ 6|-1|*2|/2|^2|!|e3|,000| 6|=6|:6|;6|<6|%6|\%|x|?|(6)| cm6|6 cm| dozen| times six| and a half|00|th root|²|½|π|_6|~6|\frac12|\text{6}"
+IN_TEXT_BEHIND_FIVE = (
+    r"0|.5|+ 6|-1|*2|/2|^2|!|e3|,000| 6|=6|:6|;6|<6|%6|\%|x|?|(6)| cm6|6 cm| dozen| times six|"
+    r" and a half|00|th root|²|½|π|_6|~6|\frac12|\text{6}"
+)
 UNPAID_UNITS = (
     [("5", f"5 {words}") for words in BEHIND_FIVE.split("|")]
     + [("5", rf"5\text{{{text}}}") for text in IN_TEXT_BEHIND_FIVE.split("|")]
@@ -512,29 +480,35 @@ UNPAID_UNITS = (
         (r"\{5,6\}", r"\{5\text{ dozen},6\}"),
     ]
 )
-HELD["units that are none"] = [(gold, [answer]) for gold, answer in UNPAID_UNITS]
+UNPAID["units that are none"] = [(gold, [answer]) for gold, answer in UNPAID_UNITS]
 
 
 def respond(answer):
+    """A response with the answer in a box, unless it brings its own."""
     return answer if "boxed" in answer or "think>" in answer else rf"so \boxed{{{answer}}}"
 
 
-@pytest.mark.parametrize("kind", HELD)
-def test_answers_made_to_be_paid(kind):
-    """Catches what a policy would find: the question as its answer, units that change the number,
-    residues and roundings taken for equality, boxes in a thought that was cut off."""
-    for gold, answers_ in HELD[kind]:
-        for answer in answers_.split() if isinstance(answers_, str) else answers_:
+@pytest.mark.parametrize("kind", UNPAID)
+def test_hostile_answers_are_not_paid(kind):
+    """Catches holes that a policy would find: the question as its answer, units that change the
+    number, equal residues and roundings, boxes in a truncated thought."""
+    for gold, unpaid in UNPAID[kind]:
+        for answer in unpaid.split() if isinstance(unpaid, str) else unpaid:
             assert score(respond(answer), gold) == (0, 0, 0, 0), (gold, answer)
 
 
 PAID = {  # gold: answers as models write them, all right
-    "18": r"18.0|\$18|18 dollars|\text{18 dollars}|18\text{ dollars per day}|18 eggs|18\text{ eggs per day}|18~\mathrm{cm}|18\ \text{cm}^{2}|18\text{ square units}|18\text{ sq. units}|18 people|18 apples|18 years old|"
-    r"18°|18^{\circ}|18\text{ degrees}|18\%|18 percent|18 miles per "
-    r"hour|18\ \mathrm{m/s^2}|18\text{ m}/\text{s}^2|18\ \text{kg}\cdot\text{m}^2|18\text{ N}|18 "
-    r"cubic meters|18 lbs|18 cups of flour|18 months|18 red marbles|"
-    r"18\text{ ways}|18 boxes|18 sheep|18 inches tall|18 dollars each|18 dollars per ticket|18 "
-    r"km/h|18cm|€18|x=18|20-2=18|x=36/2=18|\frac{36}{2}|\sqrt{324}|\binom{18}{1}|18^1|eighteen|1.8\times10^1|18\text{ kilowatt-hours}",
+    "18": (
+        r"18.0|\$18|18 dollars|\text{18 dollars}|18\text{ dollars per day}|18 eggs|"
+        r"18\text{ eggs per day}|18~\mathrm{cm}|18\ \text{cm}^{2}|18\text{ square units}|"
+        r"18\text{ sq. units}|18 people|18 apples|18 years old|18°|18^{\circ}|18\text{ degrees}|"
+        r"18\%|18 percent|18 miles per hour|18\ \mathrm{m/s^2}|18\text{ m}/\text{s}^2|"
+        r"18\ \text{kg}\cdot\text{m}^2|18\text{ N}|18 cubic meters|18 lbs|18 cups of flour|"
+        r"18 months|18 red marbles|18\text{ ways}|18 boxes|18 sheep|18 inches tall|"
+        r"18 dollars each|18 dollars per ticket|18 km/h|18cm|€18|x=18|20-2=18|x=36/2=18|"
+        r"\frac{36}{2}|\sqrt{324}|\binom{18}{1}|18^1|eighteen|1.8\times10^1|"
+        r"18\text{ kilowatt-hours}"
+    ),
     "1": r"1 apple|1\text{ hour}|\sin90^\circ|\log_7 7|\tan\frac{\pi}{4}",
     "120": r"5!|\binom{10}{3}",
     r"\frac{1}{1024}": r"2^{-10}|\frac{1}{2^{10}}",
@@ -570,24 +544,21 @@ PAID = {  # gold: answers as models write them, all right
 
 
 @pytest.mark.parametrize("gold", PAID)
-def test_ordinary_answers_stay_right(gold):
+def test_honest_answers_are_paid(gold):
     """Catches rules against hostile answers that cost honest ones."""
     for answer in PAID[gold].split("|"):
         assert score(rf"\boxed{{{answer}}}", gold) == (1, 0, 1, 0), answer
 
 
-def test_cases_made_to_be_paid():
-    """Catches what an attack from outside found: 103 answers, of which 37 were once paid
-    wrongly."""
-    assert [
-        case
-        for case in lines_of("hostile_cases.jsonl")
-        if score(case["response"], case["gold"])[::3] != (case["expected"], 0)
-    ] == []
+def test_cases_of_an_attack_get_the_expected_reward():
+    """Catches holes that an attack found: 103 answers, of which 37 were once paid wrongly."""
+    for case in lines_of("hostile_cases.jsonl"):
+        reward = score(case["response"], case["gold"])
+        assert (reward.accuracy, reward.failed) == (case["expected"], 0), case
 
 
-def test_what_is_too_small_for_floats_is_undecided():
-    """Catches underflow taken for 0, and for nothing beside a number: no reward, and counted."""
+def test_values_too_small_for_floats_are_undecided():
+    """Catches underflow taken for 0: there is no reward, and the failure is counted."""
     for answer, gold in (
         ("e^{-1000}", "0"),
         ("2^{-5000.5}", "0"),
@@ -609,50 +580,25 @@ def test_what_is_too_small_for_floats_is_undecided():
     assert score(r"\boxed{1e-400}", "0").failed == 0
 
 
-# ---- repeated text -------------------------------------------------------------------------------
+# ---- repetitive text -----------------------------------------------------------------------------
 
-WORDS = r"""\text \text{ \text{cm} \text{cm}^2 \text{or} \text{a b} \mathrm{m}/ \cdot \times \frac \frac{1}{2} \sqrt \sqrt[3] \overline{ \left( \right) \{ \}
-\begin{pmatrix} \end{pmatrix} \begin{array}{ \\ \\[ & \color \color[ \color{red} \boxed{ \fbox{ \pm \cup \in \leq \approx \circ ^\circ ^{\circ} \$ \% \! \, \; \quad \operatorname
-\mathbb{R} \binom \log_ \sin \infty \pi \phantom{ <answer> </answer> <think> </think> #### { } ( ) [ ] | $ % £ . , ; : ! ? = < > + - * / ^ _ ' ~ # 0 1 12 9,999 1,000 0.5 .5 1e9 999
-x y n e i xy a_1 f(x) cm kg per of and or to five six dozen half apples the not maybe x= 1/2 3:30 1011_2 np. {,} ² √ π ½ − ° é ٣ 五"""
-PIECES = WORDS.split() + [
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    " \\ ",
-    "5 ",
-    " cm",
-    "cm ",
-    " and ",
-    " or ",
-    " to ",
-    "\\text{ cm} ",
-    ", ",
-    "1, ",
-    " =",
-    "\\text {",
-    "^ {",
-    " / ",
-    "#### \n",
-    "} {",
-]
-REPEATED_GOLDS = [
-    "5",
-    r"\frac{1}{2}",
-    r"\sqrt{2}",
-    "x^2+1",
-    "(1,2)",
-    r"\{1,2\}",
-    "[1,2)",
-    "x=5",
-    "y=2x+1",
-    "1,2",
-    "x>3",
-    r"\text{east}",
-    r"5\text{ cm}",
-    "8 10 6",
-]
+WORDS = r"""
+    \text \text{ \text{cm} \text{cm}^2 \text{or} \text{a b} \mathrm{m}/ \cdot \times \frac
+    \frac{1}{2} \sqrt \sqrt[3] \overline{ \left( \right) \{ \} \begin{pmatrix} \end{pmatrix}
+    \begin{array}{ \\ \\[ & \color \color[ \color{red} \boxed{ \fbox{ \pm \cup \in \leq \approx
+    \circ ^\circ ^{\circ} \$ \% \! \, \; \quad \operatorname \mathbb{R} \binom \log_ \sin \infty \pi
+    \phantom{ <answer> </answer> <think> </think> #### { } ( ) [ ] | $ % £ . , ; : ! ? = < > + - * /
+    ^ _ ' ~ # 0 1 12 9,999 1,000 0.5 .5 1e9 999 x y n e i xy a_1 f(x) cm kg per of and or to five
+    six dozen half apples the not maybe x= 1/2 3:30 1011_2 np. {,} ² √ π ½ − ° é ٣ 五
+"""
+SPACED = (
+    " |  |\n|\t| \\ |5 | cm|cm | and | or | to |\\text{ cm} |, |1, | =|\\text {|^ {| / |#### \n|} {"
+)
+PIECES = WORDS.split() + SPACED.split("|")
+GOLDS = (
+    r"5|\frac{1}{2}|\sqrt{2}|x^2+1|(1,2)|\{1,2\}|[1,2)|x=5|y=2x+1|1,2|x>3|\text{east}|5\text{ cm}"
+    "|8 10 6"
+)
 
 
 def repeated(rng, length):
@@ -670,8 +616,8 @@ def repeated(rng, length):
 
 
 def cases(seed, count, length=1_000_000):
-    """Yields (response, gold): what once did not end, then answers in boxes and tags, and every
-    fiftieth time a response of `length` characters, open or closed."""
+    """Yields (response, gold): a text that once did not end, then answers in boxes and tags; every
+    fiftieth response has `length` characters, open or closed."""
     yield r"\boxed{" + r"\text{cm} " * 24 + "x24 5}", "5"
     rng = random.Random(seed)
     for i in range(count):
@@ -693,26 +639,47 @@ def cases(seed, count, length=1_000_000):
             text = repeated(rng, LONGEST - 30)[:LONGEST]
             yield (
                 rng.choice((rf"\boxed{{{text}}}", f"<answer>{text}</answer>", f"#### {text}")),
-                rng.choice(REPEATED_GOLDS),
+                rng.choice(GOLDS.split("|")),
             )
 
 
-def test_repetition_does_not_hang():
-    """Catches regular expressions whose time grows without end when a model repeats itself: in a
-    process, with a minute for what takes seconds. How fast each text is decided, `python -m
-    tests.test_reward 10000` shows: 50 ms at most is what is wanted."""
-    subprocess.run(
-        [sys.executable, "-m", "tests.test_reward", "300"],
-        cwd=Path(__file__).parent.parent,
-        timeout=1800,
-        check=True,
-        capture_output=True,
+def test_repetitive_text_does_not_hang():
+    """Catches regular expressions whose time explodes when a model repeats itself. They run in a
+    process of their own, as they cannot be interrupted. A verdict should take 50 ms at most;
+    `python -m tests.test_reward 10000` shows the slowest."""
+    command = [sys.executable, "-m", "tests.test_reward", "300"]
+    subprocess.run(command, cwd=ROOT, timeout=1800, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "words, code, printed",
+    [
+        (
+            ["reward.py", r"so \boxed{\frac12}", "0.5"],
+            0,
+            r"answer '\\frac12'; Reward(accuracy=1.0,",
+        ),
+        (["reward.py", "<answer>-5</answer>", "-6"], 0, "answer '-5'; Reward(accuracy=0.0,"),
+        (["reward.py", "--help"], 0, "python reward.py "),
+        (["reward.py", "5"], 2, "error: usage: python reward.py RESPONSE GOLD\n"),
+        (["-m", "verifier.answers", r"\frac12", "0.5"], 0, "\nequal\n"),
+        (["-m", "verifier.answers", "1", "2"], 0, "\ndifferent\n"),
+        (["-m", "verifier.answers", "e^{-1000}", "0"], 0, "\nundecided, "),
+        (["-m", "verifier.answers", "--help"], 0, "python -m verifier.answers "),
+        (["-m", "verifier.answers"], 2, "error: usage: python -m verifier.answers ANSWER GOLD\n"),
+    ],
+)
+def test_commands(words, code, printed):
+    """Catches a command that warns, or that answers bad usage with a traceback."""
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
+    output, other = (done.stderr, done.stdout) if code else (done.stdout, done.stderr)
+    assert done.returncode == code and printed in output and other == ""
 
 
 def main():
-    """Prints the slowest of repeated texts, in CPU time; the arguments are how many to try, and a
-    seed."""
+    """Prints the slowest texts, in CPU time. Arguments: how many to try, and a seed."""
     count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     seconds, failed = {"answers": [], "long responses": []}, 0
     for response, gold in cases(seed, count):

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 from conftest import SHARED
 
-from huggingface.tokenizer import GPT2, QWEN2, byte_of, check_merges, convert, merged
+from huggingface.tokenizer import QWEN2, byte_of, check_merges, convert, merged
 from runtime.flags import BadInput
 
 FILES = SHARED / "tokenizers"
@@ -109,7 +109,7 @@ CUTS = {
 
 @pytest.mark.extra
 @pytest.mark.parametrize("cut", CUTS)
-def test_token_for_token(cut, tmp_path):
+def test_converted_tokenizers_give_the_librarys_ids(cut, tmp_path):
     """Catches another pattern, NFC forgotten, merges in another order: 4,000 odd strings give the
     library's ids and come back as they were."""
     original, folder = small(
@@ -128,7 +128,7 @@ def test_token_for_token(cut, tmp_path):
 
 @pytest.mark.extra
 @needs_shared
-def test_tiny_qwen_like_from_either_form():
+def test_a_tokenizer_json_of_others_gives_the_librarys_ids():
     """Catches a converter that only knows its own files: tokenizer.json of ../shared against the
     library."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -145,7 +145,7 @@ def test_tiny_qwen_like_from_either_form():
 
 
 @needs_shared
-def test_vocab_and_merges(tmp_path):
+def test_vocab_and_merges_give_what_tokenizer_json_gives(tmp_path):
     """Catches the first merge taken for a comment, or the comment for a merge: vocab.json +
     merges.txt give what tokenizer.json gives."""
     for name in ("vocab.json", "merges.txt"):
@@ -164,8 +164,9 @@ def test_vocab_and_merges(tmp_path):
         assert ours.encode_ordinary(text) == whole.encode_ordinary(text)
 
 
+@pytest.mark.slow
 @needs_shared
-def test_gpt2s_merges_are_valid():
+def test_valid_merges_are_accepted():
     """Catches a validity test that refuses what is valid: GPT-2's 50,000 merges hold, and so do
     10,000 of Qwen's ranks against themselves."""
     alphabet = byte_of()
@@ -203,15 +204,15 @@ A = {bytes([b]): i for i, b in enumerate(b"abc")}
         (A | {b"ab": 3, b"bc": 4, b"abc": 5}, [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")], "abc"),
     ],
 )
-def test_merges_that_tiktoken_would_do_otherwise(ranks, pairs, says):
+def test_merges_in_another_order_are_refused(ranks, pairs, says):
     """Catches the toy cases in which both libraries cut `abc` differently: ids out of order, a
     token without a merge, another pair."""
     with pytest.raises(BadInput, match=says):
         check_merges(ranks, pairs, "toy")
 
 
-def test_ignored_merges():
-    """Catches Llama-3's tokens without a merge refused, where nobody can make them from parts; and
+def test_tokens_without_a_merge_need_ignore_merges():
+    """Catches Llama-3's tokens without a merge refused, where no merge can make them from parts; and
     accepted where tiktoken would: of abcd it makes [abc, d], the original [ab, c, d]."""
     check_merges(A | {b"abc": 4}, [], "toy", ignore_merges=True)
     with pytest.raises(BadInput, match="abc"):
@@ -226,7 +227,7 @@ def test_ignored_merges():
 
 @pytest.mark.extra
 @needs_shared
-def test_llama3s_way_of_writing_merges(tmp_path):
+def test_llama3s_repeated_merges_are_accepted(tmp_path):
     """Catches Llama-3 refused: its tokenizer.json lists EVERY way to cut a token in two, so
     products come several times, and begins each text with a token. Made here from 4,000 of Qwen's
     ranks, with Llama-3's pattern; token for token against the library."""
@@ -315,7 +316,7 @@ def test_llama3s_way_of_writing_merges(tmp_path):
 
 
 @pytest.mark.extra
-def test_bytes_that_a_vocabulary_lacks(tmp_path):
+def test_bytes_that_the_vocabulary_lacks_are_dropped(tmp_path):
     """Catches a panic in tiktoken's Rust code, which no `except Exception` sees, for a control
     character in a question: SmolLM2's vocabulary lacks bytes, and the original drops them. Also a
     text that tiktoken cannot take: one sentence."""
@@ -355,7 +356,7 @@ def test_bytes_that_a_vocabulary_lacks(tmp_path):
         (dict(pre_tokenizer=None), "cut by nothing"),
     ],
 )
-def test_what_is_not_converted_is_named(change, says, tmp_path):
+def test_unsupported_tokenizers_are_refused(change, says, tmp_path):
     """Catches a tokenizer that is nearly converted."""
     whole = (
         dict(
@@ -369,7 +370,7 @@ def test_what_is_not_converted_is_named(change, says, tmp_path):
         convert(tmp_path)
 
 
-def test_missing_files_are_named(tmp_path):
+def test_missing_and_damaged_files_are_named(tmp_path):
     """Catches a traceback for a folder without a tokenizer, and for JSON that is none."""
     with pytest.raises(BadInput, match="there is no such file"):
         convert(tmp_path)
@@ -382,4 +383,3 @@ def test_missing_files_are_named(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
         with pytest.raises(BadInput, match=says):
             convert(tmp_path)
-    assert GPT2 != QWEN2

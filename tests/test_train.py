@@ -18,17 +18,16 @@ from conftest import PATIENCE, ROOT, script
 from test_mgrpo import scripted_rollout
 
 import train
-from huggingface.tokenizer import build_encoding
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
-from model import load_checkpoint
+from report.trees import lines_of
 from runtime import log
-from runtime.checkpoints import Progress
+from runtime.checkpoints import Progress, load_checkpoint
 from runtime.flags import BadInput
 from runtime.log import rollout_metrics, tree_text
-from runtime.transcripts import lines_of
 from sample import Sampler
-from tasks.base import learning_rate
-from tasks.catalog import Problem, draw, make_task, prompts_and_golds
+from tasks.legacy import draw, make_task, prompts_and_golds
+from tasks.problems import Problem
+from tasks.tokenizer import build_encoding
 from train import SUMS, Config, Trees, accumulate, learn, optimiser_steps
 
 
@@ -242,7 +241,7 @@ def test_metrics_of_a_hand_written_tree(encoding):
 
 def test_tree_text_shows_the_whole_tree(encoding):
     """Catches a transcript that lacks the phrase, a node, or who was right."""
-    from tasks.catalog import Problem
+    from tasks.problems import Problem
 
     layers, sampler = scripted_rollout(encoding)
     text = tree_text(layers, Problem("a", "1", None), 0, encoding)
@@ -296,17 +295,6 @@ def test_questions_that_teach_nothing_give_way(monkeypatch, resample):
     assert asked == first
 
 
-def test_learning_rate_of_base_training():
-    """Catches a decay that does not end at 0, or begins before accuracy says so."""
-    assert (
-        learning_rate(0.1, 0, None)
-        < learning_rate(0.1, 49, None)
-        == learning_rate(0.1, 5000, None)
-        == 0.1
-    )
-    assert learning_rate(0.1, 1000, 1000) == 0.1 and learning_rate(0.1, 1200, 1000) == 0
-
-
 def test_layer_2_can_weigh_nothing(rollout):
     """Catches the weight applied to the wrong layer, or not at all: with w = 0 the gradient is that
     of layer 1 alone."""
@@ -323,7 +311,7 @@ def test_nobody_goes_on_to_layer_2(encoding, gpt):
     1's alone."""
     from test_mgrpo import Scripted
 
-    from tasks.catalog import Problem
+    from tasks.problems import Problem
 
     sampler = Scripted(encoding, ["<answer>1</answer>"] * 4, [])
     layers = collect(
@@ -577,49 +565,6 @@ def test_every_field_of_the_log_is_explained(smoke):
     ) > 20
     shown = " ".join(column for column, _ in rows).replace("&#124;", "|")
     assert [title for _, title, _ in log.LINE if title.strip() not in shown] == []
-
-
-def test_a_changed_setting_never_reuses_the_base(smoke):
-    """Catches a cache keyed by too little: every field of the base's config, preset's name aside,
-    changes its name."""
-    from tasks import base as pretrain
-
-    c = pretrain.resolve(
-        pretrain.Config(**pretrain.PRESETS["smoke"], device="cpu", dtype="float32")
-    )
-    other = dict(task="chain", device="cuda", dtype="bfloat16")
-    names = {pretrain.fingerprint(c)}
-    for field in dataclasses.fields(pretrain.Config):
-        if field.name != "preset":
-            value = getattr(c, field.name)
-            names.add(
-                pretrain.fingerprint(
-                    dataclasses.replace(
-                        c,
-                        **{
-                            field.name: other.get(
-                                field.name, value if isinstance(value, str) else value + 1
-                            )
-                        },
-                    )
-                )
-            )
-    assert len(names) == len(dataclasses.fields(pretrain.Config))
-    assert pretrain.fingerprint(c) == pretrain.fingerprint(dataclasses.replace(c, preset="smoke"))
-
-
-def test_changed_code_never_reuses_the_base(tmp_path, monkeypatch):
-    """Catches a base made by other code; comments and docstrings are free to change."""
-    import importlib
-
-    from tasks import base as pretrain
-
-    monkeypatch.syspath_prepend(tmp_path)
-    texts = []
-    for i, body in enumerate(('"""a"""\nx = 1', '"""b"""\nx = 1  # c', '"""a"""\nx = 2')):
-        (tmp_path / f"fake{i}.py").write_text(body + f'\ndef f():\n    "doc{i}"\n    return x\n')
-        texts.append(pretrain.code_of(importlib.import_module(f"fake{i}")))
-    assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_run_is_never_written_over(smoke):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from huggingface import weights
-from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from huggingface.weights import load_model, save_model
+from model import GPT, ModelConfig
+from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.flags import BadInput
 from sample import Sampler
 
@@ -83,7 +85,7 @@ def test_logits_are_theirs(theirs):
     fp32 logits within 1e-4 of transformers', beyond the original context too."""
     folder, model = theirs
     gpt, tokens = (
-        GPT.from_pretrained(folder),
+        load_model(folder),
         torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1)),
     )
     with torch.no_grad():
@@ -97,7 +99,7 @@ def test_sampled_log_probabilities_are_theirs(theirs):
     """Catches the same in the cached path: what our sampler says of its tokens is what transformers
     says of them."""
     folder, model = theirs
-    c = Sampler(GPT.from_pretrained(folder), workers=1).generate([[1, 2, 3], [4, 5]], 3, 40, seed=0)
+    c = Sampler(load_model(folder)).generate([[1, 2, 3], [4, 5]], 3, 40, seed=0)
     for i, sampled in enumerate(c.sampled):
         prompt = c.prompts[i // c.n]
         with torch.no_grad():
@@ -110,8 +112,8 @@ def test_round_trip(theirs, tmp_path):
     """Catches a file that only we can read: written by us, loaded by transformers, the logits are
     the first ones; tokenizer files come along."""
     folder, model = theirs
-    gpt = GPT.from_pretrained(folder)
-    out = gpt.save_pretrained(tmp_path / "mine", torch.float32)
+    gpt = load_model(folder)
+    out = save_model(gpt, tmp_path / "mine", torch.float32)
     back = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     tokens = torch.randint(0, 97, (2, 50), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_round_trip(theirs, tmp_path):
         and {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
     )
     torch.testing.assert_close(
-        logits_of(GPT.from_pretrained(out), tokens), logits_of(gpt, tokens), atol=0, rtol=0
+        logits_of(load_model(out), tokens), logits_of(gpt, tokens), atol=0, rtol=0
     )
 
 
@@ -131,13 +133,13 @@ def test_sharded_files_and_our_own_checkpoints(theirs, tmp_path):
     folder, model = theirs
     model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     assert (tmp_path / "shards/model.safetensors.index.json").exists()
-    whole, sharded = GPT.from_pretrained(folder), GPT.from_pretrained(tmp_path / "shards")
+    whole, sharded = load_model(folder), load_model(tmp_path / "shards")
     save_checkpoint(tmp_path / "ours.pt", whole)
     tokens = torch.arange(90)[None]
     for other in (sharded, load_checkpoint(tmp_path / "ours.pt")[0]):
         assert torch.equal(logits_of(other, tokens), logits_of(whole, tokens))
     with pytest.raises(BadInput, match="several files"):
-        whole.save_pretrained(tmp_path / "shards")
+        save_model(whole, tmp_path / "shards")
 
 
 def edited(theirs, tmp_path, **fields):
@@ -175,7 +177,7 @@ def edited(theirs, tmp_path, **fields):
 def test_what_cannot_be_represented_is_named(theirs, tmp_path, fields, says):
     """Catches a model that loads and is slightly wrong."""
     with pytest.raises(BadInput, match=says):
-        GPT.from_pretrained(edited(theirs, tmp_path, **fields))
+        load_model(edited(theirs, tmp_path, **fields))
 
 
 @pytest.mark.parametrize("theirs", ["qwen2"], indirect=True)
@@ -183,18 +185,18 @@ def test_damage_is_named(theirs, tmp_path):
     """Catches a traceback for a folder that is not there, a file cut short, other formats, and JSON
     that is none."""
     with pytest.raises(BadInput, match=r"config\.json: there is no such file"):
-        GPT.from_pretrained(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere")
     folder = edited(theirs, tmp_path)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(BadInput, match="is damaged"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadInput, match="only safetensors"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(BadInput, match="is not JSON"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_models_that_no_family_has_are_not_written(tmp_path):
@@ -204,9 +206,8 @@ def test_models_that_no_family_has_are_not_written(tmp_path):
         (dict(qkv_bias=True, head_size=8), "no family"),
     ):
         with pytest.raises(BadInput, match=says):
-            GPT(
-                ModelConfig(97, 64, 2, 4, 2, **dict(head_size=16, hidden=96) | switches)
-            ).save_pretrained(tmp_path / "x")
+            config = ModelConfig(97, 64, 2, 4, 2, **dict(head_size=16, hidden=96) | switches)
+            save_model(GPT(config), tmp_path / "x")
     assert weights.their_config(ModelConfig(97), torch.float32)["model_type"] == "llama"
 
 
@@ -221,9 +222,9 @@ def test_a_head_that_is_not_the_embeddings(theirs, tmp_path):
         tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
         save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
         if factor == 1:
-            assert GPT.from_pretrained(folder).config.tied
+            assert load_model(folder).config.tied
     with pytest.raises(BadInput, match="tie_word_embeddings = True"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_damaged_files_are_one_sentence(theirs, tmp_path):
@@ -231,11 +232,11 @@ def test_damaged_files_are_one_sentence(theirs, tmp_path):
     folder = edited(theirs, tmp_path)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(BadInput, match=r"index\.json is damaged"):
-        GPT.from_pretrained(folder)
+        load_model(folder)
     for text in ("[]", '{"model_type": "qwen2", "eos_token_id": 1, "hidden_size": "wide"}'):
         (folder / "config.json").write_text(text)
         with pytest.raises(BadInput, match=r"config\.json"):
-            GPT.from_pretrained(folder)
+            load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_weights_that_are_none_are_named(theirs, tmp_path, name, change, says):
         metadata=dict(format="pt"),
     )
     with pytest.raises(BadInput) as error:
-        GPT.from_pretrained(folder)
+        load_model(folder)
     assert (
         says in str(error.value)
         and name in str(error.value)
@@ -303,4 +304,4 @@ def test_an_index_that_is_wrong_is_named(theirs, tmp_path):
     ):
         index.write_text(json.dumps(content))
         with pytest.raises(BadInput, match=says):
-            GPT.from_pretrained(tmp_path / "shards")
+            load_model(tmp_path / "shards")

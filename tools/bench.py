@@ -49,12 +49,12 @@ import torch.nn.functional as F
 from engine import kernels
 from engine.in_flight import RowState
 from engine.workers import in_parallel
-from huggingface.tokenizer import build_encoding
 from model import GPT, ModelConfig
 from reward import is_correct
 from runtime.flags import BadInput, guarded, parse_flags
 from sample import Sampler
-from tasks.base import pick_device
+from tasks.legacy import pick_device
+from tasks.tokenizer import build_encoding
 from verifier import answers, latex
 
 SHAPES = {  # ModelConfig's fields; the large ones are those of Qwen2.5

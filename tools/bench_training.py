@@ -33,12 +33,12 @@ import torch
 import train
 from engine.packing import leaf, pack, row_packs, tree_packs
 from engine.workers import in_parallel
-from huggingface.tokenizer import build_encoding
 from mgrpo import Layer
 from reward import score
 from runtime import memory
 from sample import Sampler
-from tasks.base import pick_device
+from tasks.legacy import pick_device
+from tasks.tokenizer import build_encoding
 from tools import bench
 
 PHASES = ("sample 1", "sample 2", "reward", "forward", "backward", "optimiser", "refresh")

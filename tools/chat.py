@@ -30,23 +30,15 @@ from typing import Any, Literal, NamedTuple
 
 from eval import load_policy, make_verifier, max_new_tokens, run_config
 from huggingface.prompts import model_folder, open_shape, open_weights
-from huggingface.tokenizer import PHRASES, build_encoding
-from mgrpo import Sampling, draw_phrases, expand
-from model import compute_dtype
+from mgrpo import PHRASES, Sampling, draw_phrases, expand, longest_phrase, phrase_text
 from reward import Makes, extract_answer
+from runtime.device import compute_dtype
 from runtime.flags import BadInput, guarded, inert, parse_flags, ran_out
 from runtime.transcripts import bytes_of
 from sample import Sampler
-from tasks.base import pick_device
-from tasks.catalog import (
-    Problem,
-    draw,
-    longest_phrase,
-    phrase_text,
-    prompts_and_golds,
-    task_of,
-    token_limits,
-)
+from tasks.legacy import draw, pick_device, prompts_and_golds, task_of, token_limits
+from tasks.problems import Problem
+from tasks.tokenizer import build_encoding
 
 PROMPT = "question> "
 SHOWN = 80  # characters of an answer that a verdict quotes
@@ -88,7 +80,7 @@ class Stream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, rows, ended):
-        """rows: cache.Rows. On CUDA the host waits for the device here, which costs a dialogue
+        """rows: in_flight.RowState. On CUDA the host waits for the device here, which costs a dialogue
         nothing that one could see."""
         new = rows.tokens[rows.row[0], self.count : int(rows.length[0])].tolist()
         self.count += len(new)
@@ -159,7 +151,7 @@ class Dialogue:
             partner.encoding,
             partner.verifier,
         )
-        self.sampler = Sampler(partner.model, workers=1)
+        self.sampler = Sampler(partner.model)
         # of questions; the last answer; how often that question was looked at
         self.number, self.layer, self.looks = 0, None, 0
         self.fit(1, 2)

@@ -41,16 +41,16 @@ import torch
 from tqdm import tqdm
 
 import train
-from eval import held_out_questions, load_policy, majorities
-from huggingface.tokenizer import build_encoding
+from engine.workers import in_parallel
+from eval import COLUMNS, held_out_questions, load_policy, majorities, mean_and_error
 from mgrpo import Sampling, expand
+from report.trees import lines_of
 from runtime.flags import BadInput, file_name, guarded, parse_flags, writing
-from runtime.transcripts import lines_of
 from sample import Sampler
-from tables import COLUMNS, mean_and_error
-from tasks import base as pretrain
+from tasks import legacy as pretrain
 from tasks import opening
-from tasks.catalog import prompts_and_golds, task_of
+from tasks.legacy import prompts_and_golds, task_of
+from tasks.tokenizer import build_encoding
 
 ARMS = {  # name -> what it adds to train.py's defaults
     "grpo": "--layers 1",  # and as many attempts as the tree has nodes, G + G x H (see `words`)
@@ -262,7 +262,7 @@ def more_answers(checkpoint, config):
     problems = held_out_questions(task, config["eval_questions"])
     prompts, golds = prompts_and_golds(encoding, problems)
     layer = expand(
-        Sampler(model),
+        in_parallel(Sampler(model)),
         encoding,
         golds,
         prompts,

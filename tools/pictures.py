@@ -28,7 +28,7 @@ from report import page as report
 from report.curves import COLOURS, INK, LINES
 from runtime.flags import BadInput, guarded, parse_flags
 from runtime.transcripts import lines_of
-from tables import mean_and_error
+from eval import mean_and_error
 from tools import compare
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,33 +1,19 @@
-r"""Whether two expressions are equal: exactly, modulo a prime, or in floats at random points.
-Nothing is simplified or eval-ed.
+r"""Decides whether two expressions are equal: exact, modulo a prime, or at random points.
 
-    python algebra.py "\frac12" 0.5             # -> equal
-    python algebra.py "\sin 2x" "2\sin x\cos x"
+    python -m verifier.answers "\sin 2x" "2\sin x\cos x"
 
-The idea. Two expressions are equal when they have the same variables and the same value wherever
+The idea. Two expressions are equal when they have the same variables, and the same value wherever
 both are defined. Simplifying is slow and can be made to hang; evaluating at random points is
-neither. Three ways of evaluating, the first one that can do both:
+neither. There are three ways to evaluate, and the first one that handles both expressions decides:
 
-- Exact: constants as fractions of integers of bounded size. 1234576 is never 1234567, 0.3333 never
-1/3.
-- Modular: rational functions at random points modulo primes of 100 bits; (x+1)^{100000} costs no
-  more than (x+1)^2. A prime that is known can be written into an answer: x^2 + the prime. So the
-  known one only refutes, and what it holds equal is looked at again modulo a prime that a hash of
-  both texts picks among 2^93. Exponents on top of each other multiply to 2^40 at most, so the
-  difference of two expressions has too few digits for more than one in 2^45 of these primes to
-  divide it.
-- Floating: roots, logarithms, trigonometry, variables in exponents; complex floats at a dozen
-  points, which refute. What they hold equal is looked at again with 400 digits: no decimal is ever
-  an irrational number. With variables and without i the points are real, and those where a root or
-  a logarithm is not are left out.
+- Exact: constants, as fractions of integers of bounded size. 0.3333 is never 1/3.
+- Modular: rational functions, at random points modulo primes of 100 bits. (x+1)^{100000} costs no
+  more than (x+1)^2.
+- Floating: roots, logarithms, trigonometry, variables in exponents. Complex floats at a dozen
+  points refute; what they hold equal is checked again with 400 digits.
 
-The points come from a hash of the two expressions: grading is reproducible. What is read is
-hostile: digits and exponents are bounded, so that no operation is slow, and a deadline in CPU time
-is looked at in every node all the same.
-
-Policies: the variables must agree, so 0x is not 0 and x^0 not 1. 1/0 is nothing, not even infinity.
-e^{-1000} is not 0: what is too small to be told from 0 is Undecided, unless another point tells the
-two apart.
+A hash of the two expressions seeds the points, so verdicts are reproducible. Expressions are
+hostile: digits and exponents are bounded, and every node checks a deadline in CPU time.
 """
 
 import cmath
@@ -35,75 +21,86 @@ import functools
 import gc
 import hashlib
 import math
-import sys
 import threading
 import time
 from fractions import Fraction
 
-import mpmath  # which torch brings, for sympy
+import mpmath  # comes with torch, for sympy
 
-from runtime.flags import BadInput, guarded
-from verifier.latex import Expression, Unreadable, clean, parse
+from verifier.latex import Expression
 
 BITS = 8_192  # of a numerator or denominator in exact arithmetic
 SECONDS = 0.05  # of CPU time for one comparison
-REACH = 2**40  # exponents on top of each other, multiplied, modulo a prime
-# the one that refutes; like all here it is 1 modulo 4, so that i has a value too
+
+# The modulus of the first, quick look. Like all moduli here it is 1 modulo 4, so that i has a value
+# too. This prime is published, so an answer can be built on it: x^2 + PRIME. Therefore PRIME only
+# refutes. Two expressions that it holds equal are compared again modulo a prime that a hash of both
+# texts picks among 2^93.
 PRIME = 10**30 + 57
-LITTLE = math.prod(prime for prime in range(3, 200) if all(prime % i for i in range(2, prime)))
+# Exponents on top of each other, multiplied, modulo a prime. Up to this the difference of two
+# expressions has so few digits that at most one in 2^45 of the picked primes divides it.
+REACH = 2**40
+SMALL_PRIMES = math.prod(
+    prime for prime in range(3, 200) if all(prime % i for i in range(2, prime))
+)
 
 
 class Unfit(Exception):
-    """This way of evaluating cannot do it; another one may."""
+    """This way of evaluating cannot handle the expression; another one may."""
 
 
 class Undefined(Exception):
-    """No value at this point: a division by 0, the logarithm of 0, a number beyond the range of
-    floats."""
+    """No value at this point: a division by 0, the logarithm of 0, or a float out of range."""
 
 
 class Underflow(Exception):
-    """A value too near to 0, or to what a function tends to, for the digits there are."""
+    """A value too close to 0, or to a function's limit, for the digits there are."""
 
 
 class Undecided(Exception):
-    """No way of evaluating can tell whether the two are equal."""
+    """No way of evaluating can decide whether the two are equal."""
 
 
 class OutOfTime(Exception):
-    """The comparison hit its deadline."""
+    """The comparison reached its deadline."""
 
 
 class Deadline(threading.local):
-    """When the comparison of this thread must end: `with deadline:` gives it SECONDS. Python's
-    garbage collector waits meanwhile: with a large heap it takes longer than that, and the answer
-    would be blamed for it."""
+    """`with deadline:` gives a comparison of this thread SECONDS of CPU time.
 
-    end, collects = math.inf, False
+    Python's garbage collector is off meanwhile. On a large heap one collection takes longer than
+    the deadline, and the answer would be counted as undecided for it.
+    """
+
+    end = math.inf
+    collector_was_on = False
 
     def __enter__(self):
-        self.end, self.collects = clock() + SECONDS, gc.isenabled()
+        self.end, self.collector_was_on = clock() + SECONDS, gc.isenabled()
         gc.disable()
 
     def __exit__(self, *_):
         self.end = math.inf
-        if self.collects:
+        if self.collector_was_on:
             gc.enable()
 
     def check(self):
+        """Raises OutOfTime after the deadline."""
         if clock() > self.end:
             raise OutOfTime(f"not decided within {SECONDS} s")
 
 
-clock = time.thread_time  # CPU time of the thread: one that waits for its core has not used any
+clock = time.thread_time  # CPU time of this thread: waiting for a core on a busy machine is free
 deadline = Deadline()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
+METHODS = {"+": "sum", "*": "product", "-": "negative", "/": "inverse"}
+
 
 def evaluate(tree, field):
-    """The value of a tree in a field: Exact, Modular or Floating."""
+    """The value of a tree in a field: Exact, Modular, Floating or Precise."""
     deadline.check()
     operation, *operands = tree
     if operation == "num":
@@ -115,9 +112,7 @@ def evaluate(tree, field):
     if operation == "^":
         return field.power(*operands)
     values = [evaluate(operand, field) for operand in operands]
-    return getattr(field, {"+": "sum", "*": "product", "-": "negative", "/": "inverse"}[operation])(
-        *values
-    )
+    return getattr(field, METHODS[operation])(*values)
 
 
 class Exact:
@@ -148,7 +143,7 @@ class Exact:
 
     def inverse(self, value):
         if not value:
-            raise Undefined
+            raise Undefined  # 1/0 has no value, not even infinity
         return 1 / value
 
     def power(self, base, exponent):
@@ -162,8 +157,8 @@ class Exact:
 
     def call(self, name, operands):
         values = [evaluate(operand, self) for operand in operands]
-        if name in WHOLE:
-            return WHOLE[name](*values)
+        if name in EXACT_FUNCTIONS:
+            return EXACT_FUNCTIONS[name](*values)
         if name == "sqrt" and values[0] >= 0:
             roots = [math.isqrt(part) for part in values[0].as_integer_ratio()]
             if roots[0] ** 2 == values[0].numerator and roots[1] ** 2 == values[0].denominator:
@@ -180,17 +175,14 @@ def factorial(n):
 
 def binomial(n, k):
     """n over k as a Fraction, if it has no more than BITS bits."""
-    if (
-        n.denominator != 1
-        or k.denominator != 1
-        or not 0 <= k <= n
-        or min(k, n - k) * int(n).bit_length() > BITS
-    ):
+    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n:
+        raise Unfit
+    if min(k, n - k) * int(n).bit_length() > BITS:
         raise Unfit
     return Fraction(math.comb(int(n), int(k)))
 
 
-WHOLE = {
+EXACT_FUNCTIONS = {
     "!": factorial,
     "binom": binomial,
     "abs": abs,
@@ -200,45 +192,45 @@ WHOLE = {
 EXACT = Exact()
 
 
-def chance(seed, name):
-    """A random number of 128 bits that belongs to a name: the same in every process."""
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed} {name}".encode(errors="replace"), digest_size=16).digest(), "big"
-    )
+def hash_number(seed, name):
+    """A number of 128 bits that depends on seed and name only: the same in every process."""
+    text = f"{seed} {name}".encode(errors="replace")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
 
 
 @functools.lru_cache(64)
 def drawn_prime(seed):
-    """The first prime 1 modulo 4 after a random number of 100 bits that belongs to the seed.
-    Fermat's test is enough for random ones."""
-    candidate = (chance(seed, "prime") >> 28 | 1 << 99) // 4 * 4 + 1
-    while math.gcd(candidate, LITTLE) > 1 or pow(2, candidate - 1, candidate) != 1:
+    """The first prime 1 modulo 4 after a number of 100 bits that the seed picks.
+
+    Fermat's test is enough for numbers that nobody chose.
+    """
+    candidate = (hash_number(seed, "prime") >> 28 | 1 << 99) // 4 * 4 + 1
+    while math.gcd(candidate, SMALL_PRIMES) > 1 or pow(2, candidate - 1, candidate) != 1:
         candidate += 4
     return candidate
 
 
 @functools.lru_cache(64)
 def root_of_minus_one(prime):
-    """A number whose square is -1 modulo the prime."""
-    return next(
-        root
-        for root in (pow(base, prime // 4, prime) for base in range(2, 100))
-        if root * root % prime == prime - 1
-    )
+    """A number whose square is -1 modulo the prime: the value of i."""
+    candidates = (pow(base, prime // 4, prime) for base in range(2, 100))
+    return next(root for root in candidates if root * root % prime == prime - 1)
 
 
 class Modular:
-    """Residues modulo a prime; variables are random ones."""
+    """Residues modulo a prime; variables are random residues."""
 
     def __init__(self, seed, prime):
-        self.seed, self.prime, self.reach, self.proves = seed, prime, 1, True
+        self.seed, self.prime = seed, prime
+        self.reach = 1  # the exponents above this node, multiplied
+        self.proves = True  # no reach was above REACH
 
     def name(self, name):
         if name in ("pi", "e", "degree"):
             raise Unfit
-        return (
-            root_of_minus_one(self.prime) if name == "i" else chance(self.seed, name) % self.prime
-        )
+        if name == "i":
+            return root_of_minus_one(self.prime)
+        return hash_number(self.seed, name) % self.prime
 
     def number(self, value):
         return value.numerator * self.inverse(value.denominator) % self.prime
@@ -269,58 +261,57 @@ class Modular:
         base, self.reach = evaluate(base, self), reach
         if not base and exponent <= 0:
             raise Undefined
-        # Fermat: huge exponents cost no more
+        # by Fermat's little theorem huge exponents cost no more than small ones
         return pow(base, int(exponent) % (self.prime - 1), self.prime) if base else 0
 
     def call(self, name, operands):
         return self.number(EXACT.call(name, operands))
 
 
-# Small ones for arcsin, large and negative ones because |x - 5| is 5 - x at small ones; in (0, 0) a
-# whole number.
+# Ranges of the variables at a dozen points. Small ones are for arcsin; large and negative ones are
+# there because |x - 5| is 5 - x at small ones. (0, 0) stands for an integer from 2 to 12.
 SCALES = (
-    (0.1, 0.9),
-    (10, 100),
-    (-0.9, -0.1),
-    (0, 0),
-    (1.1, 3),
-    (-100, -10),
-    (0.1, 0.9),
-    (3, 9),
-    (0, 0),
-    (-9, -1.1),
-    (20, 50),
-    (0, 0),
+    *((0.1, 0.9), (10, 100), (-0.9, -0.1), (0, 0), (1.1, 3), (-100, -10)),
+    *((0.1, 0.9), (3, 9), (0, 0), (-9, -1.1), (20, 50), (0, 0)),
 )
 
 
 class Floating:
-    """Complex floats. Variables are real; `loose` allows complex values on the way."""
+    """Complex floats; variables are real.
 
-    library, near, rounding, most, relative = cmath, 1e-9, 4e-15, 1e-9, 1e-10
+    Without allow_complex a point is left out (Undefined) where a root or a logarithm is not real.
+    """
 
-    def __init__(self, seed, scale, loose):
-        self.seed, self.scale, self.loose, self.noise = seed, scale, loose, 0.0
+    library = cmath
+    integer_slack = 1e-9  # a value this close to an integer is one, for n! and floor
+    rounding = 4e-15  # relative error that one operation can leave
+    max_noise = 1e-9  # cancellation never excuses more than this
+    relative = 1e-10  # tolerance of a comparison
+
+    def __init__(self, seed, scale, allow_complex):
+        self.seed, self.scale, self.allow_complex = seed, scale, allow_complex
+        self.noise = 0.0  # largest absolute rounding error of a sum or an angle so far
 
     def tolerance(self, x, y):
-        """What two values may differ by: rounding, and what cancellation leaves where 0 should
-        be."""
-        return max(self.relative * max(abs(x), abs(y)), min(self.noise, self.most))
+        """The difference that two values may have: rounding, and cancellation where 0 should be."""
+        return max(self.relative * max(abs(x), abs(y)), min(self.noise, self.max_noise))
 
     def name(self, name):
         if name in CONSTANTS:
             return CONSTANTS[name](self.library)
-        drawn, (low, high) = chance(self.seed, name), self.scale
-        return self.number(
-            Fraction(2 + drawn % 11 if low == high else low + (high - low) * (drawn / 2**128))
-        )
+        drawn, (low, high) = hash_number(self.seed, name), self.scale
+        if low == high:
+            return self.number(Fraction(2 + drawn % 11))
+        return self.number(Fraction(low + (high - low) * (drawn / 2**128)))
 
     def number(self, value):
-        return self.seen(complex(value.numerator / value.denominator), value)
+        return self.checked(complex(value.numerator / value.denominator), value)
 
-    def seen(self, value, *nonzero):
-        """value, which is not 0 when none of the others is. Beside a number below 1e-100 even 400
-        digits can be too few."""
+    def checked(self, value, *nonzero):
+        """value; raises Underflow if it is almost 0 although none of the others is 0.
+
+        Beside a number below 1e-100 even 400 digits can be too few.
+        """
         if abs(value) < 1e-100 and all(nonzero):
             raise Underflow
         return value
@@ -330,91 +321,88 @@ class Floating:
         return sum(values)
 
     def product(self, *values):
-        return self.seen(math.prod(values), *values)
+        return self.checked(math.prod(values), *values)
 
     def negative(self, value):
-        return 0 - value  # not -value: its imaginary part would be -0, and the root of -4 then -2i
+        return 0 - value  # -value would have the imaginary part -0, and the root of -4 would be -2i
 
     def inverse(self, value):
         return 1 / value
 
     def power(self, base, exponent):
         base, exponent = evaluate(base, self), evaluate(exponent, self)
-        whole = not exponent.imag and exponent.real == int(exponent.real)
-        if not self.loose and base.real < 0 and not whole:
+        is_integer = not exponent.imag and exponent.real == int(exponent.real)
+        if not self.allow_complex and base.real < 0 and not is_integer:
             raise Undefined
         if not base and exponent.real <= 0:
             raise Undefined
-        return self.seen(
-            base ** (int(exponent.real) if whole and abs(exponent.real) < 100 else exponent), base
-        )
+        if is_integer and abs(exponent.real) < 100:
+            exponent = int(exponent.real)
+        return self.checked(base**exponent, base)
 
     def call(self, name, operands):
         values = [evaluate(operand, self) for operand in operands]
         x = values[0]
-        if name in WHOLE:
-            return self.whole(name, values)
+        if name in EXACT_FUNCTIONS:
+            return self.exact_function(name, values)
         if name == "root":
             degree = values[1]
-            odd = x.real < 0 and not x.imag and degree.real % 2 == 1
-            return -((-x) ** (1 / degree)) if odd else x ** (1 / degree)
+            if x.real < 0 and not x.imag and degree.real % 2 == 1:
+                return -((-x) ** (1 / degree))  # \sqrt[3]{-8} is -2
+            return x ** (1 / degree)
         if name == "tanh" and abs(x.real) > 100:
-            raise Underflow
-        outside = (
-            name in ("sqrt", "ln", "log", "lg") and min(value.real for value in values) < 0
-        ) or (name in ("arcsin", "arccos") and abs(x.real) > 1)
-        if outside and not self.loose:
-            raise Undefined
-        self.noise = (
-            max(self.noise, self.rounding * abs(x))
-            if name in ("sin", "cos", "tan", "sec", "csc", "cot")
-            else self.noise
-        )
+            raise Underflow  # 1, for the digits there are
+        if not self.allow_complex:
+            if name in ("sqrt", "ln", "log", "lg") and min(value.real for value in values) < 0:
+                raise Undefined
+            if name in ("arcsin", "arccos") and abs(x.real) > 1:
+                raise Undefined
+        if name in ("sin", "cos", "tan", "sec", "csc", "cot"):
+            self.noise = max(self.noise, self.rounding * abs(x))
         value = getattr(self.library, LIBRARY[name])(x)
         if name in ("sec", "csc", "cot"):
             return 1 / value
-        return (
-            value / self.library.log(values[1])
-            if len(values) == 2
-            else self.seen(value, name == "exp")
-        )
+        if len(values) == 2:  # a logarithm with its base
+            return value / self.library.log(values[1])
+        return self.checked(value, name == "exp")
 
-    def whole(self, name, values):
+    def exact_function(self, name, values):
+        """A function of integers, for floats that are integers up to rounding; |x|, floor, ceil."""
         if name == "abs":
             return abs(values[0]) + 0j
         if any(value.imag for value in values):
             raise Undefined
         numbers = [value.real for value in values]
-        whole = [int(number + (0.5 if number > 0 else -0.5)) for number in numbers]
-        if any(abs(number - near) > self.near for number, near in zip(numbers, whole)):
+        nearest = [int(number + (0.5 if number > 0 else -0.5)) for number in numbers]
+        if any(abs(number - near) > self.integer_slack for number, near in zip(numbers, nearest)):
             if name not in ("floor", "ceil"):
                 raise Undefined
             return self.number(Fraction(int(numbers[0]) - (numbers[0] < 0) + (name == "ceil")))
         try:
-            return self.number(WHOLE[name](*map(Fraction, whole)))
+            return self.number(EXACT_FUNCTIONS[name](*map(Fraction, nearest)))
         except Unfit:
             raise Undefined from None
 
 
 class Precise(Floating):
-    """The same with 400 digits, for points at which floats have gone through: so nothing here is
-    too large to be computed."""
+    """The same with 400 digits: no decimal is ever equal to an irrational number.
+
+    For points at which Floating has succeeded, so nothing here is too large to be computed.
+    """
 
     library = mpmath.mp.clone()
     library.dps = 400
-    near, rounding, most, relative = (
-        library.mpf("1e-300"),
-        library.mpf("1e-330"),
-        library.mpf("1e-250"),
-        library.mpf("1e-300"),
-    )
+    integer_slack = library.mpf("1e-300")
+    rounding = library.mpf("1e-330")
+    max_noise = library.mpf("1e-250")
+    relative = library.mpf("1e-300")
 
     def number(self, value):
         if max(value.numerator.bit_length(), value.denominator.bit_length()) > 400:
-            raise Undefined  # digits enough to be taken for an irrational number
+            raise Undefined  # enough digits to be taken for an irrational number
         return self.library.mpc(self.library.mpf(value.numerator) / value.denominator)
 
-    def seen(self, value, *_):
+    def checked(self, value, *_):
         return value
 
 
@@ -424,18 +412,10 @@ CONSTANTS = {
     "i": lambda library: library.sqrt(-1),
     "degree": lambda library: library.pi / 180 + 0j,
 }
-LIBRARY = {
-    name: name for name in ("sqrt", "exp", "sin", "cos", "tan", "sinh", "cosh", "tanh", "log")
-} | {
-    "ln": "log",
-    "lg": "log10",
-    "arcsin": "asin",
-    "arccos": "acos",
-    "arctan": "atan",
-    "cot": "tan",
-    "sec": "cos",
-    "csc": "sin",
-}
+LIBRARY = {name: name for name in ("sqrt", "exp", "sin", "cos", "tan", "sinh", "cosh", "tanh")}
+LIBRARY |= {"log": "log", "ln": "log", "lg": "log10"}
+LIBRARY |= {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+LIBRARY |= {"cot": "tan", "sec": "cos", "csc": "sin"}  # inverted in Floating.call
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -443,68 +423,11 @@ LIBRARY = {
 POINTS = 3  # at which two expressions must at least be defined, and agree
 
 
-def seed_of(first, second):
-    """What the random numbers of a comparison belong to."""
-    return " ".join(sorted((first.text, second.text)))
-
-
-def values(first, second, modular=True, refuting=True):
-    """Yields (value of first, value of second, what they may differ by) at random points; nothing
-    where one is undefined.
-
-    refuting: a quick look comes first, which can only tell that two are different. Without it all
-    residues are modulo one prime, and all floats are precise. Raises Undecided when floats are all
-    there is, and too coarse.
-    """
-    seed, names = seed_of(first, second), (first.names | second.names) - {"i"}
-    if modular:
-        try:
-            for point in range(POINTS):
-                field = Modular(
-                    f"{point} {seed}", PRIME if refuting and not point else drawn_prime(seed)
-                )
-                yield evaluate(first.tree, field), evaluate(second.tree, field), 0
-            if not field.proves:
-                raise Undecided("exponents too large")
-            return
-        except Unfit:
-            pass
-        except Undefined:
-            yield 0, 1, 0  # no value: not equal to anything
-            return
-    found, coarse, loose = 0, False, not names or "i" in first.names | second.names
-    for point, scale in enumerate(SCALES + ((0, 0),) * 20 if names else SCALES[:1]):
-        if point >= len(SCALES) and found >= POINTS:
-            return  # the twenty are for \binom{n}{k}, which is defined at few of the others
-        try:
-            seen = look(first, second, Floating(f"{point} {seed}", scale, loose))
-            if seen and found < POINTS and not (refuting and abs(seen[0] - seen[1]) > seen[2]):
-                seen = look(first, second, Precise(f"{point} {seed}", scale, loose))
-        except Underflow:
-            coarse, seen = True, None
-        if seen:
-            found += 1
-            yield seen
-    if coarse and found < (POINTS if names else 1):
-        raise Undecided("too small for floats")
-
-
-def look(first, second, field):
-    """-> (value of first, value of second, what they may differ by) in a field of floats; None
-    where one has no value."""
-    try:
-        x, y = evaluate(first.tree, field), evaluate(second.tree, field)
-    except (Undefined, Unfit, OverflowError, ZeroDivisionError, ValueError):
-        return None
-    return (
-        (x, y, field.tolerance(x, y))
-        if field.library.isfinite(x) and field.library.isfinite(y)
-        else None
-    )
-
-
 def equal(first, second):
-    """Whether two expressions have the same variables and the same values."""
+    """Whether two expressions have the same variables and the same values.
+
+    The variables must agree: 0x is not 0, and x^0 is not 1. Raises Undecided.
+    """
     if first.names - {"i"} != second.names - {"i"}:
         return False
     if not first.names and not second.names:
@@ -515,7 +438,7 @@ def equal(first, second):
         except Undefined:
             return False
     agreed = 0
-    for x, y, tolerance in values(first, second):
+    for x, y, tolerance in values_at_points(first, second):
         if abs(x - y) > tolerance:
             return False
         agreed += 1
@@ -523,11 +446,13 @@ def equal(first, second):
 
 
 def proportional(first, second, positive=False):
-    """Whether first = 0 and second = 0 are one equation: first is second times a number; a positive
-    one for first > 0, second > 0."""
+    """Whether first = 0 and second = 0 are one equation: first is second times a number.
+
+    positive: the number must be positive, as for first > 0 and second > 0.
+    """
     if not first.names or first.names - {"i"} != second.names - {"i"}:
         return False
-    triples = list(values(first, second, modular=not positive, refuting=False))
+    triples = list(values_at_points(first, second, modular=not positive, refuting=False))
     if len(triples) < POINTS or not all(x and y for x, y, _ in triples):
         return False
     (x0, y0, _), prime = triples[0], drawn_prime(seed_of(first, second))
@@ -543,9 +468,74 @@ def proportional(first, second, positive=False):
 
 def difference(left, right):
     """left - right as an Expression."""
-    return Expression(
-        ("+", left.tree, ("-", right.tree)), left.names | right.names, f"{left.text}-({right.text})"
-    )
+    tree = ("+", left.tree, ("-", right.tree))
+    return Expression(tree, left.names | right.names, f"{left.text}-({right.text})")
+
+
+def seed_of(first, second):
+    """The seed of a comparison, the same for both orders."""
+    return " ".join(sorted((first.text, second.text)))
+
+
+def values_at_points(first, second, modular=True, refuting=True):
+    """Yields (value of first, value of second, tolerance) at random points.
+
+    Points where one of the two is undefined are left out. modular: try residues before floats.
+    refuting: start with cheap values (PRIME, plain floats), which can only show that the two
+    differ. Without it all residues are modulo one prime and all floats are precise. Raises
+    Undecided when the values are too close to 0 for floats: e^{-1000} is not 0.
+    """
+    seed, variables = seed_of(first, second), (first.names | second.names) - {"i"}
+    if modular:
+        try:
+            for point in range(POINTS):
+                prime = PRIME if refuting and not point else drawn_prime(seed)
+                field = Modular(f"{point} {seed}", prime)
+                yield evaluate(first.tree, field), evaluate(second.tree, field), 0
+            if not field.proves:
+                raise Undecided("exponents too large")
+            return
+        except Unfit:
+            pass
+        except Undefined:
+            yield 0, 1, 0  # no value: not equal to anything
+            return
+    found, underflow = 0, False
+    allow_complex = not variables or "i" in first.names | second.names
+    # The twenty more points are integers, for \binom{n}{k}, which is defined at few of the dozen.
+    # Constants have the same value everywhere: one point.
+    scales = SCALES + ((0, 0),) * 20 if variables else SCALES[:1]
+    for point, scale in enumerate(scales):
+        if point >= len(SCALES) and found >= POINTS:
+            return
+        arguments = f"{point} {seed}", scale, allow_complex
+        try:
+            triple = values_in(first, second, Floating(*arguments))
+            differs = refuting and triple and abs(triple[0] - triple[1]) > triple[2]
+            if triple and found < POINTS and not differs:
+                triple = values_in(first, second, Precise(*arguments))
+        except Underflow:
+            underflow, triple = True, None
+        if triple:
+            found += 1
+            yield triple
+    # raised at the end only: another point may have told the two apart
+    if underflow and found < (POINTS if variables else 1):
+        raise Undecided("too small for floats")
+
+
+def values_in(first, second, field):
+    """-> (value of first, value of second, tolerance) in a field of floats.
+
+    None where one of the two has no value.
+    """
+    try:
+        x, y = evaluate(first.tree, field), evaluate(second.tree, field)
+    except (Undefined, Unfit, OverflowError, ZeroDivisionError, ValueError):
+        return None
+    if not (field.library.isfinite(x) and field.library.isfinite(y)):
+        return None
+    return x, y, field.tolerance(x, y)
 
 
 # ---- unfinished arithmetic -----------------------------------------------------------------------
@@ -554,20 +544,22 @@ DIGITS = 10**30  # numbers up to here are written out
 
 
 def is_unfinished(tree, number=False):
-    r"""Whether arithmetic stands somewhere in a tree that its author could have carried out: the
-    question again, not its answer.
+    r"""Whether a tree contains arithmetic that its author could have carried out.
 
-    Unfinished is a sum, difference or product, with or without variables, in which two numbers
-    stand (17 \times 23, 2 \cdot 3x, x+1+1) or whose constants together come to a number
-    (\sqrt2\sqrt8, 3\sqrt2-\sqrt{18}); a quotient of numbers that comes to a whole one, unless it is
-    a plain fraction (9!/7!, but 6/2); and whatever holds one of these: |17 \cdot 23|, 2^{1+2}. A
-    number is here what exact arithmetic works out. Finished are numbers, plain fractions, mixed
-    numbers, 4.5 \times 10^{33}, powers, factorials, binomials, roots and other functions of
-    finished numbers (2^{10}, 5!, \sqrt{81}, \log_2 8), fractions of these (1/2^{10}), sums and
-    products of what comes to no number (1+\sqrt5, 2\pi), and those that come to a number too long
-    to be written out (2^{2021}-1). number: whether the answer should be a number that is written
-    out. Then the last two are unfinished as well (e^{\ln 17+\ln 23}), but for angles, which hold
-    \pi or degrees.
+    Such an answer repeats the question. number: whether the answer should be a number that is
+    written out. Unfinished are
+
+    - a sum, difference or product, with or without variables, that has two numbers (17 \times 23,
+      2 \cdot 3x, x+1+1), or whose constants together come to a number (\sqrt2\sqrt8);
+    - a quotient of numbers that comes to an integer and is not a plain fraction (9!/7!, but 6/2);
+    - everything that contains one of these: |17 \cdot 23|, 2^{1+2}.
+
+    A number is here a constant that exact arithmetic works out. Finished are numbers, plain
+    fractions, mixed numbers, 4.5 \times 10^{33}; powers, factorials, binomials, roots and other
+    functions of finished numbers (2^{10}, 5!, \sqrt{81}, \log_2 8), and fractions of these. Sums
+    and products that come to no number (1+\sqrt5, 2\pi), or to one that is too long to be written
+    out (2^{2021}-1), are finished without `number` and unfinished with it (e^{\ln 17+\ln 23}),
+    except for angles, which contain \pi or degrees.
     """
     operation, *parts = tree
     if operation in ("num", "name") or is_scientific(tree):
@@ -576,27 +568,36 @@ def is_unfinished(tree, number=False):
         return True
     if operation not in "+*":
         return False
-    if operation == "*":  # 5(2x) is 5*2*x; fractions are kept together
-        parts = [
-            factor
-            for part in parts
-            for factor in (
-                part[1:] if part[0] == "*" and all(f[0] != "/" for f in part[1:]) else (part,)
-            )
-        ]
+    if operation == "*":
+        parts = flat_factors(parts)
     above = [part for part in parts if part[0] != "/" and not has_variables(part)]
     below = [part for part in parts if part[0] == "/" and not has_variables(part)]
-    if len(above) == len(below) == 1:
+    if len(above) == len(below) == 1:  # one quotient
         if is_literal(above[0]) and is_literal(below[0][1]):
             return False
-        value = worked_out((operation, *above, *below), number)
-        return value is not None and (value.denominator == 1 or exact(above[0]) is None)
-    groups = [[part for part in group if exact(part) is not None] for group in (above, below)] + [
-        above + below
+        value = constant_value((operation, *above, *below), number)
+        return value is not None and (value.denominator == 1 or exact_value(above[0]) is None)
+    groups = [
+        [part for part in above if exact_value(part) is not None],
+        [part for part in below if exact_value(part) is not None],
+        above + below,
     ]
     return any(
-        len(group) > 1 and worked_out((operation, *group), number) is not None for group in groups
+        len(group) > 1 and constant_value((operation, *group), number) is not None
+        for group in groups
     )
+
+
+def flat_factors(factors):
+    """The factors of a product, with those of products in it: 5(2x) is 5*2*x.
+
+    Fractions are kept together.
+    """
+    flat = []
+    for factor in factors:
+        is_product = factor[0] == "*" and all(part[0] != "/" for part in factor[1:])
+        flat.extend(factor[1:] if is_product else (factor,))
+    return flat
 
 
 def is_scientific(tree):
@@ -617,11 +618,9 @@ def is_literal(tree):
 
 def names_of(tree):
     """The names in a tree."""
-    return (
-        {tree[1]}
-        if tree[0] == "name"
-        else set().union(*(names_of(part) for part in tree[1:] if isinstance(part, tuple)))
-    )
+    if tree[0] == "name":
+        return {tree[1]}
+    return set().union(*(names_of(part) for part in tree[1:] if isinstance(part, tuple)))
 
 
 def has_variables(tree):
@@ -629,43 +628,30 @@ def has_variables(tree):
     return not names_of(tree) <= CONSTANTS.keys()
 
 
-def exact(tree):
-    """The value of a tree as a Fraction, None when exact arithmetic has none."""
+def exact_value(tree):
+    """The value of a tree as a Fraction; None when exact arithmetic has none."""
     try:
         return evaluate(tree, EXACT)
     except (Unfit, Undefined):
         return None
 
 
-def worked_out(tree, number):
-    """The number that a tree of constants comes to; None where is_unfinished says that there is
-    none."""
-    value = exact(tree)
+def constant_value(tree, number):
+    """The number that a tree of constants comes to; None if is_unfinished counts it as finished."""
+    value = exact_value(tree)
     if value is not None:
         return value if is_short(value) or number or all(map(is_literal, tree[1:])) else None
     try:
-        found = evaluate(tree, Floating("", (0, 0), True))
+        found = evaluate(tree, Floating("", (0, 0), allow_complex=True))
         value = Fraction(found.real).limit_denominator(1000)
         if abs(found - complex(value)) <= 1e-12 * abs(found):
             return value
     except (Undefined, Unfit, Underflow, ArithmeticError, ValueError):
         pass
+    # an irrational number; any Fraction will do
     return Fraction(0) if number and not names_of(tree) & {"pi", "degree"} else None
 
 
 def is_short(value):
     """Whether a Fraction is one that is written out."""
     return max(abs(value.numerator), value.denominator) < DIGITS
-
-
-def main():
-    if len(sys.argv) != 3:
-        raise BadInput("usage: python algebra.py EXPRESSION EXPRESSION")
-    try:
-        print("equal" if equal(*(parse(clean(text)) for text in sys.argv[1:])) else "different")
-    except Unreadable as error:
-        raise BadInput(f"not an expression: {error}") from None
-
-
-if __name__ == "__main__":
-    guarded(main)

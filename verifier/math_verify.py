@@ -1,20 +1,14 @@
 r"""Another verifier: the library math-verify (sympy), in a process of its own that can be killed.
 
     pip install math-verify
-    python mathverify.py "\frac12" 0.5         # answer, gold -> same
+    python -m verifier.math_verify "\frac12" 0.5         # ANSWER GOLD
 
-The idea. reward.py decides in microseconds and knows a fixed set of forms; math-verify knows more
-of them, and is slower by hundreds of times and can hang: 99999999! is computed in C, where no
-Python alarm is heard. Hence one long-lived worker that is sent an answer and a gold, and is killed
-when it has not replied within the deadline; the next comparison starts a new one. That comparison
-is a failure of the verifier (VerifierFailed), which the run counts, not a wrong answer.
-
-- The worker is a fresh interpreter, not a fork: its parent may hold a GPU and be large. It speaks
-JSON, a line for a line.
-- It is sent the answer, in \boxed{...}, never the response: what math-verify would find elsewhere
-in a text is not the answer.
-- It ends with its parent: at the end of its input, and by the kernel's alarm should it be in the
-middle of a comparison.
+The idea. verifier.equal decides in microseconds and knows a fixed set of forms. math-verify knows
+more forms, is slower by hundreds of times, and can hang: it computes 99999999! in C, where no alarm
+of Python is handled. So one long-lived worker process receives an answer and a gold at a time. The
+worker is killed when no reply arrives within the deadline, and the next comparison starts a new
+one. A comparison without a reply is a failure of the verifier (VerifierFailed), which the run
+counts; it is not a wrong answer.
 """
 
 import importlib.util
@@ -27,36 +21,39 @@ import sys
 import time
 from pathlib import Path
 
-from reward import LONGEST, VerifierFailed
-from runtime.flags import BadInput, guarded
+from verifier.answers import LONGEST, VerifierFailed, two_arguments
 
-STARTING = 600  # seconds for a worker to import what it needs
+ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 600  # for a worker to import sympy, on a busy machine
 
 
 class MathVerify:
-    """A verifier for reward.score: same(answer, gold) -> bool, VerifierFailed when there is no
-    reply within `seconds`."""
+    """A verifier for reward.score: same(answer, gold) -> bool.
+
+    Raises VerifierFailed when there is no reply within `seconds`.
+    """
 
     def __init__(self, seconds=5.0, command=None):
-        """command: how to start a worker, for tests; the default is this file. BadInput when
-        math-verify is not installed."""
+        """command: starts a worker, for tests; the default runs this file.
+
+        Raises ImportError when math-verify is not installed.
+        """
         if command is None and importlib.util.find_spec("math_verify") is None:
-            raise BadInput("the verifier math-verify needs its library: pip install math-verify")
+            raise ImportError("math-verify is not installed: pip install math-verify")
         self.seconds = seconds
-        self.command = command or [
-            sys.executable,
-            str(Path(__file__).resolve()),
-            "--worker",
-            str(seconds),
-        ]
+        worker = [sys.executable, "-m", "verifier.math_verify", "--worker", str(seconds)]
+        self.command = command or worker
         self.worker, self.owner = None, os.getpid()
 
     def same(self, answer, gold):
-        """Whether math-verify takes the two for equal. An answer too long to be one is wrong
-        unsent."""
+        """Whether math-verify holds the two equal.
+
+        Only the answer is sent, never the response: math-verify would also find numbers elsewhere
+        in a text. An answer longer than LONGEST is wrong unsent.
+        """
         if len(answer) > LONGEST:
             return False
-        # a fork must not talk over its parent's pipe
+        # after a fork, two processes would read from one pipe
         if self.worker is None or self.owner != os.getpid():
             self.start()
         reply = self.ask(json.dumps({"answer": answer, "gold": gold}))
@@ -65,7 +62,10 @@ class MathVerify:
         return reply["same"]
 
     def start(self):
-        """A worker that has imported everything and waits."""
+        """Starts a worker and waits until its imports are done.
+
+        The worker is a fresh interpreter and not a fork: its parent may hold a GPU and be large.
+        """
         self.owner = os.getpid()
         self.worker = subprocess.Popen(
             self.command,
@@ -73,11 +73,12 @@ class MathVerify:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
+            cwd=ROOT,  # where `python -m` finds this package
         )
-        self.receive(STARTING)
+        self.receive(START_SECONDS)
 
     def ask(self, line):
-        """-> the worker's reply to a line."""
+        """-> the worker's reply to a line of JSON."""
         try:
             self.worker.stdin.write(line.encode() + b"\n")
         except OSError:
@@ -86,28 +87,24 @@ class MathVerify:
         return self.receive(self.seconds)
 
     def receive(self, seconds):
-        """The worker's next line. When it does not come in time, or is none, the worker is
-        killed."""
+        """-> the worker's next line, parsed. Kills the worker if the line is late or not JSON."""
         end, line, output = time.monotonic() + seconds, b"", self.worker.stdout.fileno()
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([output], [], [], max(0, end - time.monotonic()))
-            piece = os.read(output, 65_536) if ready else b""
-            if not piece:
+            chunk = os.read(output, 65_536) if ready else b""
+            if not chunk:
                 self.close()
-                raise VerifierFailed(
-                    "math-verify's worker died"
-                    if ready
-                    else f"math-verify: no reply within {seconds:g} s"
-                )
-            line += piece
+                late = f"math-verify: no reply within {seconds:g} s"
+                raise VerifierFailed("math-verify's worker died" if ready else late)
+            line += chunk
         try:
             return json.loads(line)
         except ValueError:
             self.close()
-            raise VerifierFailed(f"math-verify's worker said {line[:80]!r}") from None
+            raise VerifierFailed(f"math-verify's worker wrote {line[:80]!r}") from None
 
     def close(self):
-        """Ends the worker, if this process has one, and waits for its end: no zombies."""
+        """Ends the worker, if this process has one, and reaps it: no zombies."""
         if self.worker is not None and self.owner == os.getpid():
             self.worker.kill()
             self.worker.wait()
@@ -119,20 +116,23 @@ class MathVerify:
 # ---- worker --------------------------------------------------------------------------------------
 
 
-def work(seconds):
-    """The worker: reads {"answer", "gold"} a line, writes {"same"} or {"error"} a line, until its
-    input ends."""
+def worker_loop(seconds):
+    """Reads {"answer", "gold"} a line and writes {"same"} or {"error"} a line.
+
+    It ends with its parent: when its input ends, or, in the middle of a comparison, by an alarm of
+    the kernel.
+    """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints is no reply
+    os.dup2(2, 1)  # what a library prints is not a reply
     import math_verify
 
+    # The default action of an alarm ends the process, in C code too.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # a stop is the parent's business, which may want to finish a step
+    # Ctrl-C reaches the whole process group, but the parent may want to finish a step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     print("{}", file=replies)
     for line in sys.stdin:
-        # its default action ends the process, in C code too
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         try:
             reply = {"same": compare(math_verify, **json.loads(line))}
@@ -143,31 +143,31 @@ def work(seconds):
 
 
 def compare(math_verify, answer, gold):
-    """math-verify's verdict; its own timeouts are off, as only the main process can enforce one."""
-    parsed, wanted = (
+    """math-verify's verdict. Its own timeouts are off: they work in the main thread only."""
+    parsed, parsed_gold = (
         math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
         for text in (answer, gold)
     )
-    if not wanted:
+    if not parsed_gold:
         raise ValueError(f"the gold {gold[:80]!r} cannot be read")
-    return bool(math_verify.verify(wanted, parsed, timeout_seconds=None, raise_on_error=True))
+    return bool(math_verify.verify(parsed_gold, parsed, timeout_seconds=None, raise_on_error=True))
 
 
 def main():
-    if len(sys.argv) != 3:
-        raise BadInput("usage: python mathverify.py ANSWER GOLD")
-    else:
+    if sys.argv[1:2] == ["--worker"]:
+        worker_loop(float(sys.argv[2]))
+        return
+    answer, gold = two_arguments(__doc__, "python -m verifier.math_verify ANSWER GOLD")
+    try:
         verifier = MathVerify()
         try:
-            print("same" if verifier.same(*sys.argv[1:]) else "different")
-        except VerifierFailed as error:
-            raise BadInput(f"undecided: {error}") from None
+            print("equal" if verifier.same(answer, gold) else "different")
         finally:
             verifier.close()
+    except (ImportError, VerifierFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(float(sys.argv[2]))
-    else:
-        guarded(main)
+    main()

@@ -1,0 +1,253 @@
+"""What a task is: problems with a question and a gold answer, some of them held out for evaluation.
+
+    python -m tasks.catalog          # one problem of each built-in task
+
+Two kinds of task share one interface, `Task` below. A GeneratedTask draws problems from a puzzle
+(solve.py, chain.py, countdown.py): seeded, endless, nothing to download. A DataSet (files.py) reads
+problems from JSONL files such as GSM8K. No caller asks which kind it has.
+
+To add a puzzle, read solve.py, write a class like Solve, and add it to TASKS in catalog.py. This
+file holds the rest: the interface, the streams of problems, the held-out split, and the arithmetic
+and texts that the three puzzles share.
+"""
+
+import functools
+import hashlib
+import math
+import random
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from runtime.flags import BadInput
+from runtime.log import say
+
+HELD_OUT = 8  # one computation (of a data set: one question) in so many is held out
+QUESTIONS = 1024  # held-out questions of a built-in task, unless the caller asks for more or fewer
+
+
+class Problem(NamedTuple):
+    question: str
+    gold: Any  # the right answer, for reward.score: a string, or reward.Makes
+    data: Any  # a puzzle: the numbers behind the text; a data set: files.Source
+
+
+class Attempt(NamedTuple):
+    """A worked answer in the texts of a base model."""
+
+    text: str  # <think>...</think><answer>...</answer>
+    reached: int  # the value at the end of the computation
+    choice: Any  # the candidate that was tried, so that a review can try another
+
+
+class Task(Protocol):
+    """The interface of every task. Training, evaluation and chat use nothing else."""
+
+    name: str  # for names of files: "solve", "gsm8k-test"
+    unit: str  # a heading for a table's questions: "held-out questions" or "questions"
+    encoding: Any  # tiktoken.Encoding of the model
+    verifier: Any  # for reward.score: None (the rules of verifier/), or MathVerify
+    prompt_tokens: int  # tokens of the longest prompt
+    max_new_tokens: int  # tokens of the longest completion; a longer one is truncated
+
+    def prompt_ids(self, problem): ...  # -> [int], the layer-1 prompt
+
+    def train_problems(self, seed, step, count): ...  # -> [Problem], the same on every rank
+
+    def held_out(self, count=0, seed=0): ...  # -> [Problem]; count 0: the default number
+
+    def canonical(self, problem): ...  # -> str, equal for problems that ask the same
+
+
+# ---- problems from a puzzle ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GeneratedTask:
+    """A puzzle as a Task.
+
+    A puzzle is a frozen dataclass of its difficulty with these methods (see solve.py):
+    sample(rng) -> Problem, canonical(problem) -> str, computation(problem) -> tuple of hashables,
+    and for the base model's texts attempt(problem, rng) -> Attempt, attempt_to_review(problem, rng)
+    -> Attempt, review(problem, attempt, rng) -> str; besides, prompt_tokens and max_new_tokens.
+    """
+
+    puzzle: Any
+    encoding: Any
+    max_new_tokens: int
+
+    unit = "held-out questions"
+    verifier = None  # the rules of verifier/ know every answer of a puzzle
+
+    @property
+    def name(self):
+        return type(self.puzzle).__name__.lower()
+
+    @property
+    def prompt_tokens(self):
+        return self.puzzle.prompt_tokens
+
+    def __str__(self):
+        difficulty = (f"{name} {value}" for name, value in vars(self.puzzle).items())
+        return f"{self.name}: {', '.join(difficulty)}"
+
+    def prompt_ids(self, problem):
+        """-> [int], the tokens of a problem's layer-1 prompt."""
+        return self.encoding.encode_ordinary(prompt_text(problem))
+
+    def train_problems(self, seed, step, count):
+        """The `count` problems of a training step, of all ranks together -> [Problem].
+
+        A pure function of (seed, step): a resumed run and a run on more GPUs get the same ones.
+        """
+        stream = f"rl/{seed}"
+        return [draw(self.puzzle, "train", stream, step * count + i) for i in range(count)]
+
+    def held_out(self, count=0, seed=0):
+        """-> `count` different held-out problems (0: QUESTIONS), always the same ones for a seed.
+
+        A puzzle with few different questions gives fewer; a line of output tells how many.
+        """
+        return list(different_problems(self.puzzle, count or QUESTIONS, seed))
+
+    def canonical(self, problem):
+        """-> str, equal for problems that ask the same."""
+        return self.puzzle.canonical(problem)
+
+
+@functools.lru_cache(4)  # training evaluates on the same questions again and again
+def different_problems(puzzle, count, seed):
+    """-> tuple of `count` different held-out problems, or fewer after 20 x count draws."""
+    problems = {}
+    for index in range(20 * count):
+        problem = draw(puzzle, "held out", seed, index)
+        problems.setdefault(puzzle.canonical(problem), problem)
+        if len(problems) == count:
+            break
+    if len(problems) < count:
+        say(
+            f"held out: {len(problems):,} different questions are asked, not {count:,}: this task "
+            "has hardly more"
+        )
+    return tuple(problems.values())
+
+
+def draw(puzzle, split, seed, index):
+    """Problem `index` of a stream -> Problem; split: "train" or "held out".
+
+    A pure function of its arguments: the order of problems never depends on earlier draws. Draws
+    until a problem of the wanted split comes, eight times on average for a held-out one. Raises
+    BadInput for a puzzle with too few different questions.
+    """
+    rng = random.Random(f"{split}/{seed}/{index}")
+    for _ in range(10_000):
+        problem = puzzle.sample(rng)
+        if is_held_out(puzzle, problem) == (split == "held out"):
+            return problem
+    raise BadInput(
+        f"no {split} question in 10,000 draws: the task {puzzle} has too few different questions; "
+        "make it harder"
+    )
+
+
+def is_held_out(puzzle, problem):
+    """The side of the split on which a problem falls: a property of what it computes.
+
+    The side goes by the operations alone (solve, chain) or by the given numbers (countdown). A
+    split by the question's text is not enough: training would work through the same operations for
+    other candidates. (Of solve's held-out questions 26 % would share their operations and x with
+    one of 20,000 training questions.)
+
+    Of the computations that begin alike, one in HELD_OUT is held out, chosen by the last number; a
+    hash of the beginning sets the offset. One hash of everything is simpler but leaves a small task
+    to luck: of the 49 computations of `--preset smoke` such a hash held out 3.
+    """
+    *first, last = puzzle.computation(problem)
+    return (hashlib.sha256(str(first).encode()).digest()[0] + last) % HELD_OUT == 0
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+def prompt_text(problem):
+    """The layer-1 template of the built-in tasks: the question and a newline."""
+    return problem.question + "\n"
+
+
+def respond(think, answer):
+    """A response in the format that reward.py expects."""
+    return f"<think>{think}</think><answer>{answer}</answer>"
+
+
+def nested(start, operations):
+    """((x*4)+7)-2 from "x" and [("*", 4), ("+", 7), ("-", 2)]."""
+    text = start
+    for i, (op, b) in enumerate(operations):
+        text = f"{text}{op}{b}" if i == 0 else f"({text}){op}{b}"
+    return text
+
+
+def worked(start, operations, values):
+    """8*4=10, +7=6, -2=4 from 8, the operations, and the value after each operation."""
+    steps = [f"{op}{b}={value}" for (op, b), value in zip(operations, values)]
+    return str(start) + ", ".join(steps)
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+
+def apply(op, a, b):
+    return a * b if op == "*" else a + b if op == "+" else a - b
+
+
+def compute(start, operations, modulus):
+    """-> the values after each operation, all mod `modulus`."""
+    values = []
+    for op, b in operations:
+        start = apply(op, start, b) % modulus
+        values.append(start)
+    return values
+
+
+def draw_operations(rng, count, modulus):
+    """-> `count` operations (op, operand) with * + -, which map different x to different values.
+
+    A factor must share no divisor with the modulus: 2 * 1 and 2 * 6 are equal (mod 10).
+    """
+    operations = []
+    for _ in range(count):
+        op = rng.choice("*+-")
+        least = 2 if op == "*" and modulus > 2 else 1  # times 1 is no operation
+        operands = range(least, modulus)
+        if op == "*":
+            operands = [b for b in operands if math.gcd(b, modulus) == 1]
+        operations.append((op, rng.choice(operands)))
+    return tuple(operations)
+
+
+def effects(operations, modulus):
+    """Operations as numbers, equal where they have the same effect: -4 is +7 (mod 11)."""
+    return tuple(modulus + b if op == "*" else apply(op, 0, b) % modulus for op, b in operations)
+
+
+# ---- reviews in the texts of a base model --------------------------------------------------------
+
+# How often a review says "no" to a wrong and to a right attempt. It leans the right way, and it
+# doubts far too much, as base models do when they are told to check (SCoRe, arXiv 2409.12917, table
+# 1: Δ = -11 points). Layer 2 has this lean to work with, and nothing else. The second number must
+# stay above one half: below it greedy decoding would take the likelier word, "yes", and the doubt
+# would exist in samples only.
+DOUBTS_WRONG, DOUBTS_RIGHT = 0.92, 0.60
+
+
+def compare_and_review(attempt, target, difference, another, rng):
+    """A review that first compares the value reached with the target -> str.
+
+    It opens with "off by 6-4=2" (target - reached = difference), decides yes or no at random, and
+    confirms the attempt or makes `another`. another: a function without arguments that returns an
+    Attempt; a "yes" never calls it, so that it draws no random numbers.
+    """
+    opening = f"off by {target}-{attempt.reached}={difference}"
+    doubt = DOUBTS_RIGHT if attempt.reached == target else DOUBTS_WRONG
+    if rng.random() < doubt:
+        return another().text.replace("<think>", f"<think>{opening}: no. ", 1)
+    return f"<think>{opening}: yes</think>" + attempt.text.partition("</think>")[2]
