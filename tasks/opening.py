@@ -14,6 +14,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+from engine.workers import in_parallel
 from huggingface.prompts import RealConfig, model_folder, open_shape, open_weights
 from huggingface.weights import library, save_model
 from mgrpo import longest_phrase
@@ -262,7 +263,7 @@ def make_sampler(policy, tasks, turns, cache_tokens=0, rollout_tokens=0, reserve
         room = memory.cache_room(policy.config, policy.compute)
         wanted = max(rollout_tokens, EVALUATED_ROWS * longest)
         cache_tokens = max(room, longest) if wanted > room else 0
-    return Sampler(policy, cache_tokens=cache_tokens, reserved=reserved)
+    return in_parallel(Sampler(policy, cache_tokens=cache_tokens, reserved=reserved))
 
 
 def training_sampler(config, policy, task, turns):
