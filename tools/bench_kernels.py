@@ -23,8 +23,8 @@ from typing import Annotated
 
 import torch
 
-from engine import kernels
-from engine.cache import Rows
+from engine import kernels, keys
+from engine.in_flight import RowState
 from model import ModelConfig
 from runtime.flags import AtLeast, BadInput, guarded, parse_flags
 from tools.machine import RENAMED, SHAPES, Load, type_name
@@ -96,7 +96,7 @@ def launch_all(m, dtype, rows, prompt, own, group):
     splits = kernels.splits_for(rows, K)
     kernels.attend(x.new_empty(rows, N, C), k, v, segments, splits)
 
-    state = Rows.blank(rows, 1, (0,), "cpu")
+    state = RowState.blank(rows, 1, (0,), "cpu")
     state.tokens = torch.empty(rows, own, dtype=torch.long)
     state.logprobs = torch.empty(rows, own)
     kernels.choose(x.new_empty(rows, m.vocab_size), 1.0, state)
@@ -179,12 +179,12 @@ def is_aligned(value):
 
 def main():
     config = parse_flags(Config, __doc__, renamed=RENAMED)
-    if kernels.triton is None:
+    if keys.triton is None:
         raise BadInput(
             "bench_kernels compiles with triton, which is not installed: pip install -r "
             "requirements-extra.txt"
         )
-    if kernels.INTERPRETED:
+    if keys.INTERPRETED:
         raise BadInput(
             "bench_kernels compiles kernels, and TRITON_INTERPRET=1 interprets them: unset it"
         )

@@ -21,13 +21,15 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 
+from engine.workers import in_parallel
 from runtime.flags import AtLeast, guarded, parse_flags
 from sample import Sampler
 from tools import machine
 from tools.machine import Load, Measuring, type_name
 
 NAIVE = "recompute everything"
-LADDER = {  # what each line switches on: arguments of Sampler (None: no cache at all)
+# What each line switches on: arguments of Sampler, and processes (None: no cache at all).
+LADDER = {
     NAIVE: None,
     "KV cache": dict(share=False, leave=False, fused=False, graph=False, workers=1),
     "+ shared prefix": dict(leave=False, fused=False, graph=False, workers=1),
@@ -78,7 +80,9 @@ def line_of_ladder(switches, model, n, prompts, limits):
     """-> function that samples all rows once. limits: tokens of each row."""
     if switches is None:
         return lambda: recompute(model, prompts, n, limits)
-    sampler = Sampler(model, **switches)
+    workers = switches.get("workers")
+    switches = {name: value for name, value in switches.items() if name != "workers"}
+    sampler = in_parallel(Sampler(model, **switches), workers)
     return lambda: sampler.generate(prompts, n, limits, seed=0)
 
 

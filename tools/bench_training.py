@@ -34,6 +34,7 @@ import torch
 
 import train
 from engine import packing
+from engine.workers import in_parallel
 from mgrpo import Layer, policy_loss
 from reward import score
 from runtime import memory
@@ -112,7 +113,7 @@ class Bench:
         longest = load.prompt_tokens + layers * load.new_tokens + (layers - 1) * len(PHRASE)
         self.model = machine.make_model(config.measuring.shape, dtype, device, longest)
         self.model.recompute = config.measuring.shape != "default"  # as train.py with --init
-        self.sampler = Sampler(self.model)
+        self.sampler = in_parallel(Sampler(self.model))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), 1e-5, weight_decay=0.0, fused=True
         )
