@@ -168,30 +168,28 @@ def all_code():
     code, todo = {}, ["tools/compare.py", "train.py"]
     while todo:
         name = todo.pop()
-        if name in code or not (ROOT / name).exists():
-            continue
-        source = (ROOT / name).read_text(encoding="utf-8")
-        code[name] = without_comments(source)
-        for node in ast.walk(ast.parse(source)):
-            modules = []
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):  # `from a import b`: b may be a file, too
-                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if name not in code and (ROOT / name).exists():
+            code[name], modules = code_and_imports((ROOT / name).read_text(encoding="utf-8"))
             for module in modules:
                 path = module.replace(".", "/")
                 todo += [f"{path}.py", f"{path}/__init__.py"]
     return code
 
 
-def without_comments(source):
-    """The syntax tree of a file's text, without comments and docstrings, as text."""
-    tree = ast.parse(source)
+@functools.cache
+def code_and_imports(source):
+    """A file's text -> its syntax tree without comments and docstrings, as text; the modules that
+    it may import."""
+    tree, modules = ast.parse(source), []
     for node in ast.walk(tree):
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         if isinstance(node, kinds) and ast.get_docstring(node) is not None:
             del node.body[0]
-    return ast.dump(tree)
+        elif isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):  # `from a import b`: b may be a file, too
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return ast.dump(tree), modules
 
 
 def version(config, arm):
