@@ -314,7 +314,8 @@ def base_model(task_config, base, device, dtype, say=print, turns=2):
     if not loaded:
         loaded = pretrain(task, base, device, dtype, say)
         path.parent.mkdir(parents=True, exist_ok=True)
-        settings = base_settings(task_config, base, device, dtype)
+        # opening.py reads this file like the checkpoint of a run, which has max_new_tokens too
+        settings = base_settings(task_config, base, device, dtype) | dict(max_new_tokens=0)
         save_checkpoint(path, loaded[0], measured=loaded[1], config=settings)
     model, measured = loaded
     return with_context(model, base_shape(task, base.depth, turns).context), measured, path

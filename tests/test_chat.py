@@ -1,5 +1,5 @@
-"""chat.py: what reaches the screen is what was sampled, Ctrl-C and Ctrl-D do what they say, and
-questions are put as in evaluation."""
+"""tools/chat.py: the screen shows what was sampled, Ctrl-C and Ctrl-D do what they should, and a
+dialogue gives the answers of an evaluation."""
 
 import contextlib
 import io
@@ -18,19 +18,19 @@ import torch
 from conftest import END, PATIENCE, ROOT, VOCABULARY
 from test_prompts import TOKENS, make_folder
 
-from eval import two_turns
 from huggingface.prompts import open_tokenizer
 from huggingface.weights import save_model
-from mgrpo import PHRASES, Sampling, draw_phrases, phrase_text
+from mgrpo import PHRASES, SamplingParams, draw_phrases, phrase_text, rollout
 from model import GPT, ModelConfig
+from reward import Makes
 from runtime.checkpoints import save_checkpoint
-from runtime.flags import BadInput, guarded
+from runtime.flags import BadInput, guarded, inert
 from sample import Sampler
-from tasks.legacy import draw, make_task
+from tasks.catalog import TaskConfig, make_task
 from tools import chat
-from tools.chat import Config, Dialogue, Partner, Stream, inert, open_partner, split_gold, verdict
+from tools.chat import Config, Dialogue, Stream, split_gold, verdict
 
-TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4)
+TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4, max_new_tokens=20)
 FLOAT = ("--device", "cpu", "--dtype", "float32")
 
 
@@ -62,20 +62,26 @@ def tiny(context=1024, endless=False, vocabulary=VOCABULARY, end=END):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run on `solve`, with a model that has learnt nothing."""
-    save_checkpoint(tmp_path / "checkpoint.pt", tiny(), config=TASK | dict(max_new_tokens=20))
+    """The folder of a run on `solve`, with a random model."""
+    save_checkpoint(tmp_path / "checkpoint.pt", tiny(), config=TASK)
     return tmp_path
 
 
 @pytest.fixture
-def dialogue(encoding):
-    """Makes dialogues about `solve`: (verifier, new tokens, context, flags) -> Dialogue; equal ones
-    give equal answers."""
-    task = make_task("solve")
-    return lambda verifier=None, new=20, context=1024, **flags: Dialogue(
-        Partner(tiny(context), encoding, task, new, verifier),
-        Config(**dict(temperature=1.0) | flags),
-    )
+def dialogue():
+    """Makes dialogues about `solve`: (verifier, context, flags) -> Dialogue; equal ones give equal
+    answers."""
+
+    def make(verifier=None, context=1024, new=20, **flags):
+        task = make_task(TaskConfig(), new)
+        if verifier:
+            kept = ("encoding", "max_new_tokens", "prompt_ids", "held_out")
+            task = SimpleNamespace(
+                verifier=verifier, **{name: getattr(task, name) for name in kept}
+            )
+        return Dialogue(tiny(context), task, Config(**dict(temperature=1.0) | flags))
+
+    return make
 
 
 def feed(encoding, ids, sizes, ends=()):
@@ -106,8 +112,8 @@ def stop_after(sampler, steps, monkeypatch):
 
 
 def script_of(monkeypatch, words, lines=b""):
-    """chat.py's main in this process, with this standard input, which is no terminal."""
-    monkeypatch.setattr(sys, "argv", ["chat.py", *words])
+    """The script's main in this process, with this standard input, which is no terminal."""
+    monkeypatch.setattr(sys, "argv", ["tools.chat", *words])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     guarded(chat.main)
 
@@ -167,8 +173,8 @@ def test_what_a_model_writes_is_inert(code, capsys):
     assert inert("naïve 数 😀 ✓ \\ '") == "naïve 数 😀 ✓ \\ '"
 
 
-def test_it_is_said_at_once(monkeypatch):
-    """Catches words that wait in a buffer for a line to end, or for 8 KB."""
+def test_text_is_printed_at_once(monkeypatch):
+    """Catches text that stays in a buffer until a line ends, or until 8 KB."""
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="utf-8"))
     chat.say("é")
@@ -181,7 +187,7 @@ def test_it_is_said_at_once(monkeypatch):
         (r"\boxed{7}", "7", True, False, True, "  ✓ right (gold 7)\n"),
         (r"\boxed{8}", "7", False, False, True, '  ✗ wrong: read "8", gold 7\n'),
         ("hm", "7", False, False, True, "  ✗ wrong: no answer found, gold 7\n"),
-        ("hm", "", False, False, False, "  no answer found; cut at 5 tokens\n"),
+        ("hm", "", False, False, False, "  no answer found; truncated at 5 tokens\n"),
         (
             r"\boxed{8}",
             "7",
@@ -191,13 +197,20 @@ def test_it_is_said_at_once(monkeypatch):
             '  ? undecided, the verifier failed: read "8", gold 7\n',
         ),
         (r"\boxed{8}", "", False, False, True, '  read "8"\n'),
-        (r"\boxed{8}", "7", False, False, False, '  ✗ wrong: read "8", gold 7; cut at 5 tokens\n'),
+        (
+            r"\boxed{8}",
+            "7",
+            False,
+            False,
+            False,
+            '  ✗ wrong: read "8", gold 7; truncated at 5 tokens\n',
+        ),
         (r"\boxed{ }", "7", False, False, True, "  ✗ wrong: no answer found, gold 7\n"),
         ("<answer>a\n b</answer>", "", False, False, True, '  read "a b"\n'),
         (rf"\boxed{{{'x' * 90}}}", "", False, False, True, f'  read "{"x" * 80}..."\n'),
         (
             "<answer>3*8</answer>",
-            chat.Makes(24, (3, 8)),
+            Makes(24, (3, 8)),
             True,
             False,
             True,
@@ -206,14 +219,14 @@ def test_it_is_said_at_once(monkeypatch):
     ],
 )
 def test_verdicts(text, gold, right, undecided, ended, says):
-    """Catches an undecided answer shown as a wrong one, a verdict without a gold, an answer that
-    breaks its line, and a cut that is not said."""
+    """Catches an undecided answer shown as a wrong one, a verdict without a gold answer, an
+    answer that breaks its line, and a truncated answer without a word about it."""
     layer = SimpleNamespace(
         texts=[text],
         correct=torch.tensor([right]),
         undecided=torch.tensor([undecided]),
         lengths=torch.tensor([5]),
-        completions=SimpleNamespace(ended=torch.tensor([ended])),
+        truncated=torch.tensor([not ended]),
     )
     assert verdict(layer, gold) == says
 
@@ -239,43 +252,36 @@ def test_gold_answers(line, found):
 # ---- the dialogue --------------------------------------------------------------------------------
 
 
-def test_a_dialogue_is_an_evaluation(dialogue, encoding, capsys):
+def test_a_dialogue_is_an_evaluation(dialogue, capsys):
     """Catches another question, phrase, seed, number or limit than eval.py's; a screen that shows
-    less than the dialogue; rows whose end is not shown: two held-out questions at temperature 1,
-    against eval.two_turns."""
-    talk, task = dialogue(seed=5), make_task("solve")
-    problems = [draw(task, "held out", 5, i) for i in range(2)]
-    expected = two_turns(Sampler(tiny()), encoding, problems, Sampling(20, 1.0, 5))
+    less than the dialogue; rows whose end is not shown: two held-out questions at temperature 1 in
+    three turns, against mgrpo.rollout."""
+    talk, task = dialogue(seed=5), make_task(TaskConfig(), 20)
+    problems = task.held_out(0, 5)[:2]
+    sampling = SamplingParams(20, 1.0, 5)
+    layers = rollout(Sampler(tiny(), workers=1), task, problems, (1, 1, 1), sampling)
     for i, problem in enumerate(problems):
         talk.take("  ")
-        out = capsys.readouterr().out
-        phrase = draw_phrases(5, [i])[0]
-        first, second = (inert(layer.texts[i]) for layer in expected)
-        assert (
-            out
-            == f"{problem.question}\n{first}\n{verdict_of(expected[0], i, problem)}» {phrase}{second}\n{verdict_of(expected[1], i, problem)}"
-        )
-        assert talk.layer.completions.ids == [expected[1].completions.ids[i]]
+        talk.take("again")
+        shown = f"{problem.question}\n"
+        for layer in layers:
+            phrase = f"» {layer.phrases[i]}" if layer.phrases else ""
+            shown += f"{phrase}{inert(layer.texts[i])}\n{verdict_of(layer, i, problem)}"
+        assert capsys.readouterr().out == shown
+        assert talk.layer.completions.ids == [layers[2].completions.ids[i]]
     assert talk.number == 2 and talk.sampler.seen is None
 
 
 def verdict_of(layer, row, problem):
     """The verdict on one row of a larger layer."""
-    return verdict(
-        SimpleNamespace(
-            texts=[layer.texts[row]],
-            correct=layer.correct[row:],
-            undecided=layer.undecided[row:],
-            lengths=layer.lengths[row:],
-            completions=SimpleNamespace(ended=layer.completions.ended[row:]),
-        ),
-        problem.gold,
-    )
+    names = ("texts", "correct", "undecided", "lengths", "truncated")
+    one = {name: getattr(layer, name)[row : row + 1] for name in names}
+    return verdict(SimpleNamespace(**one), problem.gold)
 
 
-def test_it_streams(dialogue, monkeypatch):
+def test_an_answer_is_shown_token_by_token(dialogue, monkeypatch):
     """Catches an answer that is shown when it is complete: between any two steps of the sampler at
-    most a token is said."""
+    most a token is printed."""
     talk, said = dialogue(), []
     monkeypatch.setattr(chat, "say", said.append)
     real = talk.sampler._choose
@@ -291,75 +297,62 @@ def test_it_streams(dialogue, monkeypatch):
 @pytest.mark.parametrize("steps", [0, 3, 23])
 def test_a_stopped_answer_changes_nothing(steps, dialogue, capsys, monkeypatch):
     """Catches a sampler that is unusable after Ctrl-C, a hook left behind, and a next answer that
-    depends on how far the last one came: stopped before the first token, in the attempt (20 tokens
+    depends on how far the last one came: stopped before the first token, in the answer (20 tokens
     at most), in the correction."""
-    whole, broken, closed = (
-        dialogue(),
-        dialogue(verifier=SimpleNamespace(same=lambda *_: True, close=lambda: closed.append(1))),
-        [],
-    )
-    whole.take("one ## 1")
+    closed = []
+    verifier = SimpleNamespace(same=lambda *_: True, close=lambda: closed.append(1))
+    complete, stopped = dialogue(), dialogue(verifier=verifier)
+    complete.take("one ## 1")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(broken.sampler, steps, patch)
-        broken.take("one ## 1")
-    assert broken.sampler.seen is None and closed == [1]  # a verifier may be in mid-sentence too
+        stop_after(stopped.sampler, steps, patch)
+        stopped.take("one ## 1")
+    assert stopped.sampler.seen is None and closed == [1]  # the verifier may be in mid-reply too
     capsys.readouterr()
     seen = []
-    for talk in (whole, broken):
+    for talk in (complete, stopped):
         talk.take("two")
-        seen.append(
-            (
-                talk.layer.completions.ids,
-                talk.layer.completions.logprobs.tolist(),
-                capsys.readouterr().out,
-            )
-        )
+        done = talk.layer.completions
+        seen.append((done.ids, done.logprobs.tolist(), capsys.readouterr().out))
     assert seen[0] == seen[1]
 
 
-def test_again_continues_all_there_was(dialogue, encoding, capsys):
-    """Catches a third answer to something else than question, answers and phrases in a row, one
-    phrase every time, and a cache that lacks a level: greedy, against one prompt without a cache;
-    after Ctrl-C or at the beginning there is nothing to look at."""
+def test_again_continues_the_whole_dialogue(dialogue, capsys):
+    """Catches a next answer to something else than question, answers and phrases in a row, and a
+    cache that lacks a level: greedy, eight corrections, against one prompt without a cache; at the
+    beginning there is nothing to continue."""
     talk = dialogue(temperature=0.0, new=12)
-    with pytest.raises(BadInput, match="no answer yet"):
+    with pytest.raises(BadInput, match="no answer to continue"):
         talk.take("again")
     talk.take("a question ## 1")
-    first = PHRASES.index(draw_phrases(0, [0])[0])
-    for look in range(1, 9):
+    for number in range(3, 11):
         before = talk.layer.completions
         capsys.readouterr()
         talk.take(" again ")
-        phrase = PHRASES[(first + look) % 7]
-        prompt = before.prompts[0] + before.ids[0] + encoding.encode_ordinary(phrase_text(phrase))
-        assert (
-            talk.layer.completions.prompts == [prompt] and f"» {phrase}" in capsys.readouterr().out
-        )
-        assert (
-            Sampler(tiny()).generate([prompt], 1, 12, 0.0).ids
-            == talk.layer.completions.ids
-        )
-    assert talk.number == 1
+        (phrase,) = draw_phrases(0, number, [0])
+        ids = talk.task.encoding.encode_ordinary(phrase_text(phrase))
+        prompt = before.prompts[0] + before.ids[0] + ids
+        done = talk.layer.completions
+        assert done.prompts == [prompt] and f"» {phrase}" in capsys.readouterr().out
+        assert Sampler(tiny(), workers=1).generate([prompt], 1, 12, 0.0).ids == done.ids
+    assert talk.number == 1 and talk.layer.number == 10
 
 
 def test_again_ends_with_the_context(dialogue):
-    """Catches a traceback when a dialogue has become too long, and a refused look that loses what
-    there was."""
+    """Catches a traceback when a dialogue has become too long, and a refused correction that loses
+    the dialogue."""
     talk = dialogue(new=40, context=200)
     talk.take("a question")
     with pytest.raises(BadInput, match=r"exceed the model's context of 200: .*--max-new-tokens"):
         for _ in range(99):
             last = talk.layer
             talk.take("again")
-    # not before it had to
-    assert (
-        talk.layer is last
-        and len(last.completions.prompts[0] + last.completions.ids[0]) + 2 + 40 > 200
-    )
+    done = last.completions
+    # not refused before it had to be
+    assert talk.layer is last and len(done.prompts[0] + done.ids[0]) + 2 + 40 > 200
     talk.take("another")
 
 
-def test_what_does_not_fit(dialogue, encoding):
+def test_a_question_that_leaves_no_room_is_refused(dialogue):
     """Catches a question that leaves no room for the correction: of the longest that is taken both
     answers may have all their tokens."""
     talk, room = dialogue(), 1024 - 2 * 20 - 2  # the longest phrase is 2 tokens here
@@ -370,40 +363,24 @@ def test_what_does_not_fit(dialogue, encoding):
     assert talk.number == 0 and talk.layer is None
     talk.take("~" * (room - 1))
     assert talk.number == 1 and len(talk.layer.completions) == 1
-    with pytest.raises(BadInput, match="exceed the model's context"):
-        Dialogue(Partner(tiny(64), encoding, None, 31), Config())
 
 
-@pytest.mark.parametrize(
-    "flags, changes",
-    [
-        (dict(seed=1), True),
-        (dict(temperature=0.0), True),
-        (dict(top_k=1), True),
-        (dict(top_p=1e-6), True),
-        (dict(min_p=0.999), True),
-        (dict(top_k=VOCABULARY), False),
-    ],
-)
-def test_sampling_flags(flags, changes, dialogue, capsys):
-    """Catches a flag that is read and not handed on. What keeps only the likeliest token is
-    greedy."""
-    plain, other, greedy = dialogue(), dialogue(**flags), dialogue(temperature=0.0)
-    for talk in (plain, other, greedy):
+@pytest.mark.parametrize("flags", [dict(seed=1), dict(temperature=0.0)])
+def test_sampling_flags_reach_the_sampler(flags, dialogue):
+    """Catches a flag that is read and not handed on."""
+    plain, other = dialogue(), dialogue(**flags)
+    for talk in (plain, other):
         talk.take("a question")
-    plain, other, greedy = (
-        [*talk.layer.completions.prompts, *talk.layer.completions.ids]
-        for talk in (plain, other, greedy)
-    )
-    assert (plain != other) == changes and (other == greedy) == (changes and "seed" not in flags)
+    assert plain.layer.completions.ids != other.layer.completions.ids
 
 
-def test_the_verifier_is_asked_with_a_gold_only(dialogue, capsys):
+def test_the_verifier_compares_with_a_gold_answer_only(dialogue, capsys, monkeypatch):
     """Catches --verifier ignored, and a library asked to compare with nothing."""
     asked = []
-    talk = dialogue(verifier=SimpleNamespace(same=lambda *pair: asked.append(pair) or True))
-    talk.encoding = SimpleNamespace(
-        encode_ordinary=talk.encoding.encode_ordinary,
+    verifier = SimpleNamespace(same=lambda *pair: asked.append(pair) or True)
+    talk = dialogue(verifier=verifier)
+    talk.task.encoding = SimpleNamespace(
+        encode_ordinary=talk.task.encoding.encode_ordinary,
         decode_batch=lambda ids: [r"\boxed{8}"] * len(ids),
         decode_single_token_bytes=lambda token: b"",
     )
@@ -416,60 +393,50 @@ def test_the_verifier_is_asked_with_a_gold_only(dialogue, capsys):
 # ---- the script ----------------------------------------------------------------------------------
 
 
-def test_a_pipe(run, monkeypatch, capsys):
-    """Catches prompts and a greeting in what a pipe gets, a line that ends the dialogue (too long,
-    not UTF-8, `## 4`), a lost last line, and an exit code that is not 0."""
+def test_a_pipe_gets_answers_only(run, monkeypatch, capsys):
+    """Catches prompts and a greeting in a pipe, a line that ends the dialogue (too long, not UTF-8,
+    `## 4`), a lost last line, and an exit code that is not 0."""
     lines = b"what? ## 777\n\n" + b"x" * 2000 + b"\n## 4\nbyte \xff here\nagain\nlast"
-    script_of(monkeypatch, ["--ckpt", str(run), "--temperature=1", *FLOAT], lines)
+    script_of(monkeypatch, [str(run), "--temperature=1", *FLOAT], lines)
     printed = capsys.readouterr()
-    assert "question>" not in printed.out and "Ctrl-D" not in printed.out and printed.err == ""
+    assert not re.search("question>|Ctrl-D|compute over", printed.out) and printed.err == ""
     # what?, the drawn one, byte, again, last
     assert printed.out.count("» ") == 5 and printed.out.count("gold 777") == 2
-    assert (
-        printed.out.count("a prompt of 2001 tokens") == 1
-        and printed.out.count("there is no question in this line") == 1
-    )
+    assert printed.out.count("a prompt of 2001 tokens") == 1
+    assert printed.out.count("there is no question in this line") == 1
     # it was the second question
-    assert draw(make_task("solve"), "held out", 0, 1).question in printed.out
+    assert make_task(TaskConfig()).held_out()[1].question in printed.out
 
 
-def test_ctrl_c_ends_a_pipe(run, monkeypatch, capsys):
+def test_ctrl_c_ends_a_pipe(run, monkeypatch):
     """Catches a thousand questions of a file that each want a Ctrl-C of their own."""
     monkeypatch.setattr(Dialogue, "take", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
-        script_of(monkeypatch, ["--ckpt", str(run / "checkpoint.pt"), *FLOAT], b"1\n2\n")
+        script_of(monkeypatch, [str(run / "checkpoint.pt"), *FLOAT], b"1\n2\n")
     assert stop.value.code == 130
 
 
 @pytest.mark.parametrize(
     "words, says",
     [
-        ([], "--ckpt is missing; name a run"),
-        (["--ckpt", "nowhere"], "--ckpt nowhere: there is no such file or folder"),
-        (["--ckpt", "empty"], "config.json: there is no such file"),
-        (["--ckpt", "text.pt"], "--ckpt text.pt is not a checkpoint"),
-        (["--ckpt", "young"], "--ckpt young: this run has not saved a model yet"),
-        (["--ckpt", "small.pt"], "its vocabulary of 20"),
-        (
-            ["--ckpt", "run", "--template", "plain"],
-            "--template: this model was trained on a built-in task",
-        ),
-        (["--ckpt", "run", "--verifier", "math-verify"], "--verifier"),
-        (["--ckpt", "run", "--max-new-tokens", "512"], "2 x 512 for answers exceed"),
-        (["--max-new-tokens", "-1"], "at least 0"),
-        (["--temperature", "inf"], "at least 0"),
-        (["--temperature", "1", "--top-p", "0"], "--top-p above 0"),
-        (["--temperature", "1", "--top-k", "-1"], "--top-k must"),
-        (["--temperature", "1", "--min-p", "1"], "below 1"),
-        (["--top-k", "3"], "raise it"),
-        (["--cpkt", "run"], "did you mean --ckpt?"),
-        (["--ckpt", "run", "--device", "cuda"], "--device cuda: torch sees no CUDA device"),
-        (["--ckpt", "run", "--dtype", "float16"], "choose one of"),
+        ([], "no model is named"),
+        (["nowhere"], "nowhere"),
+        (["empty"], "config.json: there is no such file"),
+        (["text.pt"], "text.pt is not a checkpoint"),
+        (["young"], "has not saved a model yet"),
+        (["small.pt"], "its vocabulary of 20"),
+        (["run", "--template", "plain"], "was trained on a built-in task"),
+        (["run", "--verifier", "math-verify"], "--verifier"),
+        (["run", "--max-new-tokens", "512"], "--max-new-tokens 512"),
+        (["run", "--max-new-tokens", "-1"], "at least 0"),
+        (["run", "--temperature", "inf"], "--temperature"),
+        (["--mdoel", "run"], "did you mean --model?"),
+        (["--model", "run", "--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+        (["run", "--dtype", "float16"], "choose one of"),
     ],
 )
-def test_what_cannot_be_opened(words, says, tmp_path, monkeypatch, capsys):
-    """Catches tracebacks, sentences about flags that eval.py has and this script has not, and
-    success as exit code."""
+def test_a_model_that_cannot_be_opened_is_one_sentence(words, says, tmp_path, monkeypatch, capsys):
+    """Catches tracebacks, and success as exit code."""
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
@@ -479,39 +446,11 @@ def test_what_cannot_be_opened(words, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     save_checkpoint(tmp_path / "run/checkpoint.pt", tiny(), config=TASK)
     save_checkpoint(tmp_path / "small.pt", tiny(vocabulary=20, end=19), config=TASK)
+    first = [] if not words or words[0].startswith("-") else words[:1]
     with pytest.raises(SystemExit) as stop:
-        script_of(monkeypatch, [*FLOAT, *words])
-    said = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and says in said
-        and said.count("\n") == 1
-        and "--init" not in said
-        and "--checkpoint" not in said
-    ), said
-
-
-def test_limits_and_greeting(run):
-    """Catches --max-new-tokens or the run's own limit ignored, --dtype too, and an example that the
-    model could not be asked."""
-    path = str(run)
-    assert (
-        open_partner(Config(path, device="cpu", dtype="float32")).new == 20
-        and open_partner(Config(path, max_new_tokens=7, device="cpu", dtype="float32")).new == 7
-    )
-    partner = open_partner(Config(path, device="cpu", dtype="bfloat16"))
-    assert partner.model.compute == torch.bfloat16 and partner.task == make_task("solve")
-    for task in ("solve", "chain", "countdown"):
-        problem = draw(make_task(task), "train", 3, 0)
-        text = chat.greeting(partner._replace(task=make_task(task)), Config(path, seed=3))
-        assert (
-            f"{problem.question} ## {chat.short(problem.gold)}\n" in text
-            and "an empty line draws" in text
-            and "Ctrl-D" in text
-        )
-    # a base says nothing of completions
-    save_checkpoint(run / "checkpoint.pt", tiny(), config=TASK)
-    assert open_partner(Config(path, device="cpu", dtype="float32")).new == 66
+        script_of(monkeypatch, [*first, *FLOAT, *words[len(first) :]])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
 
 
 class Terminal:
@@ -556,21 +495,27 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
 
 
-def test_at_a_terminal(tmp_path):
-    """Catches an answer shown in one piece, Ctrl-C that ends the script or is not heard, a sampler
+LONG = """
+import sys
+sys.argv = ["tools.chat", "long", "--device", "cpu"]
+sys.path.insert(0, "tests")
+from test_chat import TaskConfig, chat, guarded, make_task, tiny
+from dataclasses import replace
+task = replace(make_task(TaskConfig()), max_new_tokens=12_000)
+chat.open_model_and_task = lambda *_, say, **__: say(str(task)) or (tiny(32_000, True), task)
+guarded(chat.main)
+"""
+
+
+@pytest.mark.slow
+def test_at_a_terminal(monkeypatch):
+    """Catches an answer shown in one piece, Ctrl-C that ends the script or has no effect, a sampler
     that is of no use after it, Ctrl-D that is not 0: an answer of 12,000 tokens is stopped when its
     first few have been seen, in a real process at a real terminal."""
-    save_checkpoint(tmp_path / "long.pt", tiny(32_000, endless=True), config=TASK)
-    terminal = Terminal(
-        str(ROOT / "chat.py"),
-        "--ckpt",
-        str(tmp_path / "long.pt"),
-        "--max-new-tokens",
-        "12000",
-        *FLOAT,
-    )
+    monkeypatch.chdir(ROOT)
+    terminal = Terminal("-c", LONG)
     greeting = terminal.until("question> ")
-    assert "Solve(candidates=3" in greeting and "an empty line draws" in greeting
+    assert "solve: candidates 3" in greeting and "An empty line draws" in greeting
     for _ in range(2):
         terminal.press("hello ## 5\n")
         terminal.until("hello ## 5\r\n")
@@ -581,28 +526,30 @@ def test_at_a_terminal(tmp_path):
     terminal.press("## 3\n")
     assert "there is no question" in terminal.until("question> ")
     terminal.press("half a quest\x03")
-    assert (
-        "Ctrl-D leaves" in (shown := terminal.until("leaves[^?]*question> ", again="\x03"))
-        and "(stopped)" not in shown
-    )
+    shown = terminal.until("leaves[^?]*question> ", again="\x03")
+    assert "Ctrl-D leaves" in shown and "(stopped)" not in shown
     terminal.press("\x04")
     assert terminal.code() == 0 and "Traceback" not in terminal.seen
 
 
-def test_without_readline(run):
+@pytest.mark.slow
+def test_without_readline(run, monkeypatch):
     """Catches a script that needs readline, which Windows has not; and one that a plain pipe of a
     shell does not end with 0."""
-    hide = "import sys; sys.modules['readline'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    terminal = Terminal("-c", hide, str(ROOT / "chat.py"), "--ckpt", str(run), *FLOAT)
+    monkeypatch.chdir(ROOT)
+    hide = (
+        "import sys; sys.modules['readline'] = None; from tools import chat; "
+        "from runtime.flags import guarded; guarded(chat.main)"
+    )
+    terminal = Terminal("-c", hide, str(run), *FLOAT)
     terminal.until("question> ")
     terminal.press("\n")
-    assert re.search(
-        r"x in \{.*(right|wrong).*» .*(right|wrong)", terminal.until("question> "), re.S
-    )
+    shown = terminal.until("question> ")
+    assert re.search(r"x in \{.*(right|wrong).*» .*(right|wrong)", shown, re.S)
     terminal.press("\x04")
     assert terminal.code() == 0
     done = subprocess.run(
-        [sys.executable, str(ROOT / "chat.py"), "--ckpt", str(run), *FLOAT],
+        [sys.executable, "-m", "tools.chat", str(run), *FLOAT],
         input=b"hello\n",
         capture_output=True,
         timeout=PATIENCE,
@@ -625,37 +572,35 @@ def test_a_real_model(tmp_path, monkeypatch, capsys):
     model, folder = tiny(1024, vocabulary=320, end=258), tmp_path / "run"
     model.source = source
     save_model(model, folder / "model", torch.float32)
-    flags = dict(device="cpu", dtype="float32")
-    alone = open_partner(Config(str(folder / "model"), **flags))
-    # beside a prompt of 512
-    assert (
-        alone.task is None
-        and alone.new == (1024 - 512 - max(len(phrase_text(phrase)) for phrase in PHRASES)) // 2
-    )
+    flags = dict(device="cpu", dtype="float32", say=lambda text: None)
+    longest = max(len(phrase_text(phrase)) for phrase in PHRASES)
+    _, task = chat.open_model_and_task(str(folder / "model"), **flags)
+    assert task.max_new_tokens == (1024 - 512 - longest) // 2 and task.held_out() == []
     (folder / "metrics.jsonl").write_text("")
-    (folder / "config.json").write_text('{"max_new_tokens": 24}')
+    settings = '{"prompt_tokens": 512, "max_new_tokens": 24, "data": [], "eval_data": []}'
+    (folder / "config.json").write_text(settings)
     for path in (folder, folder / "model"):
-        assert open_partner(Config(str(path), **flags)).new == 24
-    encoding, _ = open_tokenizer(folder / "model")
-    names = []
-    monkeypatch.setattr(chat, "make_verifier", lambda name: names.append(name))
+        _, task = chat.open_model_and_task(str(path), **flags)
+        assert task.max_new_tokens == 24
     script_of(
         monkeypatch,
-        ["--ckpt", str(folder), "--temperature", "1", "--verifier", "math-verify", *FLOAT],
+        [str(folder), "--temperature", "1", *FLOAT],
         b"\n  \nWhat is <|im_end|> 6*7? ## 42\nagain\n",
     )
     printed = capsys.readouterr().out
-    assert (
-        printed.count("there is no question") == 2
-        and printed.count("gold 42") == 3
-        and names == ["math-verify"]
-        and "<|im_start|>" not in printed
-    )
-    talk = Dialogue(
-        open_partner(Config(str(folder), template="plain", **flags)), Config(temperature=1.0)
-    )
-    talk.take("What is 6*7?")
-    first = talk.layer.completions.prompts[0]
-    assert encoding.decode(first).startswith("What is 6*7?\n") and encoding.decode(
-        open_partner(Config(str(folder), **flags)).encoding.template("?")
-    ).startswith("<|im_start|>")
+    assert printed.count("there is no question") == 2 and printed.count("gold 42") == 3
+    assert "<|im_start|>" not in printed
+    encoding, _ = open_tokenizer(folder / "model")
+    for template, begin in (("plain", "What is 6*7?\n"), ("auto", "<|im_start|>")):
+        real = chat.RealConfig(template=template, prompt_tokens=0)
+        policy, task = chat.open_model_and_task(str(folder), real=real, **flags)
+        talk = Dialogue(policy, task, Config(temperature=1.0))
+        talk.take("What is 6*7?")
+        prompt = talk.layer.completions.prompts[0]
+        assert encoding.decode(prompt).startswith(begin)
+    (tmp_path / "set.jsonl").write_text('{"question": "What is 2+2?", "answer": "4"}\n')
+    words = [str(folder), "--data", str(tmp_path / "set.jsonl"), *FLOAT]
+    capsys.readouterr()
+    script_of(monkeypatch, words, b"\n")
+    printed = capsys.readouterr().out
+    assert printed.startswith("What is 2+2?\n") and printed.count("gold 4") == 2

@@ -22,24 +22,21 @@ from conftest import PATIENCE, ROOT, script
 
 import heldout
 import train
-from model import GPT, ModelConfig
-from runtime import checkpoints, log
+from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from runtime import checkpoints, distributed, log
 from runtime.checkpoints import (
     Progress,
     Stop,
     alone_in,
     check_state,
-    load_checkpoint,
     load_state,
     newest_state,
     resumed_run,
     resumed_settings,
-    save_checkpoint,
     save_state,
     saved,
 )
 from runtime.flags import BadInput, guarded, parse
-from runtime.memory import HostAdamW
 from tasks import base as pretrain
 
 KILLS = int(os.environ.get("KILLS", 4))
@@ -71,7 +68,7 @@ def small_state(**more):
 def test_a_state_comes_back(tmp_path):
     """Catches a state that is not what was saved, or a name that does not say its step."""
     path = save_state(tmp_path / "state", 120, small_state())
-    assert path.name.startswith("step-0000120-") and torch.equal(
+    assert path.name == "step-0000120.pt" and torch.equal(
         load_state(path)["weights"]["a"], small_state()["weights"]["a"]
     )
     assert saved(tmp_path / "state") == [(120, path)]
@@ -91,7 +88,7 @@ def test_no_damage_goes_unseen(tmp_path):
         else:
             damaged[place:place] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
         path.write_bytes(damaged)
-        with pytest.raises(BadInput, match="does not have the checksum"):
+        with pytest.raises(BadInput, match="does not end with its checksum"):
             load_state(path)
     path.write_bytes(whole)
     load_state(path)
@@ -126,9 +123,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 
 def test_a_state_runs_no_code(tmp_path):
     """Catches a pickle that is executed: a state that holds a call, with a checksum that fits."""
-    path = tmp_path / "1.tmp"
-    torch.save(dict(bad=Hostile()), path)
-    path = path.rename(tmp_path / f"step-0000001-{checkpoints.checksum(path)}.pt")
+    path = save_state(tmp_path, 1, dict(bad=Hostile()))
     with pytest.raises(BadInput, match="cannot be read"):
         load_state(path)
     assert not (tmp_path / "ran").exists()
@@ -160,7 +155,7 @@ def real_state():
         dict(
             settings=dict(settings),
             weights=model.state_dict(),
-            optimizer=optimizer.state_dict()["state"],
+            optimizer=distributed.full_state(model, optimizer)[1],
             best=1,
             generator=torch.get_rng_state(),
             progress=dataclasses.asdict(progress),
@@ -184,14 +179,14 @@ FORGED = [
     (("weights", "norm.weight"), [1.0] * 32),
     (("weights", "more"), torch.ones(1)),
     (("optimizer",), {}),
-    (("optimizer", 0), {}),
-    (("optimizer", 99), {}),
-    (("optimizer", 0, "exp_avg"), torch.zeros(3)),
-    (("optimizer", 0, "exp_avg"), None),
-    (("optimizer", 0, "exp_avg_sq"), torch.full((50, 32), -1.0)),
-    (("optimizer", 0, "exp_avg"), torch.full((50, 32), NAN)),
-    (("optimizer", 0, "step"), torch.tensor(2.0)),
-    (("optimizer", 0, "step"), 3),
+    (("optimizer", "embed.weight"), {}),
+    (("optimizer", "more"), {}),
+    (("optimizer", "embed.weight", "exp_avg"), torch.zeros(3)),
+    (("optimizer", "embed.weight", "exp_avg"), None),
+    (("optimizer", "embed.weight", "exp_avg_sq"), torch.full((50, 32), -1.0)),
+    (("optimizer", "embed.weight", "exp_avg"), torch.full((50, 32), NAN)),
+    (("optimizer", "embed.weight", "step"), torch.tensor(2.0)),
+    (("optimizer", "embed.weight", "step"), 3),
     (("best",), 2),
     (("best",), "1"),
     (("generator",), torch.get_rng_state()[:-1]),
@@ -245,7 +240,7 @@ def test_forged_states_are_refused(place, value, tmp_path):
     with pytest.raises(BadInput) as error:
         check_state(
             load_state(path) if path else value,
-            path or "step-0000002-0123456789abcdef.pt",
+            path or "step-0000002.pt",
             settings,
             shape,
         )
@@ -270,13 +265,15 @@ class Hostile:
         return os.mkdir, ("ran",)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_states_before(tmp_path):
     """Catches the newest good state removed for one that did not fit: files may grow to 20 kB
     only."""
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, checkpoints, flags
+import torch
+from runtime import checkpoints, flags
 checkpoints.save_state("s", 1, dict(a=torch.zeros(10)), keep=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 flags.guarded(lambda: checkpoints.save_state("s", 2, dict(a=torch.zeros(10_000)), keep=1))
@@ -286,7 +283,7 @@ flags.guarded(lambda: checkpoints.save_state("s", 2, dict(a=torch.zeros(10_000))
     )
     assert (
         done.returncode == 2
-        and "the steps before it are intact" in done.stderr
+        and "what was there before is intact" in done.stderr
         and done.stderr.count("\n") == 1
     ), done.stderr
     assert [step for step, _ in saved(tmp_path / "s")] == [1] and not list(
@@ -295,27 +292,38 @@ flags.guarded(lambda: checkpoints.save_state("s", 2, dict(a=torch.zeros(10_000))
     load_state(saved(tmp_path / "s")[0][1])
 
 
-@pytest.mark.parametrize("kind", [HostAdamW, torch.optim.AdamW])
-def test_an_optimiser_goes_on(kind):
-    """Catches moments or masters forgotten: 3 steps, saved and loaded into another model and
-    optimiser, 3 more: bit-equal to 6."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_goes_on_exactly_from_a_state(tied, tmp_path):
+    """Catches weights or moments forgotten, or a step counted twice: 3 steps, written to a file,
+    read into another model and optimiser, 3 more: bit-equal to 6. At step 0 there are no moments
+    yet, and torch's own helper would make some."""
     torch.manual_seed(0)
-    shape = ModelConfig(50, 32, 1, 2, 1, 16, 32, 64)
-    one = GPT(shape)
-    first, other = kind(one.parameters(), 0.01), None
-    for step in range(6):
+    shape = ModelConfig(50, 32, 1, 2, 1, 16, 32, 64, tied=tied)
+    whole = trained(GPT(shape), None, range(6))[0]
+    for begin in (0, 3):
+        torch.manual_seed(0)
+        model, optimizer = trained(GPT(shape), None, range(begin))
+        weights, moments = distributed.full_state(model, optimizer)
+        assert len(moments) == (begin and len(list(model.parameters())))
+        state = load_state(save_state(tmp_path, begin, dict(weights=weights, moments=moments)))
+        checkpoints.check_weights(state["weights"], shape)
+        checkpoints.check_moments(state["moments"], shape, begin)
+        other = GPT(shape)
+        optimizer = torch.optim.AdamW(other.parameters(), 0.01, fused=True)
+        distributed.load_full_state(other, optimizer, state["weights"], state["moments"])
+        trained(other, optimizer, range(begin, 6))
+        assert all(map(torch.equal, whole.parameters(), other.parameters()))
+
+
+def trained(model, optimizer, steps):
+    """A model and its optimiser after these steps, each on random tokens of its own."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), 0.01, fused=True)
+    for step in steps:
         tokens = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(step))
-        if step == 3:
-            two = GPT(shape)
-            other = kind(two.parameters(), 0.01)
-            two.load_state_dict(one.state_dict())
-            # torch takes tensors over as they are
-            other.load_state_dict(copy.deepcopy(first.state_dict()))
-        for model, optimizer in ((one, first), (two, other)) if other else ((one, first),):
-            model(tokens).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    assert all(map(torch.equal, one.parameters(), two.parameters()))
+        (model(tokens) @ model.head.weight.T).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model, optimizer
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -352,6 +360,7 @@ def lines(folder, run):
     ]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(undisturbed):
     """Catches whatever a state forgets: a run killed with SIGKILL at random moments (writes
     included) and resumed each time ends with the very weights, log and tables of the undisturbed
@@ -399,6 +408,7 @@ def test_killed_at_any_moment(undisturbed):
     } == {"whole", "killed"}
 
 
+@pytest.mark.slow
 def test_a_stop_finishes_the_step_and_says_how_to_go_on(undisturbed):
     """Catches a stop by Ctrl-C or by a scheduler's SIGTERM that loses steps, an exit code that says
     failure, and a resumed run that differs."""
@@ -454,6 +464,7 @@ def test_logs_are_cut_to_the_state(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_no_table_of_after(undisturbed):
     """Catches the table of a finished run that stays when the run goes on and is stopped, and a
     page that does not know of more --tokens, or by whom they were asked for; and switches of the
@@ -505,6 +516,7 @@ def test_a_run_that_goes_on_has_no_table_of_after(undisturbed):
     assert "has not finished" in page and "tokens generated of 9,000,000; it was stopped" in page
 
 
+@pytest.mark.slow
 def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):
     """Catches a stop in the base's table that promises to go on and has saved nothing; and a state
     of another model loaded with a traceback."""
@@ -640,6 +652,7 @@ def test_what_is_no_state_cannot_be_gone_on_with(resume):
             )
 
 
+@pytest.mark.slow
 def test_no_base_is_needed_to_go_on_without_a_kl_term(resume):
     """Catches minutes of training a base whose weights are thrown away at once."""
     for path in Path("out").glob("base-*.pt"):
@@ -648,6 +661,7 @@ def test_no_base_is_needed_to_go_on_without_a_kl_term(resume):
     assert code == 0 and "base: " not in printed and not list(Path("out").glob("base-*.pt")), wrong
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_one_that_the_run_began_with(resume, monkeypatch):
     """Catches a KL term that is measured against another base after --resume, because the code has
     changed since, or the base is gone, another or damaged: a run that goes on ends with the very
@@ -669,19 +683,19 @@ def test_the_reference_is_the_one_that_the_run_began_with(resume, monkeypatch):
     )
     shutil.copytree("out/one", "out/two")
     (base,) = Path("out").glob("base-*.pt")
-    whole, (model, extra) = pretrain.read_bytes(), load_checkpoint(base)
+    whole, (model, extra) = base.read_bytes(), load_checkpoint(base)
     with monkeypatch.context() as patch:
-        patch.setattr(base, "fingerprint", lambda config: "changed")
-        pretrain.unlink()
+        patch.setattr("tasks.opening.base_path", lambda config: Path("out/other.pt"))
+        base.unlink()
         assert refused(
             resume("--resume", "out/one"),
             str(base),
             "there is no such file",
             "bring it back, or start a new run",
         )
-        pretrain.write_bytes(whole[:-1])
+        base.write_bytes(whole[:-1])
         assert refused(resume("--resume", "out/one"), str(base), "does not end with its checksum")
-        pretrain.write_bytes(whole)
+        base.write_bytes(whole)
         assert resume("--resume", "out/one")[0] == 0
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -692,7 +706,7 @@ def test_the_reference_is_the_one_that_the_run_began_with(resume, monkeypatch):
         str(base),
         "its weights are not those that out/two began with",
     )
-    pretrain.write_bytes(whole[:-1])
+    base.write_bytes(whole[:-1])
     monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
     code, printed, wrong = resume("--resume", "out/two")
     assert code == 0 and f"it is put aside as {base}.damaged, and made anew" in printed, wrong
@@ -712,7 +726,7 @@ def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
             **pretrain.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")
         )
     )
-    whole, (model, extra), said = pretrain.read_bytes(), load_checkpoint(base), []
+    whole, (model, extra), said = base.read_bytes(), load_checkpoint(base), []
     monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
     flipped, zeroed, cut = bytearray(whole), bytearray(whole), whole[: len(whole) // 2]
     flipped[len(whole) // 2] ^= 1
@@ -728,7 +742,7 @@ def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
         Path("other.pt").read_bytes(),
         Path("unmeasured.pt").read_bytes(),
     ):
-        pretrain.write_bytes(damaged)
+        base.write_bytes(damaged)
         said.clear()
         found, measured, path = pretrain.base_model(config, said.append)
         assert (
@@ -773,10 +787,11 @@ def test_a_second_signal_stops_at_once():
 # ---- two at the same moment ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_never_make_one_folder(tmp_path, monkeypatch):
     """Catches a look whether a folder is there, and its making a moment later: eight processes of
     one name have eight folders."""
-    words = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from journal import new_folder; from pathlib import Path; sys.stdin.read(1); print(new_folder(Path('out/run')))"
+    words = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from runtime.log import new_folder; from pathlib import Path; sys.stdin.read(1); print(new_folder(Path('out/run')))"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", words],
@@ -791,6 +806,7 @@ def test_two_processes_never_make_one_folder(tmp_path, monkeypatch):
     assert found == {"out/run"} | {f"out/run.{i}" for i in range(2, 9)}
 
 
+@pytest.mark.slow
 def test_two_processes_never_train_in_one_folder(undisturbed):
     """Catches a run that is resumed twice at the same time: the second one is told, exits with 2,
     and changes nothing."""

@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT
 
+from model import load_checkpoint
 from runtime import distributed, memory
-from runtime.checkpoints import load_checkpoint, load_state, saved
+from runtime.checkpoints import load_state, saved
+from runtime.device import pick_device
 from runtime.flags import BadInput
 from runtime.transcripts import lines_of
-from tasks.legacy import pick_device
 from verifier.math_verify import MathVerify
 
 RUN = (
@@ -331,7 +332,7 @@ def main():
         model, frozen = (GPT(ModelConfig(400, 64, 3, 4, 2, 16, 96, 64), dtype) for _ in range(2))
         frozen.to(dtype).requires_grad_(False)
         distributed.broadcast(model)
-        sampler = Sampler(model)
+        sampler = Sampler(model, workers=1)
         distributed.shard(model)
         distributed.shard(frozen)
         train.idle_pass(model, frozen)    # the first gathers the reference's embeddings, which stay

@@ -51,9 +51,9 @@ from engine.in_flight import RowState
 from engine.workers import in_parallel
 from model import GPT, ModelConfig
 from reward import is_correct
+from runtime.device import pick_device
 from runtime.flags import BadInput, guarded, parse_flags
 from sample import Sampler
-from tasks.legacy import pick_device
 from tasks.tokenizer import build_encoding
 from verifier import answers, latex
 

@@ -41,7 +41,6 @@ import torch
 from tqdm import tqdm
 
 import train
-from engine.workers import in_parallel
 from eval import COLUMNS, held_out_questions, load_policy, majorities, mean_and_error
 from mgrpo import Sampling, expand
 from report.trees import lines_of
@@ -262,7 +261,7 @@ def more_answers(checkpoint, config):
     problems = held_out_questions(task, config["eval_questions"])
     prompts, golds = prompts_and_golds(encoding, problems)
     layer = expand(
-        in_parallel(Sampler(model)),
+        Sampler(model),
         encoding,
         golds,
         prompts,
