@@ -259,7 +259,7 @@ def test_a_dialogue_is_an_evaluation(dialogue, capsys):
     talk, task = dialogue(seed=5), make_task(TaskConfig(), 20)
     problems = task.held_out(0, 5)[:2]
     sampling = SamplingParams(20, 1.0, 5)
-    layers = rollout(Sampler(tiny(), workers=1), task, problems, (1, 1, 1), sampling)
+    layers = rollout(Sampler(tiny()), task, problems, (1, 1, 1), sampling)
     for i, problem in enumerate(problems):
         talk.take("  ")
         talk.take("again")
@@ -333,7 +333,7 @@ def test_again_continues_the_whole_dialogue(dialogue, capsys):
         prompt = before.prompts[0] + before.ids[0] + ids
         done = talk.layer.completions
         assert done.prompts == [prompt] and f"» {phrase}" in capsys.readouterr().out
-        assert Sampler(tiny(), workers=1).generate([prompt], 1, 12, 0.0).ids == done.ids
+        assert Sampler(tiny()).generate([prompt], 1, 12, 0.0).ids == done.ids
     assert talk.number == 1 and talk.layer.number == 10
 
 

@@ -332,7 +332,7 @@ def main():
         model, frozen = (GPT(ModelConfig(400, 64, 3, 4, 2, 16, 96, 64), dtype) for _ in range(2))
         frozen.to(dtype).requires_grad_(False)
         distributed.broadcast(model)
-        sampler = Sampler(model, workers=1)
+        sampler = Sampler(model)
         distributed.shard(model)
         distributed.shard(frozen)
         train.idle_pass(model, frozen)    # the first gathers the reference's embeddings, which stay

@@ -454,7 +454,7 @@ def test_workers_sample_what_one_process_does(gpt, random_prompts):
 def test_workers_recover_from_errors_and_interruptions(gpt, random_prompts, monkeypatch):
     """Catches an answer to a call that was broken off taken for that to the next, an error
     swallowed in a process, a process that died waited for, and a cache looked for with processes
-    that are gone. After each of them the crew samples again what it did."""
+    that are gone. After each of them the sampler samples again what it did."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("workers are for CPUs")
     sampler = in_parallel(Sampler(gpt), 2)
