@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from engine.workers import in_parallel
+from engine.workers import in_parallel
 from huggingface.prompts import RealConfig, model_folder, open_shape, open_weights
 from huggingface.weights import library, save_model
 from mgrpo import longest_phrase
