@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 
+from eval import columns, percent, summarise, turns_of
 from report import curves
 from report.trees import (
     complain,
@@ -44,7 +45,6 @@ from report.trees import (
 )
 from runtime.distributed import rank0
 from runtime.flags import BadInput, guarded, parse_flags, read_json, reading
-from eval import columns, percent, summarise, turns_of
 
 MAX_TREE_BYTES = 9_000_000  # of trees on a page, about
 TEMPLATE = Path(__file__).with_name("page.html")

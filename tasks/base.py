@@ -31,6 +31,7 @@ from typing import Annotated, Literal
 import torch
 
 from engine.packing import pad_rows, padded_logprobs
+from engine.workers import in_parallel
 from mgrpo import PHRASES, SamplingParams, phrase_text, rollout
 from model import GPT, ModelConfig
 from reward import score
@@ -182,7 +183,7 @@ def pretrain(task, base, device, dtype, say=print):
     model = new_model(base_shape(task, base.depth), base.base_seed, device, dtype)
     peak = LR * (4 / base.depth) ** 0.5
     optimizers = make_optimizers(model, peak)
-    sampler, ceiling = Sampler(model), texts_accuracy(task.puzzle, 4 * CHECK_ON)
+    sampler, ceiling = in_parallel(Sampler(model)), texts_accuracy(task.puzzle, 4 * CHECK_ON)
     say(
         f"base: {sum(p.numel() for p in model.parameters()):,} parameters in {dtype}; its texts "
         f"are right in {ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews"
