@@ -633,6 +633,9 @@ def test_evaluations_are_told_apart(tmp_path):
     assert {tree["set"] for path in tmp_path.glob("*.jsonl") for tree in read_trees(path)} == set(
         found
     )
+    alone = page.open_run(tmp_path / "eval-x-rank1.jsonl")
+    assert [path.name for path in alone.evals] == ["eval-x-rank0.jsonl", "eval-x-rank1.jsonl"]
+    assert alone.page == tmp_path / "eval-x.html"
 
 
 def test_numbers_that_are_none(tmp_path):
