@@ -275,7 +275,3 @@ def is_first_failure(store):
         return store.add("failed", 1) == 1
     except RuntimeError:
         return True
-
-
-def whole(x, dtype=None):
-    return x.detach().to(dtype or x.dtype).full_tensor() if isinstance(x, DTensor) else x

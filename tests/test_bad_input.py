@@ -15,7 +15,8 @@ from test_flags import SCRIPTS
 from test_prompts import TOKENS, make_folder
 
 from huggingface import prompts
-from model import GPT, ModelConfig, save_checkpoint
+from model import GPT, ModelConfig
+from runtime.checkpoints import save_checkpoint
 from runtime.flags import BadInput, guarded
 from tasks import files as data
 

@@ -16,7 +16,8 @@ import torch
 from conftest import PATIENCE, ROOT, script
 
 import train
-from engine import workers as crew
+from engine import workers as sampling_workers
+from engine.workers import in_parallel
 from runtime import bars
 from runtime.flags import BadInput
 from sample import Sampler
@@ -215,8 +216,8 @@ def test_looks_change_nothing(folder):
 def test_rows_are_counted_as_they_end(gpt, random_prompts, workers, monkeypatch):
     """Catches rows counted twice or not at all, in one process and in several, and a counter that
     is left behind for the next call."""
-    monkeypatch.setattr(crew, "TICK", 1e-4)
-    sampler, seen = Sampler(gpt, workers=workers), []
+    monkeypatch.setattr(sampling_workers, "POLL_SECONDS", 1e-4)
+    sampler, seen = in_parallel(Sampler(gpt), workers), []
     for _ in range(2):
         seen.clear()
         sampler.seen = lambda rows, ended: seen.append(ended)
@@ -230,7 +231,7 @@ def test_rows_are_counted_as_they_end(gpt, random_prompts, workers, monkeypatch)
 
 def test_a_failed_phase_leaves_no_counter(gpt, monkeypatch):
     """Catches a bar that goes on counting after the call that it belonged to was broken off."""
-    sampler = Sampler(gpt, workers=1)
+    sampler = Sampler(gpt)
     monkeypatch.setattr(bars, "tqdm", lambda **options: Drawn())
     with pytest.raises(ValueError), bars.rows_of(sampler, 3, "attempts"):
         assert sampler.seen is not None

@@ -14,10 +14,11 @@ import sys
 import pytest
 import torch
 from conftest import END, PATIENCE, ROOT, VOCABULARY
-from test_sample import seated, worst_gap
+from test_sample import choose_torch, seated, worst_gap
 
-from engine import kernels
-from engine.kernels import exponentials, row_keys, tl, waits
+from engine import kernels, keys
+from engine.cuda_graphs import StepGraphs
+from engine.keys import exponential_from_bits, exponential_noise, row_keys, tl
 from model import GPT, ModelConfig
 from sample import Sampler
 
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.extra,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(
-        kernels.triton is None, reason="needs triton: pip install -r requirements-extra.txt"
+        keys.triton is None, reason="needs triton: pip install -r requirements-extra.txt"
     ),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,7 +231,7 @@ def test_choose(V, temperature):
             rows.key.copy_(row_keys(5, torch.arange(3)))
             rows.length.copy_(torch.tensor([0, 4, 2]))
         kernels.choose(logits, temperature, ours)
-        kernels.choose_torch(logits, temperature, twins)
+        choose_torch(logits, temperature, twins)
         for name in ("token", "position", "length", "slot", "alive", "tokens"):
             assert torch.equal(getattr(ours, name), getattr(twins, name)), name
         assert (ours.logprobs - twins.logprobs).abs().max() < 2e-5
@@ -246,7 +247,7 @@ def test_choose_when_a_filter_leaves_nothing_of_a_block(temperature):
     logits[2, 0], logits[2, 4200:] = 1.5, -torch.inf
     ours, twins = seated(3, device=DEVICE), seated(3, device=DEVICE)
     kernels.choose(logits, temperature, ours)
-    kernels.choose_torch(logits, temperature, twins)
+    choose_torch(logits, temperature, twins)
     assert torch.equal(ours.tokens, twins.tokens) and ours.tokens[1:, 0].tolist() == [4200, 0]
     assert (ours.logprobs - twins.logprobs).abs().max() < 2e-5
 
@@ -260,7 +261,7 @@ def test_attend_skips_rows_that_are_not_there():
     assert torch.equal(kernels.attend(q, k, v, [some]), kernels.attend(q, k, v, [all_]))
 
 
-def test_the_kernels_random_numbers_are_torchs():
+def test_the_kernels_noise_decides_as_torchs_does():
     """Catches a generator that drifts from its twin in one bit: the kernel's noise decides between
     equal logits, so that over 600 rows of 64 tokens every choice must be that of the largest -log
     E, and so must the share of tokens (chi-square, 63 degrees of freedom, bound 120: p < 2e-5)."""
@@ -268,20 +269,22 @@ def test_the_kernels_random_numbers_are_torchs():
     rows = seated(n, device=DEVICE)
     rows.key.copy_(row_keys(9, torch.arange(n)))
     kernels.choose(torch.zeros(n, 64, device=DEVICE), 1.0, rows)
-    expected = exponentials(row_keys(9, torch.arange(n)), torch.zeros(n), 64).argmin(1)
+    expected = exponential_noise(row_keys(9, torch.arange(n)), torch.zeros(n), 64).argmin(1)
     assert torch.equal(rows.tokens[:, 0].cpu(), expected)
     counts = expected.bincount(minlength=64)
     assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 120
 
 
-@kernels.jit
-def _write_waits(bits, keys, out, V, BLOCK: tl.constexpr):
+@keys.jit
+def _write_noise(bits, row_key, out, V, BLOCK: tl.constexpr):
     row, v = tl.program_id(0), tl.arange(0, BLOCK)
-    found = kernels._waits(tl.load(bits + row * V + v, v < V, 1), tl.load(keys + row))
+    found = keys._exponential_from_bits(
+        tl.load(bits + row * V + v, v < V, 1), tl.load(row_key + row)
+    )
     tl.store(out + row * V + v, found, v < V)
 
 
-def test_the_kernels_waits_are_torchs():
+def test_the_kernels_noise_equals_torchs_at_its_ends():
     """Catches another E where it is small (there rare tokens are decided), where the kernel's
     series ends (v = 1/64) and at the ends: equal to the twin's to 4e-6 of itself, for bits of every
     size and sign, and for keys whose offset is next to 0 and next to 1."""
@@ -298,14 +301,14 @@ def test_the_kernels_waits_are_torchs():
     )
     bits = bits.expand(len(keys), -1).contiguous().to(DEVICE)
     out = torch.empty(bits.shape, device=DEVICE)
-    _write_waits[(len(keys),)](
+    _write_noise[(len(keys),)](
         bits, keys.to(DEVICE), out, bits.shape[1], BLOCK=kernels.power_of_2(bits.shape[1])
     )
-    twin = waits(bits, keys.to(DEVICE))
+    twin = exponential_from_bits(bits, keys.to(DEVICE))
     assert out.min() > 0 and out.max() < 17 and ((out - twin).abs() / twin).max() < 4e-6
 
 
-def test_the_kernel_draws_rare_tokens_too():
+def test_the_kernels_noise_draws_rare_tokens_too():
     """Catches a tail that is lost in the kernel alone: rows whose draw, in torch, is one of 151,935
     tokens of 1.3e-7 each, beside one of 98 %."""
     V = 151_936
@@ -315,7 +318,7 @@ def test_the_kernel_draws_rare_tokens_too():
     for first in range(0, 400, 8):
         rows = seated(8)
         rows.key.copy_(row_keys(2, torch.arange(first, first + 8)))
-        kernels.choose_torch(logits.expand(8, -1), 1.0, rows)
+        choose_torch(logits.expand(8, -1), 1.0, rows)
         found += [
             (key, token)
             for key, token in zip(rows.key.tolist(), rows.tokens[:, 0].tolist())
@@ -341,7 +344,7 @@ def test_the_kernel_draws_rare_tokens_too():
         lambda: kernels.choose(randn(3, 8), 1.0, seated(2)),
     ],
 )
-def test_wrappers_refuse(call):
+def test_wrappers_refuse_what_does_not_fit(call):
     """Catches a kernel launched on what it would read wrongly: strides, types and shapes that do
     not fit are one ValueError."""
     with pytest.raises(ValueError, match=r"contiguous|: "):
@@ -401,30 +404,24 @@ class Replayed:
     """A CUDA graph without CUDA: replaying it runs the step again on the tensors that it was
     captured with."""
 
-    def __init__(self, sampler, places):
-        self.sampler, self.rows, self.out = (
-            sampler,
-            sampler.tables.rows.part(0, places),
-            sampler.outputs[:places],
-        )
-
-    def replay(self):
-        self.sampler._logits(self.sampler.tables, self.rows, self.out)
+    def __init__(self, graphs, step, places):
+        arguments = graphs.cache.rows.part(0, places), graphs.cache, graphs.logits[:places]
+        self.replay = lambda: step(*arguments)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there are real graphs here")
-def test_what_surrounds_the_graphs(monkeypatch):
+def test_the_sampler_on_graphs_equals_the_plain_one(monkeypatch):
     """Catches a bucket too small, empty places that write, tables and slots not put back after the
     capture, logits of another step: all but the capture itself. Five rows run in a bucket of 8;
     those that capture run first on tables that were meant for more rows."""
 
-    def capture(sampler, places):
-        graph = Replayed(sampler, places)
+    def capture(graphs, step, places):
+        graph = Replayed(graphs, step, places)
         graph.replay()  # the warm-up
         return graph
 
     monkeypatch.setattr(kernels, "FILL", 8)
-    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(StepGraphs, "capture", capture)
     graphed, plain = Sampler(small(), fused=True), Sampler(small(), fused=False)
     graphed.graph = True
     for seed in range(2):  # the second call finds graphs, and rows of the first that have left
@@ -440,7 +437,7 @@ def test_what_surrounds_the_graphs(monkeypatch):
         s.extend(c, [[7, 8]], 3, 4, seed=1, rows=[2]) for s, c in ((graphed, ours), (plain, twins))
     )
     assert ours.tokens.tolist() == twins.tokens.tolist() and {
-        places for places, _ in graphed.graphs
+        places for places, _ in graphed.graphs.graphs
     } == {1, 2, 4, 8}
 
 

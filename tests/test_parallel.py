@@ -15,9 +15,9 @@ from conftest import PATIENCE, ROOT
 from model import load_checkpoint
 from runtime import distributed, memory
 from runtime.checkpoints import load_state, saved
+from runtime.device import pick_device
 from runtime.flags import BadInput
 from runtime.transcripts import lines_of
-from tasks.legacy import pick_device
 from verifier.math_verify import MathVerify
 
 RUN = (

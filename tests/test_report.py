@@ -179,7 +179,7 @@ def layers(gpt, encoding):
     """A real rollout of the random model with group sizes 3, 2, 2 on three questions, with made-up
     scores; of layer 1 only rows 0, 2, 3, ... go on."""
     torch.manual_seed(0)
-    sampler = Sampler(gpt, workers=1)
+    sampler = Sampler(gpt)
     prompts = [encoding.encode_ordinary(f"question {i}\n") for i in range(3)]
     grown = [layer_of(sampler.generate(prompts, 3, 8, 0.9, 5), encoding, None, None)]
     for number, n in ((2, 2), (3, 2)):

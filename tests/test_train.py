@@ -19,10 +19,9 @@ from test_mgrpo import scripted_rollout
 
 import train
 from mgrpo import Sampling, collect, completion_logprobs, pad_rows
-from model import load_checkpoint
 from report.trees import lines_of
 from runtime import log
-from runtime.checkpoints import Progress
+from runtime.checkpoints import Progress, load_checkpoint
 from runtime.flags import BadInput
 from runtime.log import rollout_metrics, tree_text
 from sample import Sampler

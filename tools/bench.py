@@ -47,12 +47,13 @@ import torch
 import torch.nn.functional as F
 
 from engine import kernels
-from engine.cache import Rows
+from engine.in_flight import RowState
+from engine.workers import in_parallel
 from model import GPT, ModelConfig
 from reward import is_correct
+from runtime.device import pick_device
 from runtime.flags import BadInput, guarded, parse_flags
 from sample import Sampler
-from tasks.legacy import pick_device
 from tasks.tokenizer import build_encoding
 from verifier import answers, latex
 
@@ -90,7 +91,7 @@ SHAPES = {  # ModelConfig's fields; the large ones are those of Qwen2.5
         tied=False,
     ),
 }
-LADDER = {  # what each line switches on: arguments of Sampler (None: no cache at all)
+LADDER = {  # what each line switches on: arguments of Sampler, and `workers` (None: no cache at all)
     "recompute everything": None,
     "KV cache": dict(share=False, leave=False, fused=False, graph=False, workers=1),
     "+ shared prefix": dict(leave=False, fused=False, graph=False, workers=1),
@@ -225,7 +226,9 @@ def recompute(model, prompts, n, limits):
 def rung(switches, model, c, prompts, limits):
     if switches is None:
         return lambda: recompute(model, prompts, c.group, limits)
-    sampler = Sampler(model, **switches)
+    switches = dict(switches)
+    workers = switches.pop("workers", None)
+    sampler = in_parallel(Sampler(model, **switches), workers)
     return lambda: sampler.generate(prompts, c.group, limits, seed=0)
 
 
@@ -444,7 +447,7 @@ def launches_of(m, dtype, rows, prompt, own, group):
             [(table, me, me), (me[:, None], me, me)],
             kernels.splits_for(rows, K),
         )
-        flight = Rows.blank(rows, 1, (0,), "cpu")
+        flight = RowState.blank(rows, 1, (0,), "cpu")
         flight.tokens, flight.logprobs = (
             torch.empty(rows, own, dtype=torch.long),
             torch.empty(rows, own),

@@ -35,8 +35,8 @@ from engine.packing import leaf, pack, row_packs, tree_packs
 from mgrpo import Layer
 from reward import score
 from runtime import memory
+from runtime.device import pick_device
 from sample import Sampler
-from tasks.legacy import pick_device
 from tasks.tokenizer import build_encoding
 from tools import bench
 
@@ -84,7 +84,9 @@ class Bench:
         self.model = bench.make_model(c, dtype, device, context=c.prompt + 2 * c.new + len(PHRASE))
         self.model.recompute = c.shape != "default"
         self.sampler = Sampler(self.model)
-        self.optimizer = memory.make_optimizer(self.model, 1e-5, False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), 1e-5, weight_decay=0.0, fused=True
+        )
         self.settings = train.Config(
             tokens_per_microbatch=c.tokens_per_microbatch, max_new_tokens=c.new
         )

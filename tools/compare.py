@@ -41,12 +41,11 @@ import torch
 from tqdm import tqdm
 
 import train
-from eval import held_out_questions, load_policy, majorities
+from eval import COLUMNS, held_out_questions, load_policy, majorities, mean_and_error
 from mgrpo import Sampling, expand
 from report.trees import lines_of
 from runtime.flags import BadInput, file_name, guarded, parse_flags, writing
 from sample import Sampler
-from eval import COLUMNS, mean_and_error
 from tasks import legacy as pretrain
 from tasks import opening
 from tasks.legacy import prompts_and_golds, task_of
