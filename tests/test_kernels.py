@@ -514,7 +514,7 @@ def test_every_kernel_compiles_and_none_spills(tmp_path):
     interpreter. A spilled register would be traffic that nobody counted."""
     lines = [
         line.split()
-        for line in without_interpreter(tmp_path, "-m", "tools.bench", "kernels").splitlines()
+        for line in without_interpreter(tmp_path, "-m", "tools.bench_kernels").splitlines()
     ]
     lines = [line for line in lines if line and line[0] in ("default", "0.5b", "1.5b", "7b")]
     assert len(lines) == 56 and {line[2] for line in lines} == {
@@ -537,7 +537,7 @@ def test_attention_to_long_heads_does_not_spill(tmp_path):
     a key head and 3, and of 128 with one."""
     program = """
 import itertools, torch, model
-from tools import bench
+from tools import bench_kernels as bench
 for dtype, (heads, size) in itertools.product((torch.bfloat16, torch.float32), ((8, 256), (3, 256), (1, 128))):
     launches, _ = bench.launches_of(model.ModelConfig(512, heads=heads, kv_heads=1, head_size=size), dtype, 64, 32, 64, 8)
     for launch in launches:

@@ -127,7 +127,7 @@ class Dialogue:
 
     def __init__(self, policy, task, config):
         self.policy, self.task, self.config = policy, task, config
-        self.sampler = Sampler(policy, workers=1)
+        self.sampler = Sampler(policy)
         self.number, self.layer = 0, None  # of the next question; the last answer
         self.held_out = None  # the task's questions, once an empty line asks for one
 
