@@ -50,6 +50,7 @@ def open_model_and_tasks(
     dtype="auto",
     max_new_tokens=0,
     turns=2,
+    cache_tokens=0,
     say=print,
 ):
     """-> policy (model.GPT), [task, ...] (see tasks/problems.py).
@@ -57,7 +58,8 @@ def open_model_and_tasks(
     model: see this file's docstring. sets: (files to train on, files to evaluate on) of each task;
     a built-in task takes none. weights: False makes a model without reading weights, for a run
     whose weights are elsewhere. puzzle, base: of a base. real: of a Hugging Face model. turns:
-    answers in a row that must fit the context. BadInput names what is wrong and the remedy.
+    answers in a row that must fit the context, and into cache_tokens of KV cache (0: no limit).
+    BadInput names what is wrong and the remedy.
 
     The policy has `origin` (where it came from), and `folder` and `prefix` for files about it.
     """
@@ -69,15 +71,22 @@ def open_model_and_tasks(
     say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     path = Path(model)
     if not model:
-        policy, task = open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say)
-        tasks = [task]
+        task = make_task(puzzle, max_new_tokens)
+        check_cache(cache_tokens, task, turns)
+        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights, say), [task]
     elif path.is_file() or (path / "checkpoint.pt").exists():
         path = path if path.is_file() else path / "checkpoint.pt"
+        if any(files for of_task in sets for files in of_task):
+            raise BadInput(
+                f"--data: {path} was trained on a built-in task, which makes its own questions; "
+                "leave it out"
+            )
         policy, task = open_checkpoint(path, real, device, dtype, max_new_tokens, turns)
         tasks = [task]
+        check_cache(cache_tokens, task, turns)
     else:
         policy, tasks = open_real(
-            path, sets, real, device, dtype, max_new_tokens, turns, weights, say
+            path, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say
         )
     for task in tasks:
         distributed.agree("questions", [p.question for p in task.held_out(16)])
@@ -88,9 +97,9 @@ def open_model_and_tasks(
 # ---- the three places ----------------------------------------------------------------------------
 
 
-def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say):
-    """The base model of a built-in task; rank 0 makes or finds it -> policy, task."""
-    task, name = make_task(puzzle, max_new_tokens), str(dtype).removeprefix("torch.")
+def open_base(task, puzzle, base, device, dtype, turns, weights, say):
+    """The base model of a built-in task; rank 0 makes or finds it -> policy."""
+    name = str(dtype).removeprefix("torch.")
     path = base_path(puzzle, base, device, name)
     if weights and distributed.rank() == 0:
         policy, _, path = base_model(puzzle, base, device, name, say, turns)
@@ -100,7 +109,7 @@ def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say):
     if weights:
         distributed.broadcast(policy)
     policy.origin, policy.folder, policy.prefix = str(path), path.parent, f"{path.stem}-"
-    return policy, task
+    return policy
 
 
 def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
@@ -142,7 +151,7 @@ def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
     return policy, task
 
 
-def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, weights, say):
+def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say):
     """A folder in Hugging Face's format, or a run that has one as its model/ -> policy, tasks."""
     path = model_folder(folder)
     # out/run and out/run/model: a run knows its own prompts and completions.
@@ -173,6 +182,8 @@ def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, weights,
         )
         for paths, held_out in sets
     ]
+    for task in tasks:
+        check_cache(cache_tokens, task, turns)
     library()  # missing? found before the weights are needed
     policy = open_weights(path, shape, encoding, dtype, device)
     policy.origin, policy.folder = str(folder), runs[0] if runs else Path("out")
@@ -219,8 +230,8 @@ def fitting_new_tokens(shape, prompt_tokens, phrase, asked, turns):
     if room < max(asked, 1):
         raise BadInput(
             f"--prompt-tokens {prompt_tokens} and {turns} times --max-new-tokens {asked or 1} do "
-            f"not fit the model's context of {shape.context}, with {turns - 1} phrases of {phrase}: "
-            f"lower one of them (completions may have {max(room, 0)} here)"
+            f"not fit the model's context of {shape.context}, with {turns - 1} phrases of "
+            f"{phrase}: lower one of them (completions may have {max(room, 0)} here)"
         )
     return asked or min(NEW_TOKENS, room)
 
@@ -234,6 +245,15 @@ def row_tokens(task, turns):
     return task.prompt_tokens + turns * task.max_new_tokens + phrases
 
 
+def check_cache(cache_tokens, task, turns):
+    """BadInput unless the longest row fits a KV cache of so many tokens (0: no limit)."""
+    longest = row_tokens(task, turns)
+    if 0 < cache_tokens < longest:
+        raise BadInput(
+            f"--cache-tokens {cache_tokens}: a row may need {longest}; use that or more, or 0"
+        )
+
+
 def make_sampler(policy, cache_tokens, longest, wanted=0, reserved=0):
     """A Sampler whose KV cache holds at least one row of `longest` tokens.
 
@@ -241,10 +261,6 @@ def make_sampler(policy, cache_tokens, longest, wanted=0, reserved=0):
     without room for them gets a limit, and rows wait their turn. reserved: bytes of CUDA memory
     that the cache must leave free.
     """
-    if 0 < cache_tokens < longest:
-        raise BadInput(
-            f"--cache-tokens {cache_tokens}: a row may need {longest}; use that or more, or 0"
-        )
     if not cache_tokens and policy.cos.device.type == "cpu":
         room = memory.cache_room(policy.config, policy.compute)
         cache_tokens = max(room, longest) if wanted > room else 0
