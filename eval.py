@@ -250,7 +250,7 @@ class Config:
     model: str = ""
     data: tuple[str, ...] = ()  # JSONL files of problems for a real model, separated by commas
     # How many; 0: all of a data set, 1,024 held-out ones of a built-in task.
-    questions: Annotated[int, AtLeast(0)] = 0
+    questions: Annotated[int, Between(0, 1 << 24)] = 0
     turns: Annotated[int, Between(1, 16)] = 2  # answers to a question; 1: no correction
     samples: Annotated[int, Between(1, 1 << 20)] = 1  # per question at --temperature
     temperature: Annotated[float, AtLeast(0)] = 1.0  # besides greedy; 0: greedy alone
@@ -274,6 +274,8 @@ class Config:
 def main():
     """Flags, the model, then a table for each set of questions."""
     config = parse_flags(Config, __doc__, renamed=RENAMED, first_word="model")
+    if not config.model:
+        raise BadInput("no model is named: name a run, say out/solve-mgrpo-0, as the first word")
     if config.questions == 1:
         raise BadInput("--questions 1: an accuracy with an error needs at least 2 (0: all)")
     if config.samples > 1 and not config.temperature:
@@ -293,6 +295,7 @@ def main():
         dtype=config.dtype,
         max_new_tokens=config.max_new_tokens,
         turns=config.turns,
+        cache_tokens=config.cache_tokens,
     )
     sampler = make_sampler(policy, tasks, config.turns, config.cache_tokens)
     results = {}

@@ -130,6 +130,7 @@ def train(config):
         dtype=config.hardware.dtype,
         max_new_tokens=config.max_new_tokens,
         turns=turns(config),
+        cache_tokens=config.hardware.cache_tokens,
     )
     config = settled(config, policy, task)
     policy.recompute = config.hardware.recompute == "yes"
@@ -493,6 +494,7 @@ def settled(config, policy, task):
         name=config.name or f"{what}-{method(config).lower()}-{config.seed}",
         max_new_tokens=task.max_new_tokens,
         layer_weights=config.layer_weights or (1.0,) * len(config.group_sizes),
+        real=dataclasses.replace(config.real, template=opening.template_of(policy)),
         hardware=hardware,
     )
 

@@ -22,7 +22,7 @@ from runtime import distributed, memory
 from runtime.checkpoints import load_checkpoint, save_checkpoint, weights_checksum
 from runtime.device import Hardware as Hardware  # train.py takes all groups of flags from here
 from runtime.device import compute_dtype, pick_device
-from runtime.flags import BadInput, check_fields, flag_name, kinds, read_json
+from runtime.flags import BadInput, check_fields, flag_name, kinds, make_folder, read_json
 from runtime.log import say
 from sample import Sampler, narrow_copy
 from tasks.base import (
@@ -64,13 +64,15 @@ def open_model_and_tasks(
     dtype="auto",
     max_new_tokens=0,
     turns=2,
+    cache_tokens=0,
 ):
     """-> policy (model.GPT), [task, ...] (see tasks/problems.py).
 
     model: see this file's docstring. sets: (files to train on, files to evaluate on) of each task;
     a built-in task takes none. weights: False makes a model without reading weights, for a run
     whose weights are elsewhere. puzzle, base: of a base. real: of a Hugging Face model. turns:
-    answers in a row that must fit the context. BadInput names what is wrong and the remedy.
+    answers in a row that must fit the context, and into cache_tokens of KV cache (0: no limit).
+    BadInput names what is wrong and the remedy.
 
     The policy has `origin` (where it came from), `seconds` (that this took), and `folder` and
     `prefix` for files about it.
@@ -83,11 +85,18 @@ def open_model_and_tasks(
     say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     path = Path(model)
     if not model:
-        policy, task = open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights)
-        tasks = [task]
+        task = make_task(puzzle, max_new_tokens)
+        check_cache(cache_tokens, task, turns)
+        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights), [task]
     elif path.is_file() or (path / "checkpoint.pt").exists():
         path = path if path.is_file() else path / "checkpoint.pt"
+        if any(files for both in sets for files in both):
+            raise BadInput(
+                f"--data: {path} was trained on a built-in task, which makes its own questions; "
+                "leave it out"
+            )
         policy, task = open_checkpoint(path, real, device, dtype, max_new_tokens, turns)
+        check_cache(cache_tokens, task, turns)
         tasks = [task]
     else:
         policy, tasks = open_real(path, sets, real, device, dtype, max_new_tokens, turns, weights)
@@ -101,9 +110,10 @@ def open_model_and_tasks(
 # ---- the three places ----------------------------------------------------------------------------
 
 
-def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights):
-    """The base model of a built-in task; rank 0 makes or finds it -> policy, task."""
-    task, name = make_task(puzzle, max_new_tokens), str(dtype).removeprefix("torch.")
+def open_base(task, puzzle, base, device, dtype, turns, weights):
+    """The base model of a built-in task; rank 0 makes or finds it -> policy."""
+    name = str(dtype).removeprefix("torch.")
+    make_folder("out")  # not writable? found before the base is made
     path = base_path(puzzle, base, device, name)
     if weights and distributed.rank() == 0:
         policy, _, path = base_model(puzzle, base, device, name, say, turns)
@@ -113,7 +123,7 @@ def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights):
     if weights:
         distributed.broadcast(policy)
     policy.origin, policy.folder, policy.prefix = str(path), path.parent, f"{path.stem}-"
-    return policy, task
+    return policy
 
 
 def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
@@ -155,7 +165,7 @@ def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
     return policy, task
 
 
-def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, weights):
+def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights):
     """A folder in Hugging Face's format, or a run that has one as its model/ -> policy, tasks."""
     path = model_folder(folder)
     # out/run and out/run/model: a run knows its own prompts and completions.
@@ -186,6 +196,8 @@ def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, weights)
         )
         for paths, held_out in sets
     ]
+    for task in tasks:
+        check_cache(cache_tokens, task, turns)
     library()  # missing? found before the weights are needed
     policy = open_weights(path, shape, encoding, dtype, device)
     policy.origin, policy.folder = str(folder), runs[0] if runs else Path("out")
@@ -247,6 +259,15 @@ def row_tokens(task, turns):
     return memory.row_tokens(turns, task.prompt_tokens, task.max_new_tokens, phrase)
 
 
+def check_cache(cache_tokens, task, turns):
+    """BadInput unless the longest row fits a KV cache of so many tokens (0: no limit)."""
+    longest = row_tokens(task, turns)
+    if 0 < cache_tokens < longest:
+        raise BadInput(
+            f"--cache-tokens {cache_tokens}: a row may need {longest}; use that or more, or 0"
+        )
+
+
 def make_sampler(policy, tasks, turns, cache_tokens=0, rollout_tokens=0, reserved=0):
     """A Sampler whose KV cache holds at least one row of each task.
 
@@ -255,10 +276,6 @@ def make_sampler(policy, tasks, turns, cache_tokens=0, rollout_tokens=0, reserve
     bytes of CUDA memory that the cache must leave free.
     """
     longest = max(row_tokens(task, turns) for task in tasks)
-    if 0 < cache_tokens < longest:
-        raise BadInput(
-            f"--cache-tokens {cache_tokens}: a row may need {longest}; use that or more, or 0"
-        )
     if not cache_tokens and policy.cos.device.type == "cpu":
         room = memory.cache_room(policy.config, policy.compute)
         wanted = max(rollout_tokens, EVALUATED_ROWS * longest)
@@ -308,6 +325,11 @@ def frozen_reference(policy):
     reference = narrow_copy(policy)
     reference.checksum = weights_checksum(policy)
     return reference
+
+
+def template_of(policy):
+    """The prompt template of a real model, as --template names it; "auto" for a built-in task's."""
+    return getattr(policy, "prompt_template", RealConfig.template)
 
 
 def save_policy(policy, folder, weights, settings):

@@ -1,5 +1,5 @@
-"""Every Triton kernel against its twin in torch: interpreted on a CPU, for real where there is
-CUDA; and compiled ahead of time for sm_80, sm_90.
+"""Every Triton kernel against its torch reference, interpreted on a CPU or run on CUDA; and
+compiled ahead of time for sm_80 and sm_90.
 
 conftest.py switches Triton's interpreter on before anything imports triton, unless there is a CUDA
 device.
@@ -19,6 +19,7 @@ from test_sample import choose_torch, seated, worst_gap
 from engine import kernels, keys
 from engine.cuda_graphs import StepGraphs
 from engine.keys import exponential_from_bits, exponential_noise, row_keys, tl
+from engine.packing import pad_rows, padded_logprobs
 from model import GPT, ModelConfig
 from sample import Sampler
 
@@ -158,7 +159,9 @@ CASES = {  # heads, key/value heads, head size, groups of (members, starts, leng
 }
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_attend(case, dtype):
     """Catches keys beyond a length, a split or generation left out or counted twice, members mixed
@@ -215,7 +218,7 @@ def test_padded_rows_are_inert():
     )
 
 
-@pytest.mark.parametrize("V", [1, 2, 257, 5000, 151_936])
+@pytest.mark.parametrize("V", [1, 2, 257, 5000, pytest.param(151_936, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_choose(V, temperature):
     """Catches other random bits than torch draws, a column beyond the vocabulary, a wrong
@@ -308,6 +311,7 @@ def test_the_kernels_noise_equals_torchs_at_its_ends():
     assert out.min() > 0 and out.max() < 17 and ((out - twin).abs() / twin).max() < 4e-6
 
 
+@pytest.mark.slow
 def test_the_kernels_noise_draws_rare_tokens_too():
     """Catches a tail that is lost in the kernel alone: rows whose draw, in torch, is one of 151,935
     tokens of 1.3e-7 each, beside one of 98 %."""
@@ -377,6 +381,7 @@ def small(dtype=torch.float32, qk_norm=True):
     return model.to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_tokens", [0, 60])
 def test_the_fused_sampler_equals_the_torch_one(cache_tokens, monkeypatch):
     """Catches any difference between the two readers of the tree: tables, segments, closing up, the
@@ -409,6 +414,7 @@ class Replayed:
         self.replay = lambda: step(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="there are real graphs here")
 def test_the_sampler_on_graphs_equals_the_plain_one(monkeypatch):
     """Catches a bucket too small, empty places that write, tables and slots not put back after the
@@ -469,8 +475,6 @@ def test_graphs_equal_the_eager_step():
 def test_the_fused_sampler_in_bf16_is_near_the_trainer():
     """Catches a precision lost in a kernel: log-probabilities in bf16 stay within 0.2 nats of the
     trainer's, 0.02 on average."""
-    from mgrpo import completion_logprobs, pad_rows
-
     model = small(torch.bfloat16)
     c = Sampler(model).generate([[1, 2, 3], [4], [5, 6]] * 20, 8, 30, seed=1)
     rows = pad_rows(
@@ -478,9 +482,7 @@ def test_the_fused_sampler_in_bf16_is_near_the_trainer():
         [c.tokens[i, : c.lengths[i]].tolist() for i in range(len(c))],
         DEVICE,
     )
-    gap = (completion_logprobs(model, rows)[0] - c.logprobs[:, : rows.mask.shape[1]])[
-        rows.mask
-    ].abs()
+    gap = (padded_logprobs(model, rows)[0] - c.logprobs[:, : rows.mask.shape[1]])[rows.mask].abs()
     assert gap.max() < 0.2 and gap.mean() < 0.02
 
 
@@ -505,12 +507,14 @@ def without_interpreter(tmp_path, *words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_and_none_spills(tmp_path):
     """Catches what the interpreter forgives: each launch of a decode step, in the shapes of four
     models and in both compute types, compiled for sm_80 and sm_90 in a process without the
     interpreter. A spilled register would be traffic that nobody counted."""
     lines = [
-        line.split() for line in without_interpreter(tmp_path, "bench.py", "kernels").splitlines()
+        line.split()
+        for line in without_interpreter(tmp_path, "-m", "tools.bench_kernels").splitlines()
     ]
     lines = [line for line in lines if line and line[0] in ("default", "0.5b", "1.5b", "7b")]
     assert len(lines) == 56 and {line[2] for line in lines} == {
@@ -527,11 +531,13 @@ def test_every_kernel_compiles_and_none_spills(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_attention_to_long_heads_does_not_spill(tmp_path):
     """Catches a tile too large for what none of those shapes has: heads of 256, with 8 query heads
     a key head and 3, and of 128 with one."""
     program = """
-import itertools, torch, bench, model
+import itertools, torch, model
+from tools import bench_kernels as bench
 for dtype, (heads, size) in itertools.product((torch.bfloat16, torch.float32), ((8, 256), (3, 256), (1, 128))):
     launches, _ = bench.launches_of(model.ModelConfig(512, heads=heads, kv_heads=1, head_size=size), dtype, 64, 32, 64, 8)
     for launch in launches:

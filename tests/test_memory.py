@@ -275,18 +275,17 @@ def test_out_of_memory_names_the_plan_and_three_flags(error):
 def test_what_is_reserved_is_not_the_caches(monkeypatch, gpt):
     """Catches a cache that takes what Adam will need after the first rollout: on CUDA half of the
     free memory, less what is reserved."""
+    from engine.cuda_cache import measured_limit
     from sample import Sampler
 
-    sampler = Sampler(gpt, workers=1, reserved=10_000_000)
-    sampler.measured = False
+    sampler = Sampler(gpt)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (30_000_000, 99_000_000))
-    sampler._measure([[1, 2, 3]])
     bytes_a_token = 2 * 3 * 2 * 16 * 4
-    assert sampler.pool.limit == int(0.5 * 20_000_000) // bytes_a_token
+    assert measured_limit(gpt, [1, 2, 3], 10_000_000) == int(0.5 * 20_000_000) // bytes_a_token
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (9_000_000, 99_000_000))
-    sampler.measured = False
+    sampler.pool.limit = measured_limit(gpt, [1, 2, 3], 10_000_000)
     # which train.py and eval.py turn into the plan
     with pytest.raises(MemoryError, match="do not fit a cache of 0 tokens"):
         sampler.generate([[1, 2, 3]], 2, 5)

@@ -383,6 +383,20 @@ def test_trees_that_cannot_be_read_are_one_sentence(words, says, tmp_path, monke
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
 
+def test_a_picture_of_a_tree_has_every_layer():
+    """Catches README's picture without a layer, and a branch that begins at another answer."""
+    from tools.pictures import HEIGHT, tree_picture
+
+    text = tree_picture(tree_of(1, "fixed", "a<b", layers=3))
+    lines = re.findall(r'<text x="(\d+)".*?>([^<]*)</text>', text)
+    depths = [(int(x) - 14) // 34 for x, _ in lines]
+    assert depths == [0, 1, 2, 2, 3, 3, 3, 2, 1]  # phrases stand at the depth of their answers
+    assert [lines[2][1], lines[4][1]] == list(PHRASES[:2]) and "a&lt;b" in lines[1][1]
+    branches = re.findall(r'd="M \d+ (\d+) V (\d+) h 24"', text)
+    ends = [((int(y) - 28) // HEIGHT, (int(end) - 20) // HEIGHT) for y, end in branches]
+    assert ends == [(0, 1), (1, 3), (3, 5), (3, 6), (1, 7), (0, 8)]
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -633,6 +647,9 @@ def test_evaluations_are_told_apart(tmp_path):
     assert {tree["set"] for path in tmp_path.glob("*.jsonl") for tree in read_trees(path)} == set(
         found
     )
+    alone = page.open_run(tmp_path / "eval-x-rank1.jsonl")
+    assert [path.name for path in alone.evals] == ["eval-x-rank0.jsonl", "eval-x-rank1.jsonl"]
+    assert alone.page == tmp_path / "eval-x.html"
 
 
 def test_numbers_that_are_none(tmp_path):

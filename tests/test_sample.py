@@ -19,8 +19,8 @@ from engine.cuda_graphs import StepGraphs
 from engine.in_flight import RowState
 from engine.kernels import members_for
 from engine.keys import exponential_from_bits, exponential_noise, hash_seed, mix, row_keys
+from engine.packing import pad_rows, padded_logprobs
 from engine.workers import RemoteCache, in_parallel
-from mgrpo import Sampling, collect, completion_logprobs, pad_rows
 from model import GPT, ModelConfig
 from sample import Sampler, filtered
 
@@ -69,7 +69,7 @@ def worst_gap(gpt, c):
     rows = pad_rows(
         [c.prompts[i // c.n] for i in range(len(c))], c.sampled, gpt.embed.weight.device
     )
-    logp, _ = completion_logprobs(gpt, rows)
+    logp, _ = padded_logprobs(gpt, rows)
     return (logp - c.logprobs[:, : logp.shape[1]])[rows.mask].abs().max().item()
 
 
@@ -121,6 +121,7 @@ def test_noise_is_exponential_and_independent():
         assert abs((a * b).mean()) < 0.0035
 
 
+@pytest.mark.slow
 def test_small_noise_is_as_frequent_as_it_should_be():
     """Catches noise that is coarse near 0, where rare tokens are decided: of 2^28 draws (1 -
     exp(-x)) 2^28 lie below x, from 268,435 at x = 1e-3 to 2.7 at 1e-8. Bounds of four standard
@@ -200,6 +201,7 @@ def test_frequencies_match_the_softmax():
     torch.testing.assert_close(logp[:50], expected.log()[tokens[:50]])
 
 
+@pytest.mark.slow
 def test_rare_tokens_are_drawn_as_often_as_they_should_be():
     """Catches a tail that is lost (invariant 1: rollouts come from the distribution whose
     log-probabilities are trained). A vocabulary of 151,936, of which one token has 98 % and each of
@@ -253,8 +255,8 @@ def test_temperature_is_in_the_logprobs(gpt, random_prompts):
     those that rollouts were drawn from."""
     c = Sampler(gpt).generate(random_prompts, 2, 12, temperature=0.5, seed=1)
     rows = pad_rows([c.prompts[i // 2] for i in range(len(c))], c.sampled, gpt.embed.weight.device)
-    logp, _ = completion_logprobs(gpt, rows, 0.5)
-    plain, _ = completion_logprobs(gpt, rows)
+    logp, _ = padded_logprobs(gpt, rows, 0.5)
+    plain, _ = padded_logprobs(gpt, rows)
     assert (
         (logp - c.logprobs)[rows.mask].abs().max()
         < 1e-4
@@ -413,7 +415,7 @@ def test_bf16_logprobs_stay_near_the_trainers(random_prompts):
         [c.tokens[i, : c.lengths[i]].tolist() for i in range(len(c))],
         "cpu",
     )
-    assert (completion_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
+    assert (padded_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
     assert c.logprobs.dtype == torch.float32 and math.isfinite(c.logprobs.sum())
 
 
@@ -452,7 +454,7 @@ def test_workers_sample_what_one_process_does(gpt, random_prompts):
 def test_workers_recover_from_errors_and_interruptions(gpt, random_prompts, monkeypatch):
     """Catches an answer to a call that was broken off taken for that to the next, an error
     swallowed in a process, a process that died waited for, and a cache looked for with processes
-    that are gone. After each of them the crew samples again what it did."""
+    that are gone. After each of them the sampler samples again what it did."""
     if gpt.embed.weight.is_cuda:
         pytest.skip("workers are for CPUs")
     sampler = in_parallel(Sampler(gpt), 2)
@@ -509,7 +511,10 @@ def test_samplers_do_not_mix_caches(gpt, random_prompts):
         assert worst_gap(gpt, mine.extend(first, phrases_for(70), 1, 10, seed=1)) < 1e-4
 
 
-@pytest.mark.parametrize("cache_tokens", [24 + 40, 200, 777, 3000])
+@pytest.mark.parametrize(
+    "cache_tokens",
+    [pytest.param(24 + 40, marks=pytest.mark.slow), 200, 777, 3000],
+)
 def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cache_tokens):
     """Catches the queue: places taken over with something left in them, a row under another's
     number, turns mixed up, a second level on a cache that was dropped. From a cache for one row at
@@ -691,7 +696,7 @@ class Late:
         return seen
 
 
-@pytest.mark.parametrize("cache_tokens", [0, 200])
+@pytest.mark.parametrize("cache_tokens", [0, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_host_that_learns_late_of_ends_changes_nothing(
     gpt, random_prompts, cache_tokens, monkeypatch
 ):
@@ -759,13 +764,6 @@ def test_filters_act_in_both_layers(gpt, random_prompts):
         for how in (dict(temperature=0), dict(temperature=2.0, top_p=1e-6))
     )
     assert second.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any()
-
-
-def test_training_rollouts_are_not_filtered(gpt, encoding):
-    """Catches the bias of training on log-probabilities that are not the policy's: refused with the
-    reason."""
-    with pytest.raises(ValueError, match="whole distribution"):
-        collect(Sampler(gpt), encoding, [], 2, 2, Sampling(5, 1.0, 0, filters=dict(top_p=0.9)))
 
 
 def test_graphs_need_kernels(gpt):

@@ -59,13 +59,11 @@ def tree_picture(tree):
 
 
 def grow(answers, depth, above, lines, joints):
-    """Appends sibling answers, and all that continues them, to the lines of the picture, and the
-    branches to them from line `above` to joints."""
-    phrase = None
+    """Appends sibling answers, which share their phrase, and all that continues them to the lines
+    of the picture, and the branches to them from line `above` to joints."""
+    for phrase in (node["phrase"] for node in answers[:1] if "phrase" in node):
+        lines.append(text_line(len(lines), depth, "#666666", phrase, ' font-style="italic"'))
     for node in answers:
-        if node.get("phrase") != phrase:  # siblings share theirs: once is enough
-            phrase = node["phrase"]
-            lines.append(text_line(len(lines), depth, "#666666", phrase, ' font-style="italic"'))
         sign, colour = SIGNS[node["right"]]
         text = text_of(node)
         for tag, short in TAGS.items():
