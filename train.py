@@ -43,7 +43,17 @@ from report import page
 from runtime import distributed, memory
 from runtime.checkpoints import weights_checksum
 from runtime.device import Hardware
-from runtime.flags import Above, AtLeast, BadInput, Between, Maybe, file_name, flat, parse_flags
+from runtime.flags import (
+    Above,
+    AtLeast,
+    BadInput,
+    Between,
+    Maybe,
+    file_name,
+    flat,
+    kinds,
+    parse_flags,
+)
 from runtime.log import Logging, Metrics, bar_of_rows, say
 from runtime.run import Run, origin_of, resumed_run, resumed_settings
 from sample import narrow_copy
@@ -615,7 +625,7 @@ RENAMED = dict(
 def presets(given):
     """The values under the given flags. BadInput for flags of one kind of run given to another."""
     if given.get("resume"):
-        stored = resumed_settings(given)
+        stored = resumed_settings(given, kinds(Config))
         return {name: stored[name] for name in flat(Config()) if name in stored}
     if given.get("init"):
         for name in {*flat(TaskConfig()), *flat(BaseConfig()), "preset"} & given.keys():
