@@ -9,7 +9,7 @@ other:
 
     question ─┬─ answer, phrase ─┬─ correction     packed         q q q a a w x x y y y b b
               │                  └─ correction     position       0 1 2 3 4 5 6 7 6 7 8 3 4
-              └─ answer                            visible_until 13 . . 11. . 8 . 11. . 13.
+              └─ answer                            visible_until  13. . 11. . 8 . 11. . 13.
 
 `visible_until` is where the tree below a token's segment ends. In this order a token's ancestors
 are found by two comparisons:    query i sees key k   if   k <= i < visible_until[k]

@@ -82,10 +82,12 @@ def columns(metrics, count):
     shown += [(f"reward{k}", f"R{k}", "{:4.2f}") for k in layers]
     shown += [(f"accuracy{k}", f"acc{k}", "{:4.2f}") for k in layers]
     for k in corrections:
-        shown += [(f"fix{k}", f"fix{k}", "{:4.2f}"), (f"broke{k}", f"broke{k}", "{:6.2f}")]
+        number = k if count > 2 else ""
+        shown += [(f"fix{k}", f"fix{number}", "{:4.2f}")]
+        shown += [(f"broke{k}", f"broke{number}", "{:5.2f}" if count == 2 else "{:6.2f}")]
     shown += [(f"length{k}", f"len{k}", "{:4.0f}") for k in layers]
     shown += [
-        ("entropy", "entropy", "{:7.2f}"),
+        ("entropy", "entr", "{:4.2f}"),
         ("grad_norm", "|grad|", "{:6.3f}"),
         ("clipped", "clip%", "{:5.1%}"),
         ("gauge_max", "gauge", "{:6.0e}"),

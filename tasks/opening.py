@@ -10,23 +10,37 @@ Everything that can be wrong with flags, files and tokenizer is found before the
 """
 
 import os
+import time
 from dataclasses import fields
 from pathlib import Path
 
+from engine.workers import in_parallel
 from huggingface.prompts import RealConfig, model_folder, open_shape, open_weights
 from huggingface.weights import library, save_model
 from mgrpo import longest_phrase
 from runtime import distributed, memory
-from runtime.checkpoints import load_checkpoint, save_checkpoint
+from runtime.checkpoints import load_checkpoint, save_checkpoint, weights_checksum
+from runtime.device import Hardware as Hardware  # train.py takes all groups of flags from here
 from runtime.device import compute_dtype, pick_device
-from runtime.flags import BadInput, check_fields, flag_name, kinds, read_json
-from sample import Sampler
-from tasks.base import BaseConfig, base_model, base_path, base_shape, new_model, with_context
+from runtime.flags import BadInput, check_fields, flag_name, kinds, make_folder, read_json
+from runtime.log import say
+from sample import Sampler, narrow_copy
+from tasks.base import (
+    BaseConfig,
+    base_model,
+    base_path,
+    base_shape,
+    new_model,
+    pick_preset,
+    preset_name,
+    with_context,
+)
 from tasks.catalog import TaskConfig, make_task
 from tasks.files import DataSet, make_verifier
 
 NEW_TOKENS = 1024  # of a real model's completion, unless asked otherwise
 PROMPT_TOKENS = 512  # of a real model's prompt, unless asked otherwise
+EVALUATED_ROWS = 1024  # that eval.py samples at a time
 
 
 def open_model_and_task(model="", *, data=(), eval_data=(), **options):
@@ -51,7 +65,6 @@ def open_model_and_tasks(
     max_new_tokens=0,
     turns=2,
     cache_tokens=0,
-    say=print,
 ):
     """-> policy (model.GPT), [task, ...] (see tasks/problems.py).
 
@@ -61,9 +74,10 @@ def open_model_and_tasks(
     answers in a row that must fit the context, and into cache_tokens of KV cache (0: no limit).
     BadInput names what is wrong and the remedy.
 
-    The policy has `origin` (where it came from), and `folder` and `prefix` for files about it.
+    The policy has `origin` (where it came from), `seconds` (that this took), and `folder` and
+    `prefix` for files about it.
     """
-    device = pick_device(device)
+    clock, device = time.time(), pick_device(device)
     # Rank 0 measures for all: ranks must not compute in different types.
     measured = dtype == "auto" and device == "cpu"
     dtype = distributed.broadcast_object(lambda: compute_dtype(dtype, device))
@@ -73,33 +87,33 @@ def open_model_and_tasks(
     if not model:
         task = make_task(puzzle, max_new_tokens)
         check_cache(cache_tokens, task, turns)
-        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights, say), [task]
+        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights), [task]
     elif path.is_file() or (path / "checkpoint.pt").exists():
         path = path if path.is_file() else path / "checkpoint.pt"
-        if any(files for of_task in sets for files in of_task):
+        if any(files for both in sets for files in both):
             raise BadInput(
                 f"--data: {path} was trained on a built-in task, which makes its own questions; "
                 "leave it out"
             )
         policy, task = open_checkpoint(path, real, device, dtype, max_new_tokens, turns)
-        tasks = [task]
         check_cache(cache_tokens, task, turns)
+        tasks = [task]
     else:
-        policy, tasks = open_real(
-            path, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say
-        )
+        policy, tasks = open_real(path, sets, real, device, dtype, max_new_tokens, turns, weights)
     for task in tasks:
         distributed.agree("questions", [p.question for p in task.held_out(16)])
         say(str(task))
+    policy.seconds = time.time() - clock
     return policy, tasks
 
 
 # ---- the three places ----------------------------------------------------------------------------
 
 
-def open_base(task, puzzle, base, device, dtype, turns, weights, say):
+def open_base(task, puzzle, base, device, dtype, turns, weights):
     """The base model of a built-in task; rank 0 makes or finds it -> policy."""
     name = str(dtype).removeprefix("torch.")
+    make_folder("out")  # not writable? found before the base is made
     path = base_path(puzzle, base, device, name)
     if weights and distributed.rank() == 0:
         policy, _, path = base_model(puzzle, base, device, name, say, turns)
@@ -151,7 +165,7 @@ def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
     return policy, task
 
 
-def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say):
+def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights):
     """A folder in Hugging Face's format, or a run that has one as its model/ -> policy, tasks."""
     path = model_folder(folder)
     # out/run and out/run/model: a run knows its own prompts and completions.
@@ -168,7 +182,7 @@ def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_to
     )
     if not sets:
         raise BadInput("--data is missing: give files of questions, say --data gsm8k/test.jsonl")
-    known = trained_on(trained, encoding, say)
+    known = trained_on(trained, encoding)
     tasks = [
         DataSet(
             paths,
@@ -204,7 +218,7 @@ def run_settings(run):
     return settings
 
 
-def trained_on(settings, encoding, say):
+def trained_on(settings, encoding):
     """The canonical questions that a run with these settings trained on; none for a model that is
     no run's. Evaluation leaves them out."""
     if not settings:
@@ -240,9 +254,9 @@ def fitting_new_tokens(shape, prompt_tokens, phrase, asked, turns):
 
 
 def row_tokens(task, turns):
-    """Tokens of the longest row: a prompt, `turns` completions, a phrase between two."""
-    phrases = (turns - 1) * longest_phrase(task.encoding)
-    return task.prompt_tokens + turns * task.max_new_tokens + phrases
+    """Tokens of the longest row of a task with so many answers."""
+    phrase = longest_phrase(task.encoding)
+    return memory.row_tokens(turns, task.prompt_tokens, task.max_new_tokens, phrase)
 
 
 def check_cache(cache_tokens, task, turns):
@@ -254,17 +268,68 @@ def check_cache(cache_tokens, task, turns):
         )
 
 
-def make_sampler(policy, cache_tokens, longest, wanted=0, reserved=0):
-    """A Sampler whose KV cache holds at least one row of `longest` tokens.
+def make_sampler(policy, tasks, turns, cache_tokens=0, rollout_tokens=0, reserved=0):
+    """A Sampler whose KV cache holds at least one row of each task.
 
-    cache_tokens: the flag, 0 for no limit. wanted: tokens that a call would have cached; a CPU
-    without room for them gets a limit, and rows wait their turn. reserved: bytes of CUDA memory
-    that the cache must leave free.
+    cache_tokens: the flag, 0 for no limit. A CPU without room for what a rollout (rollout_tokens)
+    or a batch of evaluation would have cached gets a limit too, and rows wait their turn. reserved:
+    bytes of CUDA memory that the cache must leave free.
     """
+    longest = max(row_tokens(task, turns) for task in tasks)
     if not cache_tokens and policy.cos.device.type == "cpu":
         room = memory.cache_room(policy.config, policy.compute)
+        wanted = max(rollout_tokens, EVALUATED_ROWS * longest)
         cache_tokens = max(room, longest) if wanted > room else 0
-    return Sampler(policy, cache_tokens=cache_tokens, reserved=reserved)
+    return in_parallel(Sampler(policy, cache_tokens=cache_tokens, reserved=reserved))
+
+
+def training_sampler(config, policy, task, turns):
+    """-> the Sampler of a training run, and the plan of its memory, {part: bytes}, printed.
+
+    config: train.Config with nothing left open.
+    """
+    hardware, total = config.hardware, memory.available(config.hardware.device)
+    lengths = dict(
+        group_sizes=config.group_sizes,
+        prompt=task.prompt_tokens,
+        completion=task.max_new_tokens,
+        phrase=longest_phrase(task.encoding),
+    )
+    plan = memory.plan(
+        policy.config,
+        compute=policy.compute,
+        prompts=config.prompts,
+        tokens_per_microbatch=hardware.tokens_per_microbatch,
+        cache_tokens=hardware.cache_tokens,
+        reference=config.kl_coef > 0,
+        recompute=hardware.recompute == "yes",
+        device=hardware.device,
+        total=total,
+        ranks=distributed.size(),
+        **lengths,
+    )
+    say(memory.plan_text(plan, total))
+    share = len(distributed.share(config.prompts))
+    rollout_tokens = memory.cached_tokens(share, **lengths)
+    # What a step takes besides comes after the sampler has measured how much memory is free.
+    reserved = memory.reserved(plan)
+    cache_tokens = hardware.cache_tokens
+    return make_sampler(policy, [task], turns, cache_tokens, rollout_tokens, reserved), plan
+
+
+def frozen_reference(policy):
+    """A copy of the policy in its compute type, for a KL term, with the `checksum` of its weights.
+
+    In the compute type, because every use would cast it anyway.
+    """
+    reference = narrow_copy(policy)
+    reference.checksum = weights_checksum(policy)
+    return reference
+
+
+def template_of(policy):
+    """The prompt template of a real model, as --template names it; "auto" for a built-in task's."""
+    return getattr(policy, "prompt_template", RealConfig.template)
 
 
 def save_policy(policy, folder, weights, settings):
@@ -274,3 +339,12 @@ def save_policy(policy, folder, weights, settings):
         save_model(policy, folder / "model", policy.compute, weights)
     else:
         save_checkpoint(folder / "checkpoint.pt", policy, weights, config=settings)
+
+
+# ---- presets -------------------------------------------------------------------------------------
+
+
+def preset(given, presets):
+    """{flag: value} of the command line -> its preset's values, of the base and in `presets`."""
+    name = preset_name(given.get("preset", "auto"), given.get("device", "auto"))
+    return pick_preset(given) | presets[name]
