@@ -545,7 +545,7 @@ RENAMED = dict(
 def presets(given):
     """The values under the given flags. BadInput for flags of one kind of run given to another."""
     if given.get("resume"):
-        stored = resumed_settings(given)
+        stored = resumed_settings(given, flags.kinds(Config))
         return {name: stored[name] for name in flat(Config()) if name in stored}
     if given.get("init"):
         for name in {*flat(TaskConfig()), *flat(BaseConfig()), "preset"} & given.keys():

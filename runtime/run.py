@@ -45,6 +45,7 @@ from runtime.flags import (
     make_folder,
     ran_out,
     read_json,
+    shown,
     writing,
 )
 from runtime.log import Logging, bar, plain, print_line, say, versions, write_json
@@ -420,6 +421,11 @@ def origin_of(config):
     path = resumed_run(config.resume, config.name) / "config.json"
     made_by = read_json(path, "a run has one").get("made_by")
     check_fields(made_by, dict(base=str), f"{path}: made_by")
+    if not Path(made_by["base"]).exists():
+        raise BadInput(
+            f"{made_by['base']} is not there: {path.parent} began with its weights, and its KL "
+            "term needs those; restore it, or start a new run"
+        )
     return made_by["base"]
 
 
@@ -450,23 +456,26 @@ def find_run(resume, name):
     return folder
 
 
-def resumed_settings(given):
+def resumed_settings(given, kinds):
     """The settings of the run that --resume continues: a flat dict, under the flags given now.
 
-    A flag that differs is printed. BadInput for one that would make it another run.
+    kinds: {name: type} of settings, as in flags.kinds. A flag that differs is printed. BadInput for
+    one that would make it another run, and for a damaged config.json.
     """
     folder = resumed_run(given["resume"], given.get("name", ""))
-    stored = read_json(folder / "config.json", "a run has one")
+    path = folder / "config.json"
+    stored = read_json(path, "a run has one")
+    check_fields(stored, {name: kinds[name] for name in kinds.keys() & stored.keys()}, path)
     for name in sorted(given.keys() - {"resume", "name"}):
         flag, was = f"--{name.replace('_', '-')}", stored.get(name)
         was = tuple(was) if isinstance(was, list) else was
         if given[name] != was and name not in FREE:
             raise BadInput(
-                f"{flag} {given[name]}: {folder} was made with {was}, and would not be continued "
-                f"by this; leave {flag} out, or start a new run"
+                f"{flag} {shown(given[name])}: {folder} was made with {shown(was)}, and would not "
+                f"be continued by this; leave {flag} out, or start a new run"
             )
         if given[name] != was:
-            say(f"resume: {flag} {given[name]} (was {was})")
+            say(f"resume: {flag} {shown(given[name])} (was {shown(was)})")
     return stored
 
 
