@@ -19,7 +19,13 @@ from model import GPT, ModelConfig, save_checkpoint
 from runtime.flags import BadInput, guarded
 from tasks import files as data
 
-MAINS = SCRIPTS | dict(data=data, prompts=prompts)
+MAINS = {name.removesuffix(".py").rpartition(".")[2]: main for name, main in SCRIPTS.items()} | dict(
+    data=data,
+    prompts=prompts,
+    pretrain=SCRIPTS["tasks.base"],
+    tasks=SCRIPTS["tasks.catalog"],
+    memory=SCRIPTS["tools.memory_table"],
+)
 CONFIG = dict(
     model_type="qwen2",
     vocab_size=300,
@@ -119,7 +125,7 @@ CASES = [
     (["train.py", "--keep", "0"], "--keep 0"),
     (["train.py", "--save-every", "-1"], "--save-every -1"),
     (["train.py", "--min-p", "0.1"], "the gradient is biased"),
-    (["train.py", "--offload-optimizer=no"], "takes no value"),
+    (["train.py", "--offload-optimizer"], "is not a flag any more"),
     (["train.py", "--device", "cuda"], "sees no CUDA device"),
     (["train.py", "--depth", "99"], "--depth 99"),
     (["train.py", "--modulus", "1"], "--modulus 1"),

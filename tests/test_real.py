@@ -92,7 +92,6 @@ def walked(tmp_path_factory):
             "4",
             "--lr",
             "1e-4",
-            "--offload-optimizer",
             *SMALL,
             *FLOAT,
         )
@@ -132,7 +131,6 @@ def test_the_run_leaves_a_model(walked):
     assert (
         config["template"] == "paper"
         and config["init"] == "out/base"
-        and config["offload_optimizer"]
         and config["recompute"] == "yes"
         and "task" not in config
     )
@@ -484,7 +482,6 @@ def test_solutions_that_are_too_long(tmp_path):
         (["--init", "m", "--data", "d", "--preset", "smoke"], "--preset is about bases"),
         (["--init", "m", "--data", "d", "--prompt-tokens", "0"], "--prompt-tokens 0"),
         (["--init", "m", "--data", "d"], "nothing is downloaded here"),
-        (["--offload-optimizer=yes"], "takes no value"),
     ],
 )
 def test_what_does_not_go_together(words, says, tmp_path, monkeypatch, capsys):
