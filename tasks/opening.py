@@ -68,12 +68,17 @@ def open_model_and_tasks(
     note = " (measured to be the faster here)" if measured else ""
     say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     path = Path(model)
+    if path.is_dir() and (path / "checkpoint.pt").exists():
+        path = path / "checkpoint.pt"
+    if not model or path.is_file():
+        refuse_real_flags(
+            sets, real, f"{path} was trained on" if model else "without a model there is"
+        )
     if not model:
         policy, task = open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say)
         tasks = [task]
-    elif path.is_file() or (path / "checkpoint.pt").exists():
-        path = path if path.is_file() else path / "checkpoint.pt"
-        policy, task = open_checkpoint(path, real, device, dtype, max_new_tokens, turns)
+    elif path.is_file():
+        policy, task = open_checkpoint(path, device, dtype, max_new_tokens, turns)
         tasks = [task]
     else:
         policy, tasks = open_real(
@@ -83,6 +88,18 @@ def open_model_and_tasks(
         distributed.agree("questions", [p.question for p in task.held_out(16)])
         say(str(task))
     return policy, tasks
+
+
+def refuse_real_flags(sets, real, subject):
+    """BadInput for flags of real models given with a model of a built-in task."""
+    given = [
+        field.name for field in fields(real) if getattr(real, field.name) not in (field.default, 0)
+    ]
+    given += ["data"] * any(files for pair in sets for files in pair)
+    if given:
+        raise BadInput(
+            f"{flag_name(given[0])}: {subject} a built-in task, which has its own; leave it out"
+        )
 
 
 # ---- the three places ----------------------------------------------------------------------------
@@ -103,14 +120,8 @@ def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say):
     return policy, task
 
 
-def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
+def open_checkpoint(path, device, dtype, max_new_tokens, turns):
     """The checkpoint.pt of a run on a built-in task, or a base -> policy, task."""
-    for field in fields(RealConfig):
-        if getattr(real, field.name) not in (field.default, 0):
-            raise BadInput(
-                f"{flag_name(field.name)}: {path} was trained on a built-in task, which has its "
-                "own; leave it out"
-            )
     try:
         policy, extra = load_checkpoint(path, dtype, device)
     except FileNotFoundError:
@@ -219,8 +230,8 @@ def fitting_new_tokens(shape, prompt_tokens, phrase, asked, turns):
     if room < max(asked, 1):
         raise BadInput(
             f"--prompt-tokens {prompt_tokens} and {turns} times --max-new-tokens {asked or 1} do "
-            f"not fit the model's context of {shape.context}, with {turns - 1} phrases of {phrase}: "
-            f"lower one of them (completions may have {max(room, 0)} here)"
+            f"not fit the model's context of {shape.context}, with {turns - 1} phrases of "
+            f"{phrase}: lower one of them (completions may have {max(room, 0)} here)"
         )
     return asked or min(NEW_TOKENS, room)
 
