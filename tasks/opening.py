@@ -99,7 +99,9 @@ def open_model_and_tasks(
         check_cache(cache_tokens, task, turns)
         tasks = [task]
     else:
-        policy, tasks = open_real(path, sets, real, device, dtype, max_new_tokens, turns, weights)
+        policy, tasks = open_real(
+            path, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights
+        )
     for task in tasks:
         distributed.agree("questions", [p.question for p in task.held_out(16)])
         say(str(task))
