@@ -78,7 +78,7 @@ class Config:
     minibatches: Annotated[int, AtLeast(1)] = 2  # optimiser steps a pass; questions are dealt out
 
     # Evaluation.
-    eval_questions: Annotated[int, AtLeast(2)] = 1024  # held-out questions of the two tables
+    eval_questions: Annotated[int, Between(2, 1 << 24)] = 1024  # held out, of the two tables
     eval_every: Annotated[int, AtLeast(0)] = 0  # steps between quick evaluations; 0: ten a run
 
     puzzle: TaskConfig = TaskConfig()
@@ -551,6 +551,12 @@ def presets(given):
         for name in {*flat(TaskConfig()), *flat(BaseConfig()), "preset"} & given.keys():
             raise BadInput(
                 f"--{name.replace('_', '-')} is about bases that are made here; drop it with --init"
+            )
+        init = Path(given["init"])
+        if init.is_file() or (init / "checkpoint.pt").exists():
+            raise BadInput(
+                f"--init {init} is no folder of a model in Hugging Face's format; a run on a "
+                "built-in task continues with --resume"
             )
         if not given.get("data"):
             raise BadInput(

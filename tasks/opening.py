@@ -65,6 +65,7 @@ def open_model_and_tasks(
     max_new_tokens=0,
     turns=2,
     cache_tokens=0,
+    say=say,
 ):
     """-> policy (model.GPT), [task, ...] (see tasks/problems.py).
 
@@ -72,7 +73,7 @@ def open_model_and_tasks(
     a built-in task takes none. weights: False makes a model without reading weights, for a run
     whose weights are elsewhere. puzzle, base: of a base. real: of a Hugging Face model. turns:
     answers in a row that must fit the context, and into cache_tokens of KV cache (0: no limit).
-    BadInput names what is wrong and the remedy.
+    say: prints a line. BadInput names what is wrong and the remedy.
 
     The policy has `origin` (where it came from), `seconds` (that this took), and `folder` and
     `prefix` for files about it.
@@ -87,7 +88,7 @@ def open_model_and_tasks(
     if not model:
         task = make_task(puzzle, max_new_tokens)
         check_cache(cache_tokens, task, turns)
-        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights), [task]
+        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights, say), [task]
     elif path.is_file() or (path / "checkpoint.pt").exists():
         path = path if path.is_file() else path / "checkpoint.pt"
         if any(files for both in sets for files in both):
@@ -100,7 +101,7 @@ def open_model_and_tasks(
         tasks = [task]
     else:
         policy, tasks = open_real(
-            path, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights
+            path, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say
         )
     for task in tasks:
         distributed.agree("questions", [p.question for p in task.held_out(16)])
@@ -112,7 +113,7 @@ def open_model_and_tasks(
 # ---- the three places ----------------------------------------------------------------------------
 
 
-def open_base(task, puzzle, base, device, dtype, turns, weights):
+def open_base(task, puzzle, base, device, dtype, turns, weights, say):
     """The base model of a built-in task; rank 0 makes or finds it -> policy."""
     name = str(dtype).removeprefix("torch.")
     make_folder("out")  # not writable? found before the base is made
@@ -167,7 +168,7 @@ def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
     return policy, task
 
 
-def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights):
+def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say):
     """A folder in Hugging Face's format, or a run that has one as its model/ -> policy, tasks."""
     path = model_folder(folder)
     # out/run and out/run/model: a run knows its own prompts and completions.
@@ -184,7 +185,7 @@ def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_to
     )
     if not sets:
         raise BadInput("--data is missing: give files of questions, say --data gsm8k/test.jsonl")
-    known = trained_on(trained, encoding)
+    known = trained_on(trained, encoding, say)
     tasks = [
         DataSet(
             paths,
@@ -220,7 +221,7 @@ def run_settings(run):
     return settings
 
 
-def trained_on(settings, encoding):
+def trained_on(settings, encoding, say):
     """The canonical questions that a run with these settings trained on; none for a model that is
     no run's. Evaluation leaves them out."""
     if not settings:
