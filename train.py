@@ -16,7 +16,7 @@ step; docs/metrics.md explains it), rollouts.jsonl (trees), result.json (the tab
 resume from), and the model: checkpoint.pt, or model/ in Hugging Face's format.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # first: Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import dataclasses
