@@ -504,7 +504,7 @@ def settled(config, policy, task):
 
 def settings(config):
     """The config as a flat dict; for a model of --init without what would have made a base."""
-    unused = {*flat(config.puzzle), *flat(config.base)} if config.init else set()
+    unused = {"preset", *flat(config.puzzle), *flat(config.base)} if config.init else set()
     return {k: v for k, v in flat(config).items() if k not in unused} | dict(resume="")
 
 
