@@ -295,6 +295,10 @@ def main():
             results[name] = measure(config, policy, task, sampler)
             if config.json:  # after each, so that no figures are lost with the next set
                 settings = flat(config) | dict(max_new_tokens=task.max_new_tokens)
+                if config.data:  # a real model: "auto" is settled
+                    settings |= dict(
+                        template=task.encoding.template_name, prompt_tokens=task.prompt_tokens
+                    )
                 only = results[name] if len(tasks) == 1 else {}
                 figures = dict(settings=settings, made_by=versions(), sets=results) | only
                 write_json(config.json, figures)

@@ -517,6 +517,9 @@ def settled(config, policy, task):
     """The config with nothing left open: what config.json and saved states hold."""
     what = Path(config.init).resolve().name if config.init else task.name
     recompute = {"auto": "yes" if config.init else "no"}
+    real = config.real
+    if config.init:
+        real = dataclasses.replace(real, template=task.encoding.template_name)
     hardware = dataclasses.replace(
         config.hardware,
         device=policy.cos.device.type,
@@ -529,6 +532,7 @@ def settled(config, policy, task):
         name=config.name or f"{what}-{method(config).lower()}-{config.seed}",
         max_new_tokens=task.max_new_tokens,
         layer_weights=config.layer_weights or (1.0,) * len(config.group_sizes),
+        real=real,
         hardware=hardware,
     )
 

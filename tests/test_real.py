@@ -13,9 +13,9 @@ from conftest import PATIENCE, ROOT, script
 from test_prompts import TOKENS, make_folder
 
 import eval as evaluation
-import heldout
 import train
-from runtime.flags import BadInput, guarded
+from huggingface.prompts import open_shape, open_weights
+from runtime.flags import BadInput, flat, guarded, parse_flags
 from tools import tiny_qwen
 
 FLOAT = ("--dtype", "float32", "--device", "cpu")
@@ -23,22 +23,28 @@ WORDS = ("--data", "train.jsonl", "--tokenizer", "tokenizer")
 SMALL = ("--prompt-tokens", "640", "--max-new-tokens", "24")
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def split(command_line):
+    return command_line.split()
+
+
 def problems(count, first=0):
-    return "".join(
-        json.dumps(
-            dict(
-                question=f"Ann has {i} pens and buys {i % 3 + 1} more. How many?",
-                answer=f"{i}+{i % 3 + 1} = <<{i}+{i % 3 + 1}={i + i % 3 + 1}>>{i + i % 3 + 1}\n#### {i + i % 3 + 1}",
-            )
-        )
-        + "\n"
-        for i in range(first, first + count)
-    )
+    """Lines of a data set with worked solutions, as GSM8K has them."""
+    lines = []
+    for i in range(first, first + count):
+        more = i % 3 + 1
+        question = f"Ann has {i} pens and buys {more} more. How many?"
+        solution = f"{i}+{more} = <<{i}+{more}={i + more}>>{i + more}\n#### {i + more}"
+        lines.append(json.dumps(dict(question=question, answer=solution)) + "\n")
+    return "".join(lines)
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """tools.tiny_qwen, train.py --init, eval.py --init in a folder of its own -> folder, what each
+    """tools.tiny_qwen, train.py --init, eval.py in a folder of its own -> folder, what each
     printed."""
     pytest.importorskip(
         "safetensors", reason="needs safetensors: pip install -r requirements-extra.txt"
@@ -47,162 +53,70 @@ def walked(tmp_path_factory):
     make_folder(folder / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
     (folder / "train.jsonl").write_text(problems(40))
     (folder / "test.jsonl").write_text(problems(5, 100))
-    (folder / "math.jsonl").write_text(
-        json.dumps(dict(problem="Half?", solution=r"\boxed{\frac12}"))
-        + "\n"
-        + json.dumps(dict(problem="?", solution="none"))
-        + "\n"
-    )
-    printed = [
-        script(
-            folder,
-            "tools.tiny_qwen",
-            "--data",
-            "train.jsonl",
-            "--tokenizer",
-            "tokenizer",
-            "--save",
-            "out/base",
-            "--depth",
-            "2",
-            "--base-tokens",
-            "60000",
-            *FLOAT,
-        )
+    rows = dict(problem="Half?", solution=r"\boxed{\frac12}"), dict(problem="?", solution="none")
+    (folder / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = ("--save", "out/base", "--depth", "2", "--base-tokens", "60000")
+    trained = split("""--init out/base --data train.jsonl --eval-data test.jsonl --name r --prompts 2
+        --group-sizes 2,2,2 --tokens 1500 --eval-questions 4 --lr 1e-4 --kl-coef 0.001""")
+    asked = ("--data", "test.jsonl,math.jsonl", "--samples", "3", "--json", "table.json")
+    return folder, [
+        script(folder, "tools.tiny_qwen", *WORDS, *made, *FLOAT),
+        script(folder, "train.py", *trained, *SMALL, *FLOAT),
+        script(folder, "eval.py", "out/r", "--turns", "3", *asked, *SMALL, *FLOAT),
     ]
-    printed.append(
-        script(
-            folder,
-            "train.py",
-            "--init",
-            "out/base",
-            "--data",
-            "train.jsonl",
-            "--eval-data",
-            "test.jsonl",
-            "--name",
-            "r",
-            "--prompts",
-            "2",
-            "--attempts",
-            "2",
-            "--corrections",
-            "2",
-            "--tokens",
-            "600",
-            "--eval-questions",
-            "4",
-            "--lr",
-            "1e-4",
-            "--offload-optimizer",
-            *SMALL,
-            *FLOAT,
-        )
-    )
-    printed.append(
-        script(
-            folder,
-            "eval.py",
-            "--init",
-            "out/r",
-            "--data",
-            "test.jsonl,math.jsonl",
-            "--samples",
-            "3",
-            "--json",
-            "table.json",
-            *SMALL,
-            *FLOAT,
-        )
-    )
-    return folder, printed
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_the_run_leaves_a_model(walked):
+def test_a_run_leaves_a_model(walked):
     """Catches a run that trains and loses the result, a config that claims a task, a plan that is
     not printed, a step without a gauge."""
     folder, (_, printed, _) = walked
-    assert {path.name for path in (folder / "out/r").iterdir()} >= {
-        "config.json",
-        "metrics.jsonl",
-        "samples.md",
-        "result.json",
-        "model",
-    }
-    config = json.loads((folder / "out/r/config.json").read_text())
-    assert (
-        config["template"] == "paper"
-        and config["init"] == "out/base"
-        and config["offload_optimizer"]
-        and config["recompute"] == "yes"
-        and "task" not in config
-    )
-    assert (
-        "memory, GB: weights" in printed
-        and "on the host" in printed
-        and "at most up to here" in printed
-        and "40 problems to train on, 5 held out" in printed
-    )
-    steps = [json.loads(line) for line in (folder / "out/r/metrics.jsonl").read_text().splitlines()]
-    assert steps[-1]["generated"] >= 600 and all(
-        step["gauge_max"] < 1e-3 and step["undecided"] == 0 and step["peak_gb"] > 0
-        for step in steps
-    )
+    path = folder / "out/r"
+    files = {"config.json", "metrics.jsonl", "rollouts.jsonl", "result.json", "model", "state"}
+    assert files <= {file.name for file in path.iterdir()}
+    config = json.loads((path / "config.json").read_text())
+    assert config["template"] == "paper" and config["init"] == "out/base"
+    assert config["recompute"] == "yes" and config["group_sizes"] == [2, 2, 2]
+    assert not {"task", "depth", "base_tokens"} & set(config)
+    assert "memory, GB: weights" in printed and "peak so far" in printed
+    assert "40 problems to train on, 5 held out" in printed
+    steps = lines_of(path / "metrics.jsonl")
+    assert steps[-1]["generated"] >= 1500
+    assert all(step["gauge_max"] < 1e-3 and step["undecided"] == 0 for step in steps)
+    assert all(step["peak_gb"] > 0 and "accuracy3" in step for step in steps)
     # trees show questions, not prompts
-    assert "You are a helpful" not in (folder / "out/r/samples.md").read_text(encoding="utf-8")
+    trees = (path / "rollouts.jsonl").read_text(encoding="utf-8")
+    assert "You are a helpful" not in trees and "Ann has" in trees
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_the_table_of_each_set(walked):
-    """Catches sets mixed into one table, figures that are asked for and missing, and transcripts
-    that are not there."""
+def test_each_set_has_its_table(walked):
+    """Catches sets mixed into one table, figures that are asked for and missing, and dialogues that
+    are not kept."""
     folder, (_, _, printed) = walked
-    table = json.loads((folder / "table.json").read_text())
-    sets = table["sets"]
-    assert (
-        list(sets) == ["test.jsonl", "math.jsonl"]
-        and sets["test.jsonl"]["greedy"]["questions"] == 5
-        and sets["math.jsonl"]["greedy"]["questions"] == 1
-    )
-    assert (
-        table["settings"]["template"] == "paper"
-        and table["settings"]["max_new_tokens"] == 24
-        and table["made_by"]["torch"]
-    )
+    figures = json.loads((folder / "table.json").read_text())
+    sets = figures["sets"]
+    assert list(sets) == ["test.jsonl", "math.jsonl"]
+    assert [sets[name]["greedy"]["questions"] for name in sets] == [5, 1]
+    settings = figures["settings"]
+    assert settings["template"] == "paper" and settings["turns"] == 3
+    assert settings["max_new_tokens"] == 24 and settings["prompt_tokens"] == 640
+    assert figures["made_by"]["torch"]
     sampled = sets["test.jsonl"]["temperature 1"]
-    assert set(sampled["pass1"]) == {"1", "2", "3"} and {
-        "t1",
-        "t2",
-        "delta",
-        "i2c",
-        "c2i",
-        "maj1",
-        "maj2",
-        "length1",
-        "cut",
-        "undecided",
-    } <= set(sampled)
-    assert (
-        sampled["t1"][0] == pytest.approx(sampled["pass1"]["1"][0])
-        and "1 without a gold answer" in printed
-        and "verifier rules, 0 undecided" in printed
-    )
-    lines = [
-        json.loads(line) for line in (folder / "out/r/eval-test.jsonl").read_text().splitlines()
-    ]
-    assert len(lines) == 5 + 15 and {line["source"] for line in lines} == {
-        f"test.jsonl:{i}" for i in range(1, 6)
-    }
-    assert all(
-        line["turn2"]["phrase"]
-        and line["turn1"]["text"] is not None
-        and line["gold"]
-        and line["model"] == "out/r"
-        for line in lines
-    )
+    assert set(sampled["pass1"]) == {"1", "2", "3"}
+    columns = "t1 t2 t3 delta fix2 broke2 fix3 broke3 maj1 maj3 length3 truncated undecided"
+    assert set(columns.split()) <= set(sampled)
+    assert sampled["t1"][0] == pytest.approx(sampled["pass1"]["1"][0])
+    assert "1 without a gold answer" in printed and "verifier rules, 0 undecided" in printed
+    lines = lines_of(folder / "out/r/eval-test.jsonl")
+    assert len(lines) == 5 + 15
+    assert {line["source"] for line in lines} == {f"test.jsonl:{i}" for i in range(1, 6)}
+    for line in lines:
+        first, second, third = line["turns"]
+        assert second["phrase"] and third["phrase"] and "phrase" not in first
+        assert line["gold"] and line["model"] == "out/r" and first["text"] is not None
     assert sorted(line["sample"] for line in lines) == [0] * 10 + [1] * 5 + [2] * 5
 
 
@@ -214,8 +128,6 @@ def test_transformers_loads_what_we_leave(walked):
     transformers = pytest.importorskip(
         "transformers", reason="needs transformers: pip install -r requirements-extra.txt"
     )
-    from huggingface.prompts import open_shape, open_weights
-
     folder = walked[0] / "out/r/model"
     shape, encoding = open_shape(folder)
     ours = open_weights(folder, shape, encoding, torch.float32, "cpu")
@@ -238,7 +150,7 @@ def test_transformers_loads_what_we_leave(walked):
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_what_is_saved_is_what_was_evaluated(walked):
+def test_the_saved_weights_are_those_that_were_evaluated(walked):
     """Catches an export rounded to bf16 after fp32 training: steps of RL are smaller than a bf16
     weight's last bit."""
     from safetensors.torch import load_file
@@ -250,207 +162,139 @@ def test_what_is_saved_is_what_was_evaluated(walked):
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_transcripts_are_kept(walked):
-    """Catches one set's transcripts written over another's of the same file name, and over those of
+def test_dialogues_are_never_written_over(walked):
+    """Catches one set's dialogues written over another's of the same file name, and over those of
     an earlier evaluation."""
     folder = walked[0]
     for name in ("x", "y"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "test.jsonl").write_text(problems(2, 200))
     before = (folder / "out/r/eval-test.jsonl").read_bytes()
-    printed = script(
-        folder,
-        "eval.py",
-        "--init",
-        "out/r",
-        "--data",
-        "test.jsonl,x/test.jsonl,y/test.jsonl",
-        "--questions",
-        "2",
-        "--temperature",
-        "0",
-        *SMALL,
-        *FLOAT,
-    )
-    there = {path.name for path in (folder / "out/r").glob("eval-*")}
-    assert {
-        "eval-test.jsonl",
-        "eval-test.2.jsonl",
-        "eval-x-test.jsonl",
-        "eval-y-test.jsonl",
-    } <= there and before == (folder / "out/r/eval-test.jsonl").read_bytes()
-    assert (
-        re.search(r"± [?\d.]+ +2\n\(percent ± standard error over questions\)", printed)
-        and "held-out" not in printed
-    )
+    asked = ("--data", "test.jsonl,x/test.jsonl,y/test.jsonl", "--questions", "2")
+    printed = script(folder, "eval.py", "out/r", *asked, "--temperature", "0", *SMALL, *FLOAT)
+    names = {path.name for path in (folder / "out/r").glob("eval-*")}
+    wanted = {f"eval-{name}.jsonl" for name in ("test", "test.2", "x-test", "y-test")}
+    assert wanted <= names and before == (folder / "out/r/eval-test.jsonl").read_bytes()
+    assert re.search(r"± [?\d.]+ +2\n\(percent ± standard error over questions\)", printed)
+    assert "held-out" not in printed
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_a_run_from_a_run(walked):
-    """Catches a model of ours that we cannot start from again, --layers 1 on a real model, and a
+def test_a_run_begins_from_a_run(walked):
+    """Catches a model of ours that we cannot start from again, plain GRPO on a real model, and a
     run without --eval-data that is evaluated on what it has learnt: the command that it prints asks
     the eighth that was held out, with the run's own limits."""
     folder = walked[0]
-    printed = script(
-        folder,
-        "train.py",
-        "--init",
-        "out/r/model",
-        "--data",
-        "train.jsonl",
-        "--name",
-        "again",
-        "--layers",
-        "1",
-        "--prompts",
-        "2",
-        "--attempts",
-        "2",
-        "--tokens",
-        "200",
-        "--eval-questions",
-        "2",
-        "--recompute",
-        "no",
-        "--kl-coef",
-        "0",
-        *SMALL,
-        *FLOAT,
-    )
+    words = split("""--init out/r/model --data train.jsonl --name again --group-sizes 2 --prompts 2
+        --tokens 200 --eval-questions 2 --recompute no --kl-coef 0""")
+    printed = script(folder, "train.py", *words, *SMALL, *FLOAT)
     assert "held out" in printed and (folder / "out/again/model/model.safetensors").exists()
-    command = printed.split("python ")[-1].splitlines()[0].split()
+    command = printed.split("; python ")[-1].splitlines()[0].split()
     held = int(printed.split(" held out")[0].split()[-1])
-    assert command == ["eval.py", "--init", "out/again", "--data", "train.jsonl"] and 0 < held < 40
+    assert command == ["eval.py", "out/again", "--data", "train.jsonl"] and 0 < held < 40
     (folder / "copy.jsonl").write_text((folder / "train.jsonl").read_text() + problems(1, 500))
-    for init, data, count in (
+    for model, data, count in (
         ("out/again", "train.jsonl", held),
         ("out/again/model", "copy.jsonl", held + 1),
     ):
-        found = script(
-            folder, "eval.py", "--init", init, "--data", data, "--temperature", "0", *FLOAT
-        )
-        assert (
-            f"{40 - held} of these" in found
-            and "were trained on by this run, and are left out" in found
-        )
-        assert re.search(rf" {count}\n\(percent ± standard error over questions\)", found)
+        printed = script(folder, "eval.py", model, "--data", data, "--temperature", "0", *FLOAT)
+        assert f"{40 - held} of these" in printed and "left out" in printed
+        assert re.search(rf" {count}\n\(percent ± standard error over questions\)", printed)
     assert (folder / "out/again/eval-copy.jsonl").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_what_is_wrong_is_said_before_the_weights_are_read(walked, monkeypatch, capsys):
+def test_a_real_run_resumes_bit_for_bit(walked):
+    """Catches a run of a real model that cannot go on: from its last state but one it makes the
+    same weights again, with the base for its KL term read anew."""
+    folder = walked[0]
+    saved = (folder / "out/r/model/model.safetensors").read_bytes()
+    steps = lines_of(folder / "out/r/metrics.jsonl")
+    states = sorted((folder / "out/r/state").glob("step-*.pt"))
+    assert len(states) > 1
+    (folder / "out/r/model/model.safetensors").unlink()
+    script(folder, "train.py", "--resume", str(states[-2].relative_to(folder)))
+    assert (folder / "out/r/model/model.safetensors").read_bytes() == saved
+    again = lines_of(folder / "out/r/metrics.jsonl")
+    figures = lambda line: {k: line[k] for k in line if not re.search("second|_per_s|peak", k)}
+    assert list(map(figures, again)) == list(map(figures, steps))
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_mistakes_are_found_before_the_weights_are_read(walked, monkeypatch, capsys):
     """Catches minutes of loading before a missing data file, and a model written over by
     tiny_qwen."""
     from huggingface import weights
 
     monkeypatch.chdir(walked[0])
     monkeypatch.setattr(weights, "Shards", lambda folder: pytest.fail("weights were read"))
+    nowhere = "nowhere.jsonl: there is no such file"
     cases = [
-        (
-            train,
-            ["train.py", "--init", "out/base", "--data", "nowhere.jsonl"],
-            "nowhere.jsonl: there is no such file",
-        ),
-        (
-            evaluation,
-            ["eval.py", "--init", "out/base", "--data", "nowhere.jsonl"],
-            "nowhere.jsonl: there is no such file",
-        ),
-        (
-            tiny_qwen,
-            ["tiny_qwen", *WORDS, "--save", "out/base"],
-            "there is something already",
-        ),
-        (
-            tiny_qwen,
-            ["tiny_qwen", *WORDS, "--save", "new", "--task", "chain"],
-            "unknown flag '--task'",
-        ),
+        (train, ["train.py", "--init", "out/base", "--data", "nowhere.jsonl"], nowhere),
+        (evaluation, ["eval.py", "out/base", "--data", "nowhere.jsonl"], nowhere),
+        (evaluation, ["eval.py", "out/base"], "--data is missing"),
+        (tiny_qwen, ["tiny_qwen", *WORDS, "--save", "out/base"], "there is something already"),
+        (tiny_qwen, ["tiny_qwen", *WORDS, "--save", "m", "--task", "chain"], "'--task'"),
         (tiny_qwen, ["tiny_qwen", "--data", "train.jsonl"], "belong together"),
     ]
     for module, words, says in cases:
-        monkeypatch.setattr(sys, "argv", [*words, *FLOAT])
-        with pytest.raises(SystemExit) as stop:
-            guarded(module.main)
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and says in said and said.count("\n") == 1, said
+        printed = refused(module, [*words, *FLOAT], monkeypatch, capsys)
+        assert says in printed, printed
+
+
+def refused(module, words, monkeypatch, capsys):
+    """The one sentence on stderr of a script that ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        guarded(module.main)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1, printed
+    return printed
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_ctrl_c_shows_what_there_is(walked, monkeypatch, capsys):
+def test_ctrl_c_shows_what_was_measured(walked, monkeypatch, capsys):
     """Catches an interrupted evaluation that throws away the greedy table, and a training run that
-    is stopped in its last table and does not say that its model is there."""
+    is stopped in its last table and has lost its model."""
     monkeypatch.chdir(walked[0])
-    count, real = [], evaluation.evaluate
+    evaluate = evaluation.evaluate
 
-    def stops(*args, **keywords):
-        count.append(1)
-        if len(count) % 3 == 0:
-            raise KeyboardInterrupt
-        return real(*args, **keywords)
+    def interrupt_after(measured):
+        """Ctrl-C in every evaluation after so many."""
+        calls = []
 
-    for module in (evaluation, heldout):
-        monkeypatch.setattr(module, "evaluate", stops)
-    count.append(1)  # eval: greedy, then Ctrl-C
-    monkeypatch.setattr(
-        sys, "argv", ["eval.py", "--init", "out/r", "--data", "test.jsonl", *SMALL, *FLOAT]
-    )
-    with pytest.raises(SystemExit) as stop:
-        guarded(evaluation.main)
-    out = capsys.readouterr().out
-    assert (
-        stop.value.code == 130
-        and "Acc@t1" in out
-        and "temperature" not in out
-        and "every transcript" in out
-    )
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--init",
-            "out/base",
-            "--data",
-            "train.jsonl",
-            "--name",
-            "stopped",
-            "--prompts",
-            "2",
-            "--attempts",
-            "2",
-            "--corrections",
-            "2",
-            "--tokens",
-            "100",
-            "--eval-questions",
-            "2",
-            *SMALL,
-            *FLOAT,
-        ],
-    )
-    with pytest.raises(SystemExit) as stop:  # train: both tables of the base, then Ctrl-C
-        guarded(train.main)
-    out = capsys.readouterr().out
-    assert (
-        stop.value.code == 130
-        and "eval.py --init out/stopped" in out
-        and (walked[0] / "out/stopped/model").is_dir()
-    )
-    assert json.loads((walked[0] / "out/stopped/result.json").read_text()).keys() == {"base"}
+        def counted(*args, **options):
+            calls.append(1)
+            if len(calls) > measured:
+                raise KeyboardInterrupt
+            return evaluate(*args, **options)
 
+        monkeypatch.setattr(evaluation, "evaluate", counted)
+        monkeypatch.setattr(train, "evaluate", counted)
 
-def test_a_run_that_has_saved_nothing(tmp_path):
-    """Catches a sentence about a missing tokenizer for a run that was stopped before its first
-    save."""
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(BadInput, match="has not saved a model yet"):
-        evaluation.open_subject(
-            evaluation.Config(init=str(tmp_path), data="d.jsonl", device="cpu", dtype="float32")
-        )
+    def interrupted(module, words):
+        monkeypatch.setattr(sys, "argv", [*words, *SMALL, *FLOAT])
+        with pytest.raises(SystemExit) as stop:
+            guarded(module.main)
+        assert stop.value.code == 130
+        return capsys.readouterr().out
+
+    interrupt_after(1)
+    printed = interrupted(evaluation, ["eval.py", "out/r", "--data", "test.jsonl"])
+    assert "Acc@t1" in printed and "temperature" not in printed and "every dialogue" in printed
+
+    words = split("""train.py --init out/base --data train.jsonl --name stopped --prompts 2
+        --group-sizes 2,2 --tokens 100 --eval-questions 2 --eval-every 1000""")
+    interrupt_after(2)  # both rows of the base's table
+    printed = interrupted(train, words)
+    assert "python train.py --resume out/stopped" in printed
+    assert (walked[0] / "out/stopped/model").is_dir()
+    result = json.loads((walked[0] / "out/stopped/result.json").read_text())
+    assert result.keys() == {"base"}
 
 
 def test_solutions_that_are_too_long(tmp_path):
@@ -475,26 +319,19 @@ def test_solutions_that_are_too_long(tmp_path):
         (["--init", "m", "--data", "d", "--preset", "smoke"], "--preset is about bases"),
         (["--init", "m", "--data", "d", "--prompt-tokens", "0"], "--prompt-tokens 0"),
         (["--init", "m", "--data", "d"], "nothing is downloaded here"),
-        (["--offload-optimizer=yes"], "takes no value"),
+        (["--offload-optimizer"], "--tokens-per-microbatch"),
     ],
 )
-def test_what_does_not_go_together(words, says, tmp_path, monkeypatch, capsys):
+def test_flags_that_do_not_go_together(words, says, tmp_path, monkeypatch, capsys):
     """Catches flags of one kind of run ignored by the other: one sentence, exit code 2, nothing
     left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, *(FLOAT if "--init" in words else ())])
-    with pytest.raises(SystemExit) as stop:
-        guarded(train.main)
-    said = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and says in said
-        and said.count("\n") == 1
-        and not list(tmp_path.iterdir())
-    )
+    words = ["train.py", *words, *(FLOAT if "--init" in words else ())]
+    assert says in refused(train, words, monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_learnt_without_safetensors(tmp_path):
+def test_safetensors_is_asked_for_before_the_work(tmp_path):
     """Catches minutes of work that end at a missing package: it is asked for first."""
     make_folder(tmp_path / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
     (tmp_path / "d.jsonl").write_text(problems(3))
@@ -521,9 +358,10 @@ def test_nothing_is_learnt_without_safetensors(tmp_path):
 def test_presets_of_a_real_run():
     """Catches a tiny task's sizes given to a real model: without flags it trains as the paper did,
     as far as that is known."""
-    c = train.parse_flags(
-        train.Config, "", train.presets, ["--init", "m", "--data", "d", "--attempts", "3"]
-    )
-    assert (c.prompts, c.attempts, c.lr, c.kl_coef, c.prompt_tokens) == (32, 3, 5e-7, 0.001, 512)
+    words = ["--init", "m", "--data", "d", "--temperature", "0.9"]
+    config = parse_flags(train.Config, "", train.presets, words)
+    chosen = (config.prompts, config.group_sizes, config.lr, config.kl_coef, config.temperature)
+    assert chosen == (32, (8, 4), 5e-7, 0.001, 0.9) and config.real.prompt_tokens == 512
+    assert set(train.PAPER_DEFAULTS) <= set(flat(config))
     with pytest.raises(BadInput):
         train.presets(dict(eval_data="x"))
