@@ -114,6 +114,13 @@ def ground(tmp_path_factory):
     return folder
 
 
+def sentence(command, capsys):
+    """What a command wrote to stderr. Chat prints there, too, how its model is opened; its last line
+    counts."""
+    said = capsys.readouterr().err
+    return said.splitlines(keepends=True)[-1] if command == "tools.chat" else said
+
+
 REAL = ["train.py", "--init", "good", "--data", "good.jsonl"]
 EVAL = ["eval.py", "good", "--data"]
 CASES = [
@@ -280,6 +287,26 @@ CASES = [
     (["tasks.catalog", "--modulus", "99"], "--modulus 99"),
     (["tasks.base", "--base-tokens", "0"], "--base-tokens 0"),
     (["tasks.base", "--task", "chain", "--numbers", "3"], "means nothing to the task"),
+    (["tools.compare", "--flags", "'unclosed"], "quotation marks"),
+    (["tools.compare", "--flags", "--init x"], "--init is not for this script"),
+    (["tools.compare", "--flags", "--tokens 0"], "--tokens 0"),
+    (["tools.compare", "--flags", "--name x"], "gives it to each run"),
+    (["tools.compare", "--name", "../x", "--seeds", "0"], "no slashes"),
+    (["tools.compare", "--arms", "none"], "'none'"),
+    (["tools.compare", "--seeds", "999"], "--seeds 999"),
+    (["tools.bench_sampler", "--group-size", "0"], "--group-size 0"),
+    (["tools.bench_training", "--group-sizes", "8,0"], "--group-sizes 8,0"),
+    (["tools.bench_verifier", "--rounds", "0"], "--rounds 0"),
+    (["tools.memory_table", "--tokens-per-microbatch", "0"], "--tokens-per-microbatch 0"),
+    (["tools.tiny_qwen", "--data", "good.jsonl"], "belong together"),
+    (
+        ["tools.tiny_qwen", "--data", "good.jsonl", "--tokenizer", "folder", "--save", "new"],
+        "a tokenizer is tokenizer.json",
+    ),
+    (
+        ["tools.tiny_qwen", "--data", "good.jsonl", "--tokenizer", "good", "--save", "file"],
+        "is not written over",
+    ),
 ]
 # Every flag of earlier versions, and what stands in its place.
 CASES += [
@@ -310,7 +337,7 @@ def test_one_sentence(words, says, ground, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words, *float32])
     with pytest.raises(SystemExit) as stop:
         guarded(main_of(words[0]))
-    said = capsys.readouterr().err
+    said = sentence(words[0], capsys)
     assert (
         stop.value.code == 2
         and said.startswith("error: ")
@@ -588,7 +615,7 @@ def test_a_checkpoint_with_a_nonsensical_task_is_refused(
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:
         guarded(main_of(command))
-    said = capsys.readouterr().err
+    said = sentence(command, capsys)
     assert stop.value.code == 2 and said.count("\n") == 1, said
     assert str(path) in said and says in said, said
 
@@ -634,7 +661,7 @@ def test_an_init_that_is_no_model(tmp_path, monkeypatch, capsys):
             monkeypatch.setattr(sys, "argv", words)
             with pytest.raises(SystemExit) as stop:
                 guarded(main_of(command))
-            said = capsys.readouterr().err
+            said = sentence(command, capsys)
             assert (
                 stop.value.code == 2
                 and said.startswith("error: ")
