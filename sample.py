@@ -269,12 +269,13 @@ class Sampler:
         flight = InFlight(request, cache, capacity, most, self.leave, self.seen)
         while flight.rows or flight.waiting:
             if flight.can_admit:
+                # New rows take the free places. The prefill has the logits of their first token.
                 rows = flight.admit()
-                logits = request.logits[request.node[rows.row]]  # the prefill has computed these
-            elif self.graphs:
+                logits = request.logits[request.node[rows.row]]  # [new rows, V]
+            elif self.graphs:  # the other branch, recorded on CUDA
                 rows, logits = flight.active, self.graphs.replay(self.decode_step, flight.rows)
             else:
-                rows, logits = flight.active, self.decode_step(flight.active, cache)
+                rows, logits = flight.active, self.decode_step(flight.active, cache)  # [R, V]
             self.choose(logits, rows, temperature, filters)
             flight.retire_finished()
         return flight
