@@ -41,7 +41,13 @@ from runtime.flags import (
 )
 from runtime.log import bar_of_rows, versions, write_json
 from runtime.transcripts import Dialogues
-from tasks.opening import EVALUATED_ROWS, RealConfig, make_sampler, open_model_and_tasks
+from tasks.opening import (
+    EVALUATED_ROWS,
+    RealConfig,
+    make_sampler,
+    open_model_and_tasks,
+    template_of,
+)
 from verifier import equal
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -302,7 +308,11 @@ def main():
     for task, name in zip(tasks, config.data or [str(tasks[0])]):
         results[name] = measure(config, policy, task, sampler)
         if config.json:  # after each, so that no figures are lost with the next set
-            settings = flat(config) | dict(max_new_tokens=task.max_new_tokens)
+            settings = flat(config) | dict(
+                max_new_tokens=task.max_new_tokens,
+                prompt_tokens=task.prompt_tokens,
+                template=template_of(policy),
+            )
             only = results[name] if len(tasks) == 1 else {}
             figures = dict(settings=settings, made_by=versions(), sets=results) | only
             write_json(config.json, figures)

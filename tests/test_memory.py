@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mgrpo import completion_logprobs, pad_rows
+from engine.packing import pad_rows, padded_logprobs
 from model import CHUNK, GPT, ModelConfig, token_logprobs
 from runtime.flags import guarded
 from runtime.memory import (
@@ -104,7 +104,7 @@ def test_recompute_changes_nothing(switches, dtype):
     for recompute in (False, True):
         model.recompute = recompute
         model.zero_grad()
-        logp, _ = completion_logprobs(model, random_rows())
+        logp, _ = padded_logprobs(model, random_rows())
         logp.sum().backward()
         found.append((logp.detach(), [p.grad.clone() for p in model.parameters()]))
     assert torch.equal(found[0][0], found[1][0]) and all(map(torch.equal, found[0][1], found[1][1]))
