@@ -83,18 +83,16 @@ def open_model_and_tasks(
     measured = dtype == "auto" and device == "cpu"
     dtype = distributed.broadcast_object(lambda: compute_dtype(dtype, device))
     path = Path(model)
+    if (path / "checkpoint.pt").exists():
+        path = path / "checkpoint.pt"
     if not model:
+        refuse_real_flags(sets, real, "without a model there is")
         task = make_task(puzzle, max_new_tokens)
         check_cache(cache_tokens, task, turns)
         policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights, say), [task]
-    elif path.is_file() or (path / "checkpoint.pt").exists():
-        path = path if path.is_file() else path / "checkpoint.pt"
-        if any(files for both in sets for files in both):
-            raise BadInput(
-                f"--data: {path} was trained on a built-in task, which makes its own questions; "
-                "leave it out"
-            )
-        policy, task = open_checkpoint(path, real, device, dtype, max_new_tokens, turns)
+    elif path.is_file():
+        refuse_real_flags(sets, real, f"{path} was trained on")
+        policy, task = open_checkpoint(path, device, dtype, max_new_tokens, turns)
         check_cache(cache_tokens, task, turns)
         tasks = [task]
     else:
@@ -108,6 +106,16 @@ def open_model_and_tasks(
         say(str(task))
     policy.seconds = time.time() - clock
     return policy, tasks
+
+
+def refuse_real_flags(sets, real, subject):
+    """BadInput for flags of real models given with a model of a built-in task."""
+    given = [f.name for f in fields(real) if getattr(real, f.name) not in (f.default, 0)]
+    given += ["data"] * any(files for both in sets for files in both)
+    if given:
+        raise BadInput(
+            f"{flag_name(given[0])}: {subject} a built-in task, which has its own; leave it out"
+        )
 
 
 # ---- the three places ----------------------------------------------------------------------------
@@ -129,14 +137,8 @@ def open_base(task, puzzle, base, device, dtype, turns, weights, say):
     return policy
 
 
-def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
+def open_checkpoint(path, device, dtype, max_new_tokens, turns):
     """The checkpoint.pt of a run on a built-in task, or a base -> policy, task."""
-    for field in fields(RealConfig):
-        if getattr(real, field.name) not in (field.default, 0):
-            raise BadInput(
-                f"{flag_name(field.name)}: {path} was trained on a built-in task, which has its "
-                "own; leave it out"
-            )
     try:
         policy, extra = load_checkpoint(path, dtype, device)
     except FileNotFoundError:
