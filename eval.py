@@ -15,7 +15,7 @@ Errors are standard errors over QUESTIONS: the samples of one question are avera
 they are not independent. Questions are held out: training never drew them.
 """
 
-from runtime import flags
+from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence
 
 # isort: split
 import math
@@ -27,15 +27,22 @@ import torch
 
 from mgrpo import SamplingParams, rollout
 from reward import extract_answer
-from runtime import distributed, memory
-from runtime.flags import Above, AtLeast, AtMost, BadInput, Below, Between, flat, parse_flags
+from runtime import distributed
+from runtime.flags import (
+    Above,
+    AtLeast,
+    AtMost,
+    BadInput,
+    Below,
+    Between,
+    flat,
+    make_folder,
+    parse_flags,
+)
 from runtime.log import bar_of_rows, versions, write_json
 from runtime.transcripts import Dialogues
-from tasks.opening import RealConfig, make_sampler, open_model_and_tasks, row_tokens
+from tasks.opening import EVALUATED_ROWS, RealConfig, make_sampler, open_model_and_tasks
 from verifier import equal
-
-ROWS = 1024  # sampled at a time: more hardly pays, and takes memory
-
 
 # ---- measuring -----------------------------------------------------------------------------------
 
@@ -61,7 +68,7 @@ def evaluate(
     shares of the problems together. record(problems, layers, sampling) gets every batch.
     """
     distributed.agree("questions to be asked", [problem.question for problem in problems])
-    share, at_once = distributed.share(len(problems)), max(1, ROWS // samples)
+    share, at_once = distributed.share(len(problems)), max(1, EVALUATED_ROWS // samples)
     parts, votes, undecided = [], [], 0
     with bar_of_rows(sampler, len(share) * samples * turns, name):
         for start in range(share.start, share.stop, at_once):
@@ -243,7 +250,7 @@ class Config:
     model: str = ""
     data: tuple[str, ...] = ()  # JSONL files of problems for a real model, separated by commas
     # How many; 0: all of a data set, 1,024 held-out ones of a built-in task.
-    questions: Annotated[int, AtLeast(0)] = 0
+    questions: Annotated[int, Between(0, 1 << 24)] = 0
     turns: Annotated[int, Between(1, 16)] = 2  # answers to a question; 1: no correction
     samples: Annotated[int, Between(1, 1 << 20)] = 1  # per question at --temperature
     temperature: Annotated[float, AtLeast(0)] = 1.0  # besides greedy; 0: greedy alone
@@ -267,6 +274,8 @@ class Config:
 def main():
     """Flags, the model, then a table for each set of questions."""
     config = parse_flags(Config, __doc__, renamed=RENAMED, first_word="model")
+    if not config.model:
+        raise BadInput("no model is named: name a run, say out/solve-mgrpo-0, as the first word")
     if config.questions == 1:
         raise BadInput("--questions 1: an accuracy with an error needs at least 2 (0: all)")
     if config.samples > 1 and not config.temperature:
@@ -275,33 +284,28 @@ def main():
             "raise the temperature"
         )
     if config.json:
-        flags.make_folder(Path(config.json).parent)  # now, not after hours
+        make_folder(Path(config.json).parent)  # now, not after hours
 
-    with memory.explained():
-        # Every data file is a set with a table of its own; a built-in task is a single set.
-        policy, tasks = open_model_and_tasks(
-            config.model,
-            sets=[((), (file,)) for file in config.data],
-            real=config.real,
-            device=config.device,
-            dtype=config.dtype,
-            max_new_tokens=config.max_new_tokens,
-            turns=config.turns,
-        )
-        longest = max(row_tokens(task, config.turns) for task in tasks)
-        sampler = make_sampler(policy, config.cache_tokens, longest, wanted=ROWS * longest)
-        results = {}
-        for task, name in zip(tasks, config.data or [str(tasks[0])]):
-            results[name] = measure(config, policy, task, sampler)
-            if config.json:  # after each, so that no figures are lost with the next set
-                settings = flat(config) | dict(max_new_tokens=task.max_new_tokens)
-                if config.data:  # a real model: "auto" is settled
-                    settings |= dict(
-                        template=task.encoding.template_name, prompt_tokens=task.prompt_tokens
-                    )
-                only = results[name] if len(tasks) == 1 else {}
-                figures = dict(settings=settings, made_by=versions(), sets=results) | only
-                write_json(config.json, figures)
+    # Every data file is a set with a table of its own; a built-in task is a single set.
+    policy, tasks = open_model_and_tasks(
+        config.model,
+        sets=[((), (file,)) for file in config.data],
+        real=config.real,
+        device=config.device,
+        dtype=config.dtype,
+        max_new_tokens=config.max_new_tokens,
+        turns=config.turns,
+        cache_tokens=config.cache_tokens,
+    )
+    sampler = make_sampler(policy, tasks, config.turns, config.cache_tokens)
+    results = {}
+    for task, name in zip(tasks, config.data or [str(tasks[0])]):
+        results[name] = measure(config, policy, task, sampler)
+        if config.json:  # after each, so that no figures are lost with the next set
+            settings = flat(config) | dict(max_new_tokens=task.max_new_tokens)
+            only = results[name] if len(tasks) == 1 else {}
+            figures = dict(settings=settings, made_by=versions(), sets=results) | only
+            write_json(config.json, figures)
 
 
 def measure(config, policy, task, sampler):

@@ -136,6 +136,11 @@ class Layer:
         return self.trained if kl_coef else self.trained & (self.advantages != 0)
 
 
+def step_seed(seed, step):
+    """The seed of a step's rollout: all its random numbers derive from it and from row numbers."""
+    return hash_seed(seed, step)
+
+
 def rollout(sampler, task, problems, group_sizes, sampling, sources="all", format_weight=0.0):
     """Grows a tree of answers on each problem -> [Layer 1, ..., Layer N], without advantages.
 

@@ -1,48 +1,35 @@
-"""The GPT: a decoder-only transformer in plain torch, one class for our tiny default and for the
-large families.
+"""The GPT: a decoder-only transformer in plain torch, one class for the tiny default and for large
+models.
 
-    python model.py                # prints the default model's parameters, module by module
+    python model.py                # the default model's parameters, module by module
 
-The idea. A token becomes a vector of D numbers; L blocks each add two corrections to it, one that
-looks at the tokens before (attention) and one that looks at the vector alone (the MLP); the last
-vector, compared with every row of the embedding table, gives the logits of the next token. The
-parts are those of Qwen2/2.5/3, Llama-3 and SmolLM2, switched by config: RMSNorm before each
-correction, rotary positions (RoPE) on queries and keys, grouped-query attention (K key/value heads
-shared by N query heads), a SwiGLU MLP, optional q/k/v bias, optional q/k norm, optional tied
-embeddings.
+The idea. A token becomes a vector of D numbers. L blocks each add two corrections to it: attention,
+from the tokens before, and an MLP, from the vector alone. The last vector, compared with every row
+of the embedding table, gives the logits of the next token. The parts are those of Qwen2/2.5/3,
+Llama-3 and SmolLM2, switched by config.
 
-Two decisions that the rest of the project leans on:
+1. A block does not know where keys and values are. `forward` takes a function attend(block, q, k,
+   v): training passes `causal_attention`, the sampler one that reads and extends its cache. With
+   one transformer for both, sampler and trainer agree (max |log-prob difference| < 1e-4 in fp32).
+2. Weights are stored in fp32 and cast to the compute type at use. An Adam step at lr 1e-6 is
+smaller
+   than what bf16 weights can hold: most of it would be rounded away.
 
-1. A block does not know where keys and values live. `forward` takes an `attend(layer, q, k, v)`
-   function: training passes `causal_attention`, the sampler passes one that reads and extends its
-   cache. There is one transformer, not two, so the sampler and the trainer cannot drift apart
-   (design: max |difference of log-probabilities| < 1e-4 in fp32).
-2. Weights are stored in fp32 and cast to the compute type where they are used. The optimiser then
-   sees every small update; bf16 weights would round away most of an Adam step at lr 1e-6.
-
-Letters: B rows, T tokens, L layers, D width, N query heads, K key/value heads, C head size, V
+Letters: B rows, T tokens, L blocks, D width, N query heads, K key/value heads, C head size, V
 vocabulary, M any number of flattened tokens.
 """
 
-import copy
 import functools
-import hashlib
 import math
-import os
-import time
-import warnings
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from runtime.flags import guarded
-
 CHUNK = 1024  # tokens whose logits exist at a time in training
-# of what a file may ask for; of any other size a million
+# The largest sizes that a file may ask for; 2^20 of any other size.
 LARGEST = dict(depth=1024, context=1 << 22)
 
 
@@ -50,11 +37,11 @@ LARGEST = dict(depth=1024, context=1 << 22)
 class ModelConfig:
     vocab_size: int
     width: int = 128  # D
-    depth: int = 4  # L
+    depth: int = 4  # L, the number of blocks
     heads: int = 4  # N
     kv_heads: int = 1  # K; N query heads share them
     head_size: int = 32  # C; Qwen3 and others choose it apart from width / heads
-    hidden: int = 384  # inner size of the MLP
+    hidden: int = 384  # width of the MLP
     context: int = 512  # longest sequence, prompt included
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
@@ -66,8 +53,8 @@ class ModelConfig:
     rope_scaling: tuple | None = None
 
     def __post_init__(self):
-        """ValueError for what is no transformer: a shape may come from a file, and files may say
-        anything."""
+        """ValueError for sizes that are no transformer's: a shape may come from an untrusted
+        file."""
         for name in (
             "vocab_size",
             "width",
@@ -95,8 +82,7 @@ class ModelConfig:
         if self.heads % self.kv_heads or self.head_size % 2:
             raise ValueError(
                 f"{self.heads} heads of size {self.head_size}, {self.kv_heads} key/value heads: "
-                "these must divide the heads, "
-                "and the size must be even, since RoPE turns pairs"
+                "these must divide the heads, and the size must be even, since RoPE turns pairs"
             )
         if type(self.end_tokens) is not tuple or not all(
             type(end) is int and end >= 0 for end in self.end_tokens
@@ -118,8 +104,8 @@ class ModelConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose fp32 master weight is cast to the type of what it is applied to; [..., in] ->
-    [..., out]."""
+    """nn.Linear whose fp32 master weight is cast to the type of its input; [..., in] -> [...,
+    out]."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -138,8 +124,8 @@ class RMSNorm(nn.Module):
 
 
 def rms_normalise(x, eps):
-    """x / sqrt(mean(x²) + eps) over the last dimension; the sum is taken in fp32. vector_norm reads
-    x once, where square and mean would write it out twice."""
+    """x / sqrt(mean(x²) + eps) over the last dimension, summed in fp32."""
+    # vector_norm reads x once; square and mean would write it out twice.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x * torch.addcmul(
         constant(eps, x.device), length, length, value=1 / x.shape[-1]
@@ -148,9 +134,9 @@ def rms_normalise(x, eps):
 
 @functools.cache
 def constant(value, device):
-    """A number as a tensor, made once: a Python number becomes one anew in every operation that it
-    takes part in."""
-    with torch.inference_mode(False):  # autograd may meet it later
+    """A number as a tensor, made once. A Python number would become a new one in every
+    operation."""
+    with torch.inference_mode(False):  # a backward pass may use it later
         return torch.tensor(value, device=device)
 
 
@@ -159,8 +145,8 @@ def rope_tables(context, head_size, theta, scaling=None):
     (arXiv 2104.09864, eq. 15).
 
     The first half of sin carries the minus sign of the rotation, so that `rotate` is two products
-    and a sum. scaling: Llama-3.1's, which slows turns that the original context saw less than once
-    down by a factor, leaves fast ones, and blends in between.
+    and a sum. scaling: Llama-3.1's. Turns that the original context saw less than once slow down by
+    a factor, fast ones stay, and those between are blended.
     """
     frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)  # [C/2]
     if scaling:
@@ -177,11 +163,11 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def causal_attention(layer, q, k, v):
+def causal_attention(block, q, k, v):
     """Attention of training and of plain forward passes: token t sees tokens 0..t of its own row.
 
-    q: [B, T, N, C]; k, v: [B, T, K, C] -> [B, T, N, C]. Rows of different lengths are padded on the
-    RIGHT: a pad comes after every real token, so the causal triangle alone keeps it out and no mask
+    block: its index, unused here; q: [B, T, N, C]; k, v: [B, T, K, C] -> [B, T, N, C]. Rows of
+    different lengths are padded on the RIGHT: the causal triangle then keeps pads out, and no mask
     per row is needed.
     """
     if q.is_cuda:
@@ -190,55 +176,47 @@ def causal_attention(layer, q, k, v):
         )
         return out.transpose(1, 2)
     # On a CPU torch's fused kernel took 50 ms (bf16) where these lines take 9 (forward + backward,
-    # 64 rows x 96 tokens, 4 query heads on 1): with K heads of n queries each, the n x T queries of
+    # 64 rows x 96 tokens, 4 query heads on 1). With K heads of G queries each, the G x T queries of
     # a key head form one tall matrix.
     B, T, N, C = q.shape
-    K, n = k.shape[2], N // k.shape[2]
-    q = q.view(B, T, K, n, C).transpose(1, 2).reshape(B, K, T * n, C)
-    # [T*n, T]
-    hidden = torch.full((T, T), -math.inf, device=q.device).triu(1).repeat_interleave(n, 0)
-    # softmax in fp32
-    weights = torch.add(hidden, q @ k.transpose(1, 2).mT, alpha=C**-0.5).softmax(-1).to(q.dtype)
-    return (weights @ v.transpose(1, 2)).view(B, K, T, n, C).transpose(1, 2).reshape(B, T, N, C)
+    K, G = k.shape[2], N // k.shape[2]
+    q = q.view(B, T, K, G, C).transpose(1, 2).reshape(B, K, T * G, C)
+    bias = torch.full((T, T), -math.inf, device=q.device).triu(1).repeat_interleave(G, 0)
+    scores = q @ k.transpose(1, 2).mT  # [B, K, T * G, T]
+    weights = torch.add(bias, scores, alpha=C**-0.5).softmax(-1).to(q.dtype)  # softmax in fp32
+    return (weights @ v.transpose(1, 2)).view(B, K, T, G, C).transpose(1, 2).reshape(B, T, N, C)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, index):
         super().__init__()
-        c, self.config, self.layer = config, config, layer
+        c, self.config, self.index = config, config, index
         self.norm1 = RMSNorm(c.width, c.norm_eps)
-        # three products in one
+        # q, k and v in one product
         self.qkv = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_size, bias=c.qkv_bias)
         self.out = Linear(c.heads * c.head_size, c.width, bias=False)
         self.norm2 = RMSNorm(c.width, c.norm_eps)
         self.gate_up = Linear(c.width, 2 * c.hidden, bias=False)  # two products in one
         self.down = Linear(c.hidden, c.width, bias=False)
         if c.qk_norm:
-            self.q_norm, self.k_norm = (
-                RMSNorm(c.head_size, c.norm_eps),
-                RMSNorm(c.head_size, c.norm_eps),
-            )
+            self.q_norm = RMSNorm(c.head_size, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_size, c.norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        return self.after(x, attend(self.layer, *self.before(x, cos, sin)))
-
-    def before(self, x, cos, sin):
-        """What attention compares: [B, T, D] -> q [B, T, N, C], k and v [B, T, K, C]."""
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, -1, c.head_size)  # [B, T, N + 2K, C]
         qk, v = qkv.split([c.heads + c.kv_heads, c.kv_heads], 2)
         if c.qk_norm:  # q_norm(q) and k_norm(k) in one pass over both
-            weight = torch.cat(
-                [self.q_norm.weight.expand(c.heads, -1), self.k_norm.weight.expand(c.kv_heads, -1)]
-            )
-            qk = rms_normalise(qk, c.norm_eps) * weight.to(qk.dtype)
-        return *rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2), v
-
-    def after(self, x, found):
-        """What attention found [B, T, N, C] is added to x, then what the MLP makes of both."""
-        x = x + self.out(found.flatten(2))
+            weights = [
+                self.q_norm.weight.expand(c.heads, -1),
+                self.k_norm.weight.expand(c.kv_heads, -1),
+            ]
+            qk = rms_normalise(qk, c.norm_eps) * torch.cat(weights).to(qk.dtype)
+        q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2)
+        attended = attend(self.index, q, k, v)  # [B, T, N, C]
+        x = x + self.out(attended.flatten(2))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
@@ -247,9 +225,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. `compute` is the type of activations (fp32 or bf16); parameters stay fp32 whatever
-    it is. `recompute`: backward computes blocks a second time instead of keeping what they computed
-    (about a third more time, a fraction of the memory)."""
+    """The model. `compute` is the type of activations (fp32 or bf16); parameters stay fp32.
+
+    `recompute`: backward computes blocks a second time instead of keeping their activations: about
+    a third more time, a fraction of the memory.
+    """
 
     def __init__(self, config, compute=torch.float32):
         super().__init__()
@@ -268,9 +248,9 @@ class GPT(nn.Module):
         self.apply(self._init)
 
     def _init(self, module):
-        """Embeddings N(0, 0.02); matrices N(0, 1 / fan-in), which keeps the size of what passes
-        through them at any width; those that write into the residual stream smaller by sqrt(2L),
-        the number of writes (GPT-2)."""
+        """Embeddings N(0, 0.02). Matrices N(0, 1 / fan-in), which keeps the size of activations at
+        any width; those that write into the residual stream are smaller by sqrt(2L), for its 2L
+        writes (GPT-2)."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
@@ -301,25 +281,12 @@ class GPT(nn.Module):
         cos = self.cos[positions][:, :, None].to(self.compute)  # [B or 1, T, 1, C]
         sin = self.sin[positions][:, :, None].to(self.compute)
         for block in self.blocks:
-            again = self.recompute and torch.is_grad_enabled()
-            x = self.recomputed(block, x, cos, sin, attend) if again else block(x, cos, sin, attend)
+            if self.recompute and torch.is_grad_enabled():  # checkpointing, arXiv 1604.06174
+                options = dict(use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, attend, **options)
+            else:
+                x = block(x, cos, sin, attend)
         return self.norm(x)
-
-    @staticmethod
-    def recomputed(block, x, cos, sin, attend):
-        """A block of which backward keeps the input alone, and computes the rest a second time
-        (activation checkpointing, arXiv 1604.06174)."""
-        return checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
-
-    def compile_blocks(self):
-        """torch.compile on what stands between two attentions: norms, rotations and gates then pass
-        memory once, not operation by operation. Any length is compiled for, once."""
-        # constant()
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        for block in self.blocks:
-            block.before, block.after = (
-                torch.compile(part, dynamic=True) for part in (block.before, block.after)
-            )
 
 
 # ---- from vectors to probabilities ---------------------------------------------------------------
@@ -346,7 +313,7 @@ class TokenLogprobs(torch.autograd.Function):
     forward:  logp = z[token] - logsumexp(z),  z = hidden @ weightᵀ / temperature
     backward: dz = (onehot(token) - softmax(z)) · dlogp / temperature, from logits computed a second
     time. At V = 151,936 the logits of 16 rows of 2,048 tokens are 20 GB in fp32, those of a chunk
-    of 1,024 tokens 0.6 GB. The entropy is for looking at; no gradient flows through it.
+    of 1,024 tokens 0.6 GB. The entropy is a diagnostic: no gradient flows through it.
     """
 
     @staticmethod
@@ -354,7 +321,7 @@ class TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.temperature, ctx.chunk, cast = temperature, chunk, weight.to(hidden.dtype)
         parts = [
-            TokenLogprobs.look(h, cast, token, temperature)
+            TokenLogprobs._forward_chunk(h, cast, token, temperature)
             for h, token in zip(hidden.split(chunk), tokens.split(chunk))
         ]
         logp, entropy = (torch.cat(part) for part in zip(*parts))
@@ -367,20 +334,20 @@ class TokenLogprobs(torch.autograd.Function):
         dweight, dhidden = torch.zeros_like(weight), torch.empty_like(hidden)
         cast = weight.to(hidden.dtype)
         for h, token, d, dh in zip(*(x.split(ctx.chunk) for x in (hidden, tokens, dlogp, dhidden))):
-            dz = TokenLogprobs.slope(h, cast, token, d, ctx.temperature)  # [chunk, V]
+            dz = TokenLogprobs._backward_chunk(h, cast, token, d, ctx.temperature)  # [chunk, V]
             torch.mm(dz, cast, out=dh)
             dweight += dz.mT @ h
-            del dz  # or it would stand beside the next chunk's
+            del dz  # before the next chunk's is allocated
         return dhidden, dweight, None, None, None
 
     @staticmethod
-    def look(h, weight, token, temperature):
-        """A chunk's log-probabilities and entropies; its logits end with this function."""
+    def _forward_chunk(h, weight, token, temperature):
+        """-> log-probabilities and entropies of a chunk. Its logits are freed on return."""
         z = scaled_logits(h, weight, temperature).log_softmax(-1)  # [chunk, V]
         return z.gather(-1, token[:, None])[:, 0], z.exp().mul_(z).sum(-1).neg_()
 
     @staticmethod
-    def slope(h, weight, token, d, temperature):
+    def _backward_chunk(h, weight, token, d, temperature):
         """dlogp / dz · d of a chunk, in the type of h."""
         dz = scaled_logits(h, weight, temperature).softmax(-1).mul_(-d[:, None])
         return dz.scatter_add_(-1, token[:, None], d[:, None]).div_(temperature).to(h.dtype)
@@ -396,157 +363,7 @@ def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=CHUNK):
     return TokenLogprobs.apply(hidden, weight, tokens, temperature, chunk)
 
 
-# ---- compute type and checkpoints ----------------------------------------------------------------
-
-
-def compute_dtype(name, device):
-    """-> the dtype of activations for "float32", "bfloat16" or "auto": bf16 on CUDA; on a CPU
-    whichever multiplies faster here.
-
-    The measurement: the better of 5 products of each, 2,048 x 384 by 384 x 512, about 10 ms in all.
-    CPUs with bf16 instructions (avx512_bf16, AMX) win by 2-4 times; others lose by as much.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if device == "cuda":
-        return (
-            torch.bfloat16
-            if not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-            else torch.float32
-        )
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 512, dtype=dtype)
-        times = []
-        for _ in range(6):  # the first one only warms up
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times[1:])
-    return min(seconds, key=seconds.get)
-
-
-def narrow_copy(model):
-    """A frozen copy whose parameters are in the compute type, cast one by one."""
-    cast = lambda parameter: nn.Parameter(
-        parameter.detach().to(model.compute, copy=True), requires_grad=False
-    )
-    return copy.deepcopy(
-        model, {id(parameter): cast(parameter) for parameter in model.parameters()}
-    )
-
-
-def checksum(path, but=0):
-    """16 hex digits of a file's content, without its last `but` bytes."""
-    digest, left = hashlib.sha256(), os.path.getsize(path) - but
-    with open(path, "rb") as file:
-        while piece := file.read(max(0, min(left, 1 << 20))):
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()[:16]
-
-
-def weights_checksum(model):
-    """16 hex digits of a model's weights, wherever they were read from."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().flatten().numpy())
-    return digest.hexdigest()[:16]
-
-
-def check_weights(weights, config):
-    """ValueError unless {name: tensor} are the weights of a GPT of this shape: every name, shape
-    and type, and finite numbers."""
-    with torch.device("meta"):  # a model without memory
-        expected = GPT(config).state_dict()
-    if weights.keys() != expected.keys():
-        raise ValueError(
-            f"the weight {min(map(str, weights.keys() ^ expected.keys()))} is there and should not "
-            "be, or is missing"
-        )
-    for name, like in expected.items():
-        found = weights[name]
-        if (
-            not isinstance(found, torch.Tensor)
-            or found.dtype != like.dtype
-            or found.shape != like.shape
-        ):
-            what = (
-                f"{found.dtype} {tuple(found.shape)}"
-                if isinstance(found, torch.Tensor)
-                else type(found).__name__
-            )
-            raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
-        if not found.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite")
-    if config.tied and not torch.equal(weights["head.weight"], weights["embed.weight"]):
-        raise ValueError("head.weight differs from embed.weight, with which it is tied")
-
-
-def save_checkpoint(path, model, weights=None, **extra):
-    """Writes weights (default: the model's), shape and `extra` (plain values) to `path`, and behind
-    them the checksum of it all. The file gets its name when it is whole and on the disk: a run
-    killed while writing leaves the old one."""
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(
-                dict(
-                    model_config=asdict(model.config),
-                    weights=weights or model.state_dict(),
-                    extra=extra,
-                ),
-                file,
-            )
-            file.flush()
-            # torch.load does not mind what stands behind its data
-            file.write(checksum(temporary).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (RuntimeError, OSError) as error:  # torch says RuntimeError when the disk is full
-        raise OSError(
-            f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is "
-            "intact"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path, compute=torch.float32, device="cpu"):
-    """-> model, extra. Never runs code from the file. FileNotFoundError, or ValueError that names
-    the file and why it is no checkpoint of ours: it does not end with its checksum (it is damaged,
-    or of an earlier version, which wrote none), or does not hold a model."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 16))
-            if file.read() != checksum(path, but=16).encode():
-                raise ValueError(
-                    "it does not end with its checksum; files of earlier versions have none, and "
-                    "need those versions' code"
-                )
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or not all(
-            isinstance(saved.get(name), dict) for name in ("model_config", "weights", "extra")
-        ):
-            raise ValueError("it does not hold model_config, weights and extra")
-        if saved["model_config"].keys() != {field.name for field in fields(ModelConfig)}:
-            raise ValueError("its model_config has other fields than a model's")
-        config = ModelConfig(**saved["model_config"])
-        check_weights(saved["weights"], config)
-    except (FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # torch.load raises many types for many kinds of files
-        reason = (
-            str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
-        )
-        raise ValueError(
-            f"{path} is not a checkpoint of this project, or is damaged ({reason})"
-        ) from error
-    model = GPT(config, compute)
-    model.load_state_dict(saved["weights"])
-    return model.to(device), saved["extra"]
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def main():
@@ -557,4 +374,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main)
+    main()

@@ -16,7 +16,7 @@ step; docs/metrics.md explains it), rollouts.jsonl (trees), result.json (the tab
 resume from), and the model: checkpoint.pt, or model/ in Hugging Face's format.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # first: Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import dataclasses
@@ -29,28 +29,15 @@ from typing import Annotated, Literal
 import torch
 
 from engine import packing
-from engine.keys import hash_seed
-from eval import ROWS, as_metrics, evaluate, percent, table
-from mgrpo import (
-    SamplingParams,
-    credit,
-    longest_phrase,
-    loss_denominator,
-    policy_loss,
-    rollout,
-)
+from eval import as_metrics, evaluate, percent, table
+from mgrpo import SamplingParams, credit, loss_denominator, policy_loss, rollout, step_seed
 from report import page
-from runtime import distributed, memory
-from runtime.checkpoints import weights_checksum
-from runtime.device import Hardware
+from runtime import distributed
 from runtime.flags import Above, AtLeast, BadInput, Between, Maybe, file_name, flat, parse_flags
 from runtime.log import Logging, Metrics, bar_of_rows, say
 from runtime.run import Run, origin_of, resumed_run, resumed_settings
-from sample import narrow_copy
-from tasks import base, opening
-from tasks.base import BaseConfig, pick_preset, preset_name
-from tasks.catalog import TaskConfig
-from tasks.opening import RealConfig, make_sampler, open_model_and_task, row_tokens
+from tasks import opening
+from tasks.opening import BaseConfig, Hardware, RealConfig, TaskConfig
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ class Config:
     minibatches: Annotated[int, AtLeast(1)] = 2  # optimiser steps a pass; questions are dealt out
 
     # Evaluation.
-    eval_questions: Annotated[int, AtLeast(2)] = 1024  # held-out questions of the two tables
+    eval_questions: Annotated[int, Between(2, 1 << 24)] = 1024  # held out, of the two tables
     eval_every: Annotated[int, AtLeast(0)] = 0  # steps between quick evaluations; 0: ten a run
 
     puzzle: TaskConfig = TaskConfig()
@@ -101,11 +88,10 @@ class Config:
     logging: Logging = Logging()
 
 
+# What a preset sets besides the size of the task and of its base (tasks/base.py).
 PRESETS = {
-    "cpu": base.PRESETS["cpu"],  # the defaults above: what two cores train in minutes
-    # More of everything that a GPU does in parallel.
-    "gpu": base.PRESETS["gpu"]
-    | dict(
+    "cpu": {},  # the defaults above: what two cores train in minutes
+    "gpu": dict(  # more of everything that a GPU does in parallel
         prompts=128,
         group_sizes=(8, 4),
         tokens=100_000_000,
@@ -113,7 +99,7 @@ PRESETS = {
         lr=3e-5,
         eval_questions=4096,
     ),
-    "smoke": base.PRESETS["smoke"] | dict(tokens=200_000, prompts=16, eval_questions=256),
+    "smoke": dict(tokens=200_000, prompts=16, eval_questions=256),
 }
 # For a model of --init: the paper's settings, as public re-implementations report them. (g_2, the
 # tokens and the transcripts are ours.)
@@ -122,6 +108,7 @@ PAPER_DEFAULTS = dict(
 )
 QUICK_QUESTIONS = 256  # of the quick evaluations during a run; greedy
 MAX_GRADIENT_NORM = 1.0
+MOST_ROWS = 1 << 24  # a step; more rows end in memory that runs out, or never
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -130,8 +117,7 @@ MAX_GRADIENT_NORM = 1.0
 def train(config):
     """The whole run -> path of its folder. BadInput for bad input, and when memory runs out."""
     check(config)
-    clock = time.time()
-    policy, task = open_model_and_task(
+    policy, task = opening.open_model_and_task(
         # The weights of a resumed run are in its state; its KL term needs the base it began with.
         origin_of(config) if config.resume and config.kl_coef else config.init,
         weights=not config.resume or config.kl_coef > 0,
@@ -144,39 +130,24 @@ def train(config):
         dtype=config.hardware.dtype,
         max_new_tokens=config.max_new_tokens,
         turns=turns(config),
-        say=say,
+        cache_tokens=config.hardware.cache_tokens,
     )
     config = settled(config, policy, task)
     policy.recompute = config.hardware.recompute == "yes"
-    plan = memory_plan(config, policy, task)
+    distributed.agree("settings", config)
+    first = task.train_problems(config.seed, 0, config.prompts)
+    distributed.agree("questions to learn from", [problem.question for problem in first])
 
     # The sampler decodes with a whole low-precision copy of the weights, so it is made before the
     # fp32 masters are cut into slices. (On one GPU `shard` does nothing.)
-    longest = row_tokens(task, turns(config))
-    sampler = make_sampler(
-        policy,
-        config.hardware.cache_tokens,
-        longest,
-        wanted=max(rollout_tokens(config, task), ROWS * longest),
-        # Gradients, AdamW, activations and logits come after the sampler has measured what is free.
-        reserved=memory.needed_in_training(plan),
-    )
-    began_with = weights_checksum(policy) if config.kl_coef else ""
-    reference = distributed.shard(narrow_copy(policy)) if config.kl_coef else None
-    policy = distributed.shard(policy)
+    sampler, plan = opening.training_sampler(config, policy, task, turns(config))
+    reference = opening.frozen_reference(policy) if config.kl_coef else None
+    policy, reference = distributed.shard(policy), reference and distributed.shard(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0.0, fused=True)
-    run = Run(
-        config,
-        settings(config),
-        policy,
-        optimizer,
-        opening.save_policy,
-        began_with,
-        time.time() - clock,
-    )
 
-    with memory.explained(plan), run:
-        sampler.refresh()
+    saved = settings(config)
+    with Run(config, saved, policy, reference, optimizer, opening.save_policy, plan) as run:
+        sampler.refresh(distributed.full_tensors(policy, policy.compute))
         if "base" not in run.results:
             run.table("base", held_out_tables("base", run, sampler, task, config))
         while run.tokens < config.tokens and not run.stop_asked():
@@ -192,16 +163,13 @@ def train(config):
             run.log(metrics, problems, layers, task.encoding)
             if run.due("save"):
                 run.save()
-        if run.tokens >= config.tokens:
+        if run.tokens >= config.tokens:  # else it was stopped
             run.table(method(config), held_out_tables(method(config), run, sampler, task, config))
-
-    if run.tokens >= config.tokens:
-        for row in run.results["base"]:  # greedy, temperature 1
-            rows = {name: results[row] for name, results in run.results.items()}
-            say(f"\n{row}\n{table(rows, task.unit)}")
-        say(f"\n{run.where_time_went()}")
-        minutes = run.progress.seconds / 60
-        say(f"{run.folder}: {minutes:.1f} minutes after the base; {how_to_evaluate(run, config)}")
+            for row in run.results["base"]:  # greedy, temperature 1
+                rows = {name: results[row] for name, results in run.results.items()}
+                say(f"\n{row}\n{table(rows, task.unit)}")
+            say(f"\n{run.where_time_went()}")
+            say(f"{run.folder}: {run.minutes():.1f} minutes after the base; {how_to_evaluate(run)}")
     return run.folder
 
 
@@ -221,7 +189,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
     sampling = SamplingParams(
         config.max_new_tokens,
         config.temperature,
-        seed=hash_seed(config.seed, number),
+        seed=step_seed(config.seed, number),
         first_row=share.start * config.group_sizes[0],
     )
     rows = len(problems) * sum(rows_per_question(config.group_sizes))
@@ -273,7 +241,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
         optimizer.zero_grad(set_to_none=True)
 
     # 5. The sampler decodes with its own copy of the weights: renew it.
-    sampler.refresh()
+    sampler.refresh(distributed.full_tensors(policy, policy.compute))
     trained = time.perf_counter()
 
     new = distributed.sum_over_ranks(dict(new=sum(int(layer.lengths.sum()) for layer in layers)))
@@ -471,10 +439,10 @@ def rows_per_question(group_sizes):
 def check(config):
     """BadInput for values that cannot work together, with the consequence and the remedy."""
     sizes, text = config.group_sizes, ",".join(map(str, config.group_sizes))
-    if math.prod([config.prompts, *sizes]) * len(sizes) > memory.MOST_ROWS:
+    if math.prod([config.prompts, *sizes]) * len(sizes) > MOST_ROWS:
         raise BadInput(
             f"--prompts {config.prompts} and --group-sizes {text} make too many rows a step: lower "
-            f"them to {memory.MOST_ROWS:,} at most"
+            f"them to {MOST_ROWS:,} at most"
         )
     if sizes == (1,):
         raise BadInput(
@@ -517,9 +485,6 @@ def settled(config, policy, task):
     """The config with nothing left open: what config.json and saved states hold."""
     what = Path(config.init).resolve().name if config.init else task.name
     recompute = {"auto": "yes" if config.init else "no"}
-    real = config.real
-    if config.init:
-        real = dataclasses.replace(real, template=task.encoding.template_name)
     hardware = dataclasses.replace(
         config.hardware,
         device=policy.cos.device.type,
@@ -528,56 +493,23 @@ def settled(config, policy, task):
     )
     return dataclasses.replace(
         config,
-        preset=preset_name(config.preset, config.hardware.device),
+        preset=opening.preset_name(config.preset, config.hardware.device),
         name=config.name or f"{what}-{method(config).lower()}-{config.seed}",
         max_new_tokens=task.max_new_tokens,
         layer_weights=config.layer_weights or (1.0,) * len(config.group_sizes),
-        real=real,
+        real=dataclasses.replace(config.real, template=opening.template_of(policy)),
         hardware=hardware,
     )
 
 
 def settings(config):
     """The config as a flat dict; for a model of --init without what would have made a base."""
-    unused = {*flat(config.puzzle), *flat(config.base)} if config.init else set()
+    unused = {"preset", *flat(config.puzzle), *flat(config.base)} if config.init else set()
     return {k: v for k, v in flat(config).items() if k not in unused} | dict(resume="")
 
 
-def memory_plan(config, policy, task):
-    """Prints and returns where the memory of a step will go (runtime/memory.py)."""
-    hardware = config.hardware
-    plan = memory.plan(
-        policy.config,
-        compute=policy.compute,
-        tokens=hardware.tokens_per_microbatch,
-        prompts=config.prompts,
-        group_sizes=config.group_sizes,
-        prompt=task.prompt_tokens,
-        completion=config.max_new_tokens,
-        phrase=longest_phrase(task.encoding),
-        cache_tokens=hardware.cache_tokens,
-        reference=config.kl_coef > 0,
-        recompute=hardware.recompute == "yes",
-        device=hardware.device,
-        total=memory.available(hardware.device),
-        ranks=distributed.size(),
-    )
-    say(memory.plan_text(plan, memory.available(hardware.device)))
-    return plan
-
-
-def rollout_tokens(config, task):
-    """Tokens that the rollout of this rank has in its KV cache at its end."""
-    return memory.kv_tokens(
-        len(distributed.share(config.prompts)),
-        config.group_sizes,
-        task.prompt_tokens,
-        config.max_new_tokens,
-        longest_phrase(task.encoding),
-    )
-
-
-def how_to_evaluate(run, config):
+def how_to_evaluate(run):
+    config = run.config
     if not config.init:
         return f"python eval.py {run.folder}"
     verifier = "" if config.real.verifier == "rules" else f" --verifier {config.real.verifier}"
@@ -616,12 +548,18 @@ RENAMED = dict(
 def presets(given):
     """The values under the given flags. BadInput for flags of one kind of run given to another."""
     if given.get("resume"):
-        stored = resumed_settings(given)
+        stored = resumed_settings(given, flags.kinds(Config))
         return {name: stored[name] for name in flat(Config()) if name in stored}
     if given.get("init"):
         for name in {*flat(TaskConfig()), *flat(BaseConfig()), "preset"} & given.keys():
             raise BadInput(
                 f"--{name.replace('_', '-')} is about bases that are made here; drop it with --init"
+            )
+        init = Path(given["init"])
+        if init.is_file() or (init / "checkpoint.pt").exists():
+            raise BadInput(
+                f"--init {init} is no folder of a model in Hugging Face's format; a run on a "
+                "built-in task continues with --resume"
             )
         if not given.get("data"):
             raise BadInput(
@@ -633,7 +571,7 @@ def presets(given):
         raise BadInput(
             f"--{name.replace('_', '-')} needs --init: the built-in tasks make their own problems"
         )
-    return pick_preset(given, PRESETS)
+    return opening.preset(given, PRESETS)
 
 
 def main():

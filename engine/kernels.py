@@ -1,61 +1,30 @@
-"""What a decode step is made of, besides matrix products: each operation as a Triton kernel and as
-its twin in torch.
+"""The operations of a decode step besides matrix products: five Triton kernels, each beside its
+torch reference.
 
-    python bench.py kernels                        # what each kernel moves and computes; registers
-                                                   and spills for sm_80, sm_90
-    pytest tests/test_kernels.py                   # every kernel in Triton's interpreter, against
-                                                   its twin (needs triton, not a GPU)
+    python -m tools.bench_kernels                  # bytes, operations, registers and spills
+    pytest tests/test_kernels.py                   # every kernel against its reference, in Triton's
+                                                   # interpreter (needs triton, no GPU)
 
-The idea. Between two matrix products a decode step does little arithmetic on small tensors, and
-torch launches several kernels for each line of it, every one of which reads and writes memory. A
-fused kernel reads what it needs once and writes the result. Here are five, and for each: the
-mathematics in a line, the grid in a line (who computes what), the twin, and a wrapper that checks
-what a kernel cannot (a wrong stride gives wrong numbers, not an error) and launches it.
+The idea. Between two matrix products a decode step does little arithmetic on small tensors. torch
+launches several kernels for each line of it, and each of them reads and writes memory. A fused
+kernel reads every number once and writes the result. The wrapper checks dtype, shape and strides: a
+wrong stride gives wrong numbers, not an error.
 
-    add_norm     x + δ, and its RMSNorm               1 program a row
-    swiglu       silu(gate) · up                      1 program a row and 1,024 columns
-    rope_store   q/k norm, RoPE, keys and values      1 program a row and head
-                 into the cache
-    attend       attention to segments of the cache   1 program a segment (with the rows that share
-                 it), key/value head and split,
-                                                      then 1 program a row and head that merges what
-                                                      they found
-    choose       temperature, noise, argmax,          1 program a row, one pass over the logits
-                 log-probability, bookkeeping
+A CPU runs the references, except for attention: there engine/cache.py forms larger products.
 
-The twins are what runs on a CPU (attention apart: there cache.Grouped makes larger products of
-rows; the twin here is its oracle).
-
-Random numbers are written twice, in torch and in Triton, from the same integers: a row draws the
-same bits on every device.
-
-Letters: R rows, N query heads, K key/value heads, G = N / K query heads a key/value head, C head
-size, V vocabulary, D width, F inner size of the MLP. "Slots" are places for one token's keys and
-values: the cache is k, v [slots, K, C] for each layer.
+Letters: R rows, N query heads, K key/value heads, G = N / K, C head size, V vocabulary, D width, F
+width of the MLP. A slot holds one token's keys and values: the cache is k, v [slots, K, C] a block.
 """
 
 from __future__ import annotations
 
-import functools
-import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+from engine.keys import INTERPRETED, _exponential_noise, _mix, exponential_noise, jit, tl, triton
 from model import rms_normalise, rotate, scaled
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the CPU needs none of it
-    triton = tl = None
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def jit(function):
-    return triton.jit(function) if triton else function
 
 
 def power_of_2(n):
@@ -64,13 +33,13 @@ def power_of_2(n):
 
 
 def check(condition, sentence):
+    """ValueError with this sentence, unless the condition holds."""
     if not condition:
         raise ValueError(sentence)
 
 
 def check_dense(**tensors):
-    """Kernels compute addresses themselves: what they are given must lie in memory as its shape
-    says."""
+    """ValueError for a tensor that is not contiguous: the kernels compute addresses from shapes."""
     for name, x in tensors.items():
         check(
             x.is_contiguous(),
@@ -78,121 +47,14 @@ def check_dense(**tensors):
         )
 
 
-# ---- keyed random numbers ------------------------------------------------------------------------
-
-MULTIPLIER = 0x846CA68B - (1 << 32)  # as the signed number with these 32 bits
-# scales [0, 2³¹] to below 1: the largest number in fp32 that does
-TO_1 = 2.0**-31 * (1 - 2.0**-24)
-INSIDE = 2.0**-32 * (1 - 2.0**-21)  # and [-2³¹, 2³¹] to (-1/2, 1/2), both ends left out in fp32
-
-
-def mix(x):
-    """A bijective scrambler of 32-bit integers ("lowbias32", C. Wellons): every input bit flips
-    each output bit half the time.
-
-    x: int32 tensor, or a Python int in [0, 2³²) -> the same kind. Tensors wrap at 32 bits by
-    themselves; >> on a signed tensor copies the sign, so its top bits are masked off.
-    """
-    if isinstance(x, int):
-        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
-        return x ^ x >> 16
-    x = x ^ (x >> 16 & 0xFFFF)
-    x = x.mul_(0x7FEB352D)
-    x = x.bitwise_xor_(x >> 15 & 0x1FFFF)
-    x = x.mul_(MULTIPLIER)
-    return x.bitwise_xor_(x >> 16 & 0xFFFF)
-
-
-@jit
-def _mix(x):
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-def fold(*numbers):
-    """One 32-bit number from several, order included: fold(seed, step) is a seed of its own for
-    every step."""
-    key = 0
-    for number in numbers:
-        key = mix(key + 0x9E3779B9 & 0xFFFFFFFF ^ mix(number & 0xFFFFFFFF))
-    return key
-
-
-def row_keys(seed, rows):
-    """rows: [R] row numbers -> int32 [R], a key for each."""
-    key = fold(seed)
-    return mix(rows.to(torch.int32) ^ (key - (1 << 32) if key >= 1 << 31 else key))
-
-
-def at_position(keys, positions):
-    """keys: int32 [R] of rows; positions: [R] -> int32 [R], the keys of these rows at these
-    positions."""
-    return mix(keys ^ mix(positions.to(torch.int32) + 1))
-
-
-@functools.cache
-def columns(size, device):
-    """int32 [size], scrambled numbers of the tokens of a vocabulary."""
-    return mix(torch.arange(size, dtype=torch.int32, device=device))
-
-
-def exponentials(keys, positions, size):
-    """keys: int32 [R] of rows; positions: [R] -> fp32 [R, size], independent draws from the
-    exponential distribution of mean 1.
-
-    Keys and columns are well mixed already, so half of a `mix` joins them.
-    """
-    # [R, V], the largest tensor of a step:
-    bits = (at_position(keys, positions)[:, None] ^ columns(size, keys.device)).mul_(0x7FEB352D)
-    # written in place where it can be
-    bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(MULTIPLIER)
-    return waits(bits, keys)
-
-
-def waits(bits, keys):
-    """bits: int32 [R, V], keys: int32 [R] of rows -> fp32 [R, V], E = -log(1 - v) with v uniform on
-    (0, 1).
-
-    A token of probability p is drawn when its E is about p or less, so rare tokens live on the
-    smallest E: v must be fine near 0. (The obvious -log u is fine near u = 0, where E is large;
-    near u = 1 fp32 has steps of 6e-8, and a token of 1e-7 loses nine draws in ten.) v = |bits + r|
-    / 2³¹, and r in (0, 1), from the row's key, fills the step between two integers. With 1/2 for
-    every row, tokens of 1e-9 would be drawn 0.991 times as often as they should be, of 1e-10 0.46
-    times; with r, down to 1e-13, none of them is short of 1 %. v is never 0 (E = 0 would win at ANY
-    probability) nor 1 (E = inf would lose to a token that cannot come).
-    """
-    r = keys[:, None] * INSIDE + 0.5
-    return bits.float().add_(r).abs_().mul_(-TO_1).log1p_().neg_()
-
-
-@jit
-def _waits(bits, key):
-    """log(1 - v) keeps too few digits of a small v, and Triton has no log1p: below 1/64 four terms
-    of its series, exact to 2⁻²⁶."""
-    r = key.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283053e-10 + 0.5  # INSIDE, in fp32
-    v = tl.abs(bits.to(tl.int32, bitcast=True).to(tl.float32) + r) * 4.6566126e-10  # TO_1
-    return tl.where(
-        v < 0.015625, v * (1.0 + v * (0.5 + v * (0.33333334 + v * 0.25))), -tl.log(1.0 - v)
-    )
-
-
-@jit
-def _exponentials(key, here, column):
-    bits = (here ^ _mix(column.to(tl.uint32))) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return _waits(bits, key)
-
-
 # ---- add, norm -----------------------------------------------------------------------------------
 
 
 def add_norm_torch(x, delta, weight, eps):
-    """x, delta: [R, D] (delta may be None); weight: [D] -> x + δ, and (x + δ) / rms(x + δ) ·
-    weight."""
+    """total = x + δ, normed = total / rms(total) · weight.
+
+    x, delta: [R, D] (delta None: 0); weight: [D] -> total, normed [R, D].
+    """
     x = x if delta is None else x + delta
     return x, rms_normalise(x, eps) * weight
 
@@ -209,15 +71,17 @@ def _add_norm(
         value += tl.load(delta + at, inside, 0.0).to(tl.float32)
     stored = value.to(total.dtype.element_ty)
     tl.store(total + at, stored, inside)
-    value = stored.to(tl.float32)  # what the next layer will read
+    value = stored.to(tl.float32)  # the rounded sum, which the next block reads
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
     w = tl.load(weight + column, inside, 0.0).to(tl.float32)
     tl.store(normed + at, (value * scale * w).to(normed.dtype.element_ty), inside)
 
 
 def add_norm(x, delta, weight, eps):
-    """The kernel of `add_norm_torch`: reads x and δ once, writes the sum and its norm. Grid:
-    rows."""
+    """The kernel of `add_norm_torch`: reads x and δ once, writes the sum and its norm.
+
+    Grid: R, one program a row.
+    """
     R, D = x.shape
     check(
         weight.shape == (D,)
@@ -246,7 +110,7 @@ def add_norm(x, delta, weight, eps):
 
 
 def swiglu_torch(gate_up):
-    """[R, 2F], gate beside up -> silu(gate) · up [R, F]."""
+    """silu(gate) · up. gate_up: [R, 2F], gate beside up -> [R, F]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -265,7 +129,10 @@ def _swiglu(gate_up, out, size, BLOCK: tl.constexpr):
 
 
 def swiglu(gate_up):
-    """The kernel of `swiglu_torch`. Grid: rows x blocks of 1,024 columns."""
+    """The kernel of `swiglu_torch`.
+
+    Grid: R x F / 1,024, one program a row and block of columns.
+    """
     R, size = gate_up.shape[0], gate_up.shape[1] // 2
     check(
         gate_up.shape[1] == 2 * size,
@@ -281,9 +148,11 @@ def swiglu(gate_up):
 
 
 def rope_store_torch(qkv, norms, cos, sin, slot, k, v, heads, eps):
-    """qkv: [R, (N + 2K) C]; norms: None, or q's and k's weights [N + K, C]; cos, sin: [R, C] of
-    each row's position; slot: [R]; k, v: [slots, K, C], written -> q [R, N, C], turned: norm first,
-    then x cos + roll(x) sin."""
+    """q and k: x = norm(x), then x · cos + roll(x) · sin; keys and values go into the cache.
+
+    qkv: [R, (N + 2K) C]; norms: None, or the weights of q's and k's norms [N + K, C]; cos, sin:
+    [R, C] of each row's position; slot: [R]; k, v: [slots, K, C], written -> q [R, N, C].
+    """
     K, C = k.shape[1:]
     qk, value = qkv.view(len(qkv), -1, C).split([heads + K, K], 1)
     qk = qk if norms is None else rms_normalise(qk, eps) * norms
@@ -318,7 +187,7 @@ def _rope_store(
         tl.load(at + c, inside, 0.0).to(tl.float32),
         tl.load(at + other, inside, 0.0).to(tl.float32),
     )
-    where = tl.load(slot + row)
+    to = tl.load(slot + row)
     if head < N + K:
         if NORM:
             scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / C + eps)
@@ -332,14 +201,17 @@ def _rope_store(
     if head < N:
         tl.store(q + (row * N + head) * C + c, x, inside)
     elif head < N + K:
-        tl.store(k + (where * K + head - N) * C + c, x, c < tl.where(where >= 0, C, 0))
+        tl.store(k + (to * K + head - N) * C + c, x, c < tl.where(to >= 0, C, 0))
     else:
-        tl.store(v + (where * K + head - N - K) * C + c, x, c < tl.where(where >= 0, C, 0))
+        tl.store(v + (to * K + head - N - K) * C + c, x, c < tl.where(to >= 0, C, 0))
 
 
 def rope_store(qkv, norms, cos, sin, slot, k, v, heads, eps):
-    """The kernel of `rope_store_torch`. Grid: rows x (N + 2K) heads. A row whose slot is -1 is an
-    empty place: it writes nothing."""
+    """The kernel of `rope_store_torch`. A row whose slot is -1 is an empty place: it writes
+    nothing.
+
+    Grid: R x (N + 2K), one program a row and head.
+    """
     (R, K, C), N = (len(qkv), *k.shape[1:]), heads
     check(
         qkv.shape[1] == (N + 2 * K) * C and C % 2 == 0,
@@ -383,41 +255,38 @@ def rope_store(qkv, norms, cos, sin, slot, k, v, heads, eps):
 
 
 def attend_torch(q, k, v, groups):
-    """softmax(q·kᵀ / sqrt C) v over ALL segments of a row, in fp32: the oracle. q: [R, N, C]; k, v:
-    [slots, K, C].
+    """softmax(q·kᵀ / sqrt C) · v over ALL segments that a row sees, in fp32.
 
-    groups: [(rows [I, M], starts [I], lengths [I]), ...]: segment i of a group is slots starts[i]
-    .. starts[i] + lengths[i] - 1, and its keys are seen by the rows named in rows[i] (-1: nobody).
-    -> [R, N, C]; 0 for rows without keys.
+    q: [R, N, C]; k, v: [slots, K, C]. groups: [(rows [I, M], starts [I], lengths [I]), ...].
+    Segment i of a group is slots starts[i] .. starts[i] + lengths[i] - 1; the rows named in rows[i]
+    see its keys (-1: no row). -> [R, N, C]; 0 for rows without keys.
     """
-    (R, N, C), K, seen = q.shape, k.shape[1], [[] for _ in q]
+    (R, N, C), K, visible = q.shape, k.shape[1], [[] for _ in q]
     for rows, starts, lengths in groups:
         for members, start, length in zip(rows.tolist(), starts.tolist(), lengths.tolist()):
             for row in set(members) - {-1}:
-                seen[row] += range(start, start + length)
+                visible[row] += range(start, start + length)
     out = torch.zeros(R, K, N // K, C, dtype=torch.float32)
-    for row, slots in enumerate(seen):
-        # [K, G, T]
-        weights = (
-            q[row].view(K, -1, C).float() @ k[slots].float().permute(1, 2, 0) * C**-0.5
-        ).softmax(-1)
+    for row, slots in enumerate(visible):
+        scores = q[row].view(K, -1, C).float() @ k[slots].float().permute(1, 2, 0)  # [K, G, T]
+        weights = (scores * C**-0.5).softmax(-1)
         out[row] = weights @ v[slots].float().transpose(0, 1)
     return out.view(R, N, C).to(q.dtype)
 
 
-FILL = 256  # programs that keep a GPU busy
+FILL = 256  # programs that occupy a GPU
 
 
 def splits_for(rows, kv_heads):
-    """Into how many parts the keys of a segment are split, so that few rows still make FILL
+    """-> the number of parts that a segment's keys are split into, so that few rows still make FILL
     programs: a power of two, at most 16."""
     return max(1, min(16, power_of_2(FILL // (rows * kv_heads))))
 
 
 def members_for(dtype, heads, kv_heads):
-    """How many rows meet a shared segment in one tile: with G queries each, 64 queries on the
-    tensor cores. Products in fp32 are summed in ordinary registers, of which 64 queries want more
-    than there are (5 to 10 kB a thread go to memory): 16 queries then."""
+    """-> the number of rows that meet a shared segment in one tile: 64 queries on the tensor cores,
+    G of each row. In fp32 16: products are then summed in ordinary registers, and 64 queries would
+    spill 5 to 10 kB a thread."""
     return max(1, (16 if dtype.itemsize == 4 else 64) * kv_heads // heads)
 
 
@@ -461,23 +330,23 @@ def _attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for j in range(begin, end, BLOCK_N):
-        seen = j + n < end
+        inside = j + n < end
         at = ((start + j + n) * K + head) * C
         # [C, N]
-        keys = tl.load(k + at[None, :] + c[:, None], seen[None, :] & (c < C)[:, None], 0.0)
+        keys = tl.load(k + at[None, :] + c[:, None], inside[None, :] & (c < C)[:, None], 0.0)
         # [N, C]
-        values = tl.load(v + at[:, None] + c[None, :], seen[:, None] & (c < C)[None, :], 0.0)
+        values = tl.load(v + at[:, None] + c[None, :], inside[:, None] & (c < C)[None, :], 0.0)
         if WIDE:
             tile, keys, values = tile.to(tl.float32), keys.to(tl.float32), values.to(tl.float32)
         score = tl.dot(tile, keys, input_precision="ieee") * scale
-        score = tl.where(seen[None, :], score, -float("inf"))
+        score = tl.where(inside[None, :], score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight, fade = tl.exp(score - higher[:, None]), tl.exp(top - higher)
         acc = acc * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         total, top = total * fade + tl.sum(weight, 1), higher
     part = (row * N + head * G + m % G) * PARTS + first_part + split
     tl.store(lse + part, top + tl.log(total), live & (total > 0))
-    tl.store(lse + part, top, live & (total == 0))  # -inf: nothing was seen
+    tl.store(lse + part, top, live & (total == 0))  # -inf: no key
     tl.store(
         out + part[:, None] * C + c[None, :],
         acc / tl.maximum(total, 1e-30)[:, None],
@@ -501,15 +370,16 @@ def _merge(parts, lse, out, C, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
 
 
 def attend(q, k, v, groups, splits=1):
-    """The kernels of `attend_torch`. Grid: segments x K x splits, each with a tile of M = members x
-    G queries that meets the segment's keys ONCE, on the tensor cores; then R x N, merging o = Σ o_p
-    exp(lse_p) / Σ exp(lse_p) over the parts p a row has.
+    """The kernels of `attend_torch`. Two steps: o_p, lse_p of each part p of a row's keys, then
+    o = Σ o_p exp(lse_p) / Σ exp(lse_p).
 
-    A group is a kernel launch and `splits` parts of every row: one for each generation of shared
+    Grid: segments x K x splits. A program holds M = members x G queries, and reads the segment's
+    keys ONCE for all of them. Then R x N, one program a row and head that merges the parts.
+
+    A group is a launch and gives `splits` parts of every row: a group for each layer of shared
     prefixes, whose members are siblings, and one for the rows' own segments. Lengths are read on
-    the device, so a captured graph serves whatever they have become. Rows named in no group get
-    whatever was in memory: they must be rows that nobody looks at. (WIDE: the interpreter cannot
-    multiply bf16 matrices.)
+    the device, so a captured graph stays right while they grow. A row named in no group gets
+    undefined values: it must be an empty place. (WIDE: the interpreter cannot multiply bf16.)
     """
     (R, N, C), K = q.shape, k.shape[1]
     G, parts, first = N // K, splits * len(groups), 0
@@ -519,10 +389,10 @@ def attend(q, k, v, groups, splits=1):
         f"values {tuple(v.shape)} {v.dtype}",
     )
     wide = q.itemsize == 4
-    block = (64 if C <= 64 else 32) // (2 if wide else 1)  # keys at a time: what registers hold
-    # without this ptxas saves some and spills 8 or 16 bytes for it
+    block = (64 if C <= 64 else 32) // (2 if wide else 1)  # keys at a time, as registers allow
+    # Without a limit ptxas spills 8 or 16 bytes in fp32.
     registers = 128 if wide else None
-    found = torch.empty(R, N, parts, C, device=q.device)
+    partial = torch.empty(R, N, parts, C, device=q.device)
     lse = torch.empty(R, N, parts, device=q.device)
     for rows, starts, lengths in groups:
         check(
@@ -537,7 +407,7 @@ def attend(q, k, v, groups, splits=1):
             rows,
             starts,
             lengths,
-            found,
+            partial,
             lse,
             first,
             C**-0.5,
@@ -559,7 +429,7 @@ def attend(q, k, v, groups, splits=1):
         first += splits
     out = torch.empty_like(q)
     _merge[(R * N,)](
-        found,
+        partial,
         lse,
         out,
         C,
@@ -575,21 +445,19 @@ def attend(q, k, v, groups, splits=1):
 
 
 def choose_torch(logits, temperature, rows):
-    """An exponential race: if every token v waits a time E_v / p_v, E_v exponential, the first to
-    arrive is v with probability p_v. (Its logarithm is the Gumbel-max trick: argmax log p_v - log
-    E_v.) logits: [R, V]; temperature: 0 is greedy, with log-probabilities at 1.
+    """token = argmin E_v / p_v: an exponential race. If token v arrives after a time E_v / p_v,
+    with E_v exponential, the first to arrive is v with probability p_v (the Gumbel-max trick,
+    without its logarithms).
 
-    rows: cache.Rows, whose rows that are alive are moved on by a token: token and fp32
-    log-probability noted, length and position up by one, and no longer alive after an end token or
-    at their limit.
+    logits: [R, V]; temperature: 0 is greedy, with log-probabilities at 1; rows: RowState, whose key
+    and length seed E -> token [R], log-probability fp32 [R].
     """
     p = scaled(logits, temperature).softmax(-1)  # [R, V]
-    token = (
-        p.argmax(-1)
-        if temperature == 0
-        else exponentials(rows.key, rows.length, p.shape[1]).div_(p).argmin(-1)
-    )
-    rows.advance(token, p.gather(1, token[:, None])[:, 0].log())
+    if temperature == 0:
+        token = p.argmax(-1)
+    else:
+        token = exponential_noise(rows.key, rows.length, p.shape[1]).div_(p).argmin(-1)
+    return token, p.gather(1, token[:, None])[:, 0].log()
 
 
 @jit
@@ -616,25 +484,25 @@ def _choose(
     r = tl.program_id(0).to(tl.int64)
     if tl.load(alive + r):
         t = tl.load(length + r)
-        mine = tl.load(key + r).to(tl.uint32, bitcast=True)
-        here = _mix(mine ^ _mix((t + 1).to(tl.uint32)))
-        # best: the largest p / E, as far as p is known
+        row_key = tl.load(key + r).to(tl.uint32, bitcast=True)
+        position_key = _mix(row_key ^ _mix((t + 1).to(tl.uint32)))
+        # The largest p / E of the blocks read so far, its logit and its token.
         best, best_z, choice = 0.0, -float("inf"), 0
         top, total = -float("inf"), 0.0
         for first in range(0, V, BLOCK):
             v = first + tl.arange(0, BLOCK)
             z = tl.load(logits + r * stride + v, v < V, -float("inf")).to(tl.float32) / temperature
             higher = tl.maximum(top, tl.max(z, 0))
-            # a filter may leave nothing of a block
+            # A filter may leave no token of a block.
             safe = tl.where(higher == -float("inf"), 0.0, higher)
             weight, fade = tl.exp(z - safe), tl.exp(top - safe)  # p, but for a factor
             total, best, top = total * fade + tl.sum(weight, 0), best * fade, higher
-            race = weight if GREEDY else weight / _exponentials(mine, here, v)
+            race = weight if GREEDY else weight / _exponential_noise(row_key, position_key, v)
             winner = tl.argmax(race, 0)
             high = tl.max(race, 0)
-            z_there = tl.sum(tl.where(v == first + winner, z, 0.0), 0)
+            z_high = tl.sum(tl.where(v == first + winner, z, 0.0), 0)
             choice = tl.where(high > best, first + winner, choice)
-            best_z = tl.where(high > best, z_there, best_z)
+            best_z = tl.where(high > best, z_high, best_z)
             best = tl.maximum(best, high)
         out = tl.load(row + r) * most + t
         tl.store(tokens + out, choice.to(tl.int64))
@@ -648,8 +516,11 @@ def _choose(
 
 
 def choose(logits, temperature, rows):
-    """The kernel of `choose_torch`. Grid: rows; each runs once over its logits, with the sum of
-    exponentials and the race side by side."""
+    """The kernel of `rows.advance(*choose_torch(logits, temperature, rows))`: one pass over the
+    logits, with the sum of exponentials and the race side by side.
+
+    Grid: R, one program a row.
+    """
     R, V = logits.shape
     check(
         logits.stride(1) == 1 and len(rows.token) == R,
@@ -677,3 +548,10 @@ def choose(logits, temperature, rows):
         BLOCK=min(4096, power_of_2(V)),
         num_warps=8 if V > 4096 else 4,
     )
+
+
+# The same operations under the same names: a decode step takes one of the two sets.
+FUSED = SimpleNamespace(add_norm=add_norm, swiglu=swiglu, rope_store=rope_store)
+REFERENCE = SimpleNamespace(
+    add_norm=add_norm_torch, swiglu=swiglu_torch, rope_store=rope_store_torch
+)

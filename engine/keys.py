@@ -3,10 +3,10 @@
     pytest tests/test_sample.py -k noise           # distribution, tails, independence
     pytest tests/test_kernels.py -k noise          # the Triton twin, bit by bit
 
-The idea. A generator with a state makes a row's tokens depend on every draw before it: on the batch,
-on the rows that have ended, on the device. Here the noise of (seed, layer, row, position, token) is
-a hash of these five integers. A row draws the same tokens alone or among 300 others, in one process
-or in eight, on a CPU or on a GPU.
+The idea. A generator with a state makes a row's tokens depend on every draw before it: on the
+batch, on the rows that have ended, on the device. Here the noise of (seed, layer, row, position,
+token) is a hash of these five integers. A row draws the same tokens alone or among 300 others, in
+one process or in eight, on a CPU or on a GPU.
 
 Letters: R rows, V vocabulary.
 """
@@ -122,8 +122,8 @@ def exponential_from_bits(bits, keys):
 
     r fills the step between two integers. With r = 1/2 in every row, tokens of 1e-9 would be drawn
     0.991 times as often as they should be, of 1e-10 0.46 times. With a key's r no token down to
-    1e-13 is drawn more than 1 % too rarely. v is never 0 (E = 0 wins at ANY probability) and never 1
-    (E = inf loses to a token of probability 0).
+    1e-13 is drawn more than 1 % too rarely. v is never 0 (E = 0 wins at ANY probability) and never
+    1 (E = inf loses to a token of probability 0).
     """
     r = keys[:, None] * TO_HALF + 0.5
     return bits.float().add_(r).abs_().mul_(-TO_UNIT).log1p_().neg_()

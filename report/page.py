@@ -5,10 +5,10 @@
     python -m report out/tiny-qwen-eval-gsm8k-test.jsonl        # the dialogues of an evaluation
 
 Everything is made from what a run has written so far (config.json, metrics.jsonl, rollouts.jsonl,
-result.json, eval-*.jsonl), so a run that was killed has its page too; train.py and eval.py make it
-at their end. Tables are HTML and curves are SVG (curves.py; without matplotlib the page has none).
-Trees are data that page.html's script draws a screenful at a time, so a large page opens at once.
-Of more trees than fit into `MAX_TREE_BYTES` the page shows evenly chosen ones, and their number.
+result.json, eval-*.jsonl), so a run that was killed has its page too; train.py makes it at its end.
+Tables are HTML and curves are SVG (curves.py; without matplotlib the page has none). Trees are data
+that page.html's script draws a screenful at a time, so a large page opens at once. Of more trees
+than fit into `MAX_TREE_BYTES` the page shows evenly chosen ones, and their number.
 
 The text of a model may be anything, also HTML. It reaches the page as JSON without any "<", and
 the script inserts it as text nodes. The page's policy names the one script that may run by its
@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 
+from eval import columns, percent, summarise, turns_of
 from report import curves
 from report.trees import (
     complain,
@@ -44,7 +45,6 @@ from report.trees import (
 )
 from runtime.distributed import rank0
 from runtime.flags import BadInput, guarded, parse_flags, read_json, reading
-from eval import columns, percent, summarise, turns_of
 
 MAX_TREE_BYTES = 9_000_000  # of trees on a page, about
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -79,7 +79,7 @@ def open_run(path):
     """A run's folder, or a file of dialogues -> Run. BadInput for what is neither."""
     path = Path(path)
     if path.is_file() and re.search(r"eval-.*\.jsonl$", path.name):
-        return evaluation([path])
+        return evaluation(path)
     if not (path / "config.json").exists():
         raise BadInput(
             f"{path} is no run (it has no config.json) and no eval-....jsonl of eval.py: name a "
@@ -97,10 +97,11 @@ def open_run(path):
     )
 
 
-def evaluation(paths):
-    """Files of dialogues of one evaluation, one for each rank -> Run."""
-    name = evaluation_of(paths[0])
-    return Run(name, {}, [], {}, [], paths, paths[0].with_name(f"{name}.html"))
+def evaluation(path):
+    """A file of dialogues -> Run of its evaluation, with the files of all its ranks."""
+    name = evaluation_of(path)
+    paths = sorted(other for other in path.parent.glob("*.jsonl") if evaluation_of(other) == name)
+    return Run(name, {}, [], {}, [], paths, path.with_name(f"{name}.html"))
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -382,18 +383,13 @@ def write_page(run, say=print, output=""):
 
 
 @rank0
-def at_the_end(folder, say, files=(), elsewhere=False):
-    """The last thing that train.py and eval.py do: make the page of the run in `folder`.
+def at_the_end(folder, say):
+    """The last thing that train.py does: makes the page of the run in `folder`.
 
-    files: an evaluation's files of dialogues, which get a page of their own where the folder is no
-    run's, or where they went `elsewhere`. All measurements are saved by now, so a page that cannot
-    be made is a message and no failure.
+    All measurements are saved by now, so a page that cannot be made is a message and no failure.
     """
     try:
-        if (folder / "config.json").exists() and not elsewhere:
-            return write_page(open_run(folder), say)
-        for _, paths in itertools.groupby(files, evaluation_of):
-            write_page(evaluation(list(paths)), say)
+        write_page(open_run(folder), say)
     except Exception as error:
         say(
             f"no page was made ({type(error).__name__}: {error}); all other files are there, and "

@@ -163,12 +163,9 @@ def tree_text(tree):
 
 
 def branches(answers, indent):
-    """The lines of sibling answers and of all that continues them."""
-    lines, phrase = [], None
+    """The lines of sibling answers, which share their phrase, and of all that continues them."""
+    lines = [f"{indent}{node['phrase']}" for node in answers[:1] if "phrase" in node]
     for node in answers:
-        if node.get("phrase") != phrase:  # siblings share theirs: once is enough
-            phrase = node.get("phrase")
-            lines.append(f"{indent}{phrase}")
         verdict = "undecided" if node["undecided"] else "right" if node["right"] else "WRONG"
         if "reward" in node:
             verdict += f" R={number(node['reward'], '.2f')} A={number(node['advantage'], '+.2f')}"

@@ -183,7 +183,8 @@ def full_state(model, optimizer):
     # (torch would fill an optimizer without moments by a step on gradients of zero, and count it)
     moments = {}
     if optimizer.state:
-        moments = get_optimizer_state_dict(model, optimizer, options=options)["state"]
+        moments = get_optimizer_state_dict(model, optimizer, options=options)
+        moments = moments.get("state", {})  # rank 0 alone has it
     weights = get_model_state_dict(model, options=options)
     if not weights:
         return {}, {}
@@ -275,7 +276,3 @@ def is_first_failure(store):
         return store.add("failed", 1) == 1
     except RuntimeError:
         return True
-
-
-def whole(x, dtype=None):
-    return x.detach().to(dtype or x.dtype).full_tensor() if isinstance(x, DTensor) else x

@@ -45,6 +45,7 @@ from runtime.flags import (
     make_folder,
     ran_out,
     read_json,
+    shown,
     writing,
 )
 from runtime.log import Logging, bar, plain, print_line, say, versions, write_json
@@ -84,25 +85,24 @@ class Run:
     save_model(folder, weights, settings): writes the model as its users want it.
     """
 
-    def __init__(
-        self, config, settings, policy, optimizer, save_model, reference="", seconds_loading=0.0
-    ):
-        self.config, self.settings = config, settings
+    def __init__(self, config, settings, policy, reference, optimizer, save_model, plan):
+        self.config, self.settings, self.plan = config, settings, plan
         self.policy, self.optimizer, self.save_model = policy, optimizer, save_model
+        checksum = reference.checksum if reference else ""
         if config.resume:
             self.folder = resumed_run(config.resume, config.name)
             self.lock = alone_in(self.folder)
             state = resumed_state(config.resume, self.folder, settings, policy.config)
-            if reference != state["progress"]["reference"]:
+            if checksum != state["progress"]["reference"]:
                 raise BadInput(
                     f"{policy.origin}: its weights are not those that {self.folder} began with, "
                     "and its KL term needs those: restore the file, or start a new run"
                 )
             self.restore(state)
         else:
-            self.folder = run_folder(config.name, settings, policy.origin, seconds_loading)
+            self.folder = run_folder(config.name, settings, policy)
             self.lock = alone_in(self.folder)
-            self.progress = Progress(base=policy.origin, reference=reference)
+            self.progress = Progress(base=policy.origin, reference=checksum)
         self.stop = Stop()
 
     # Where the run stands.
@@ -259,15 +259,25 @@ class Run:
             say(f"stopped after step {self.step}; {resume} continues")
         elif isinstance(error, KeyboardInterrupt):
             say(f"stopped at once after step {self.step}; {resume} continues from the last state")
-        elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            if saved(self.folder / "state"):
-                raise OSError(f"{error}; {resume} continues from the last saved state") from None
-        elif error is None:
-            self.progress.seconds = time.time() - self.began
+        elif isinstance(error, (RuntimeError, MemoryError)) and ran_out(error):
+            total = memory.available(self.config.hardware.device)
+            raise memory.out_of_memory(self.plan, error, total) from None
+        elif (
+            isinstance(error, OSError)
+            and not isinstance(error, BrokenPipeError)
+            and saved(self.folder / "state")
+        ):
+            raise OSError(f"{error}; {resume} continues from the last saved state") from None
+
+    def minutes(self):
+        """Of the whole run until now, without the base."""
+        self.progress.seconds = time.time() - self.began
+        return self.progress.seconds / 60
 
     def where_time_went(self):
         """One line: the shares of the run's time."""
         progress = self.progress
+        progress.seconds = time.time() - self.began
         seconds = {
             "sampling": progress.sampling,
             "training": progress.training,
@@ -308,14 +318,14 @@ class Stop:
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def run_folder(name, settings, base, seconds):
+def run_folder(name, settings, policy):
     """Makes out/<name> with config.json: the settings and what made the run -> its path.
 
-    seconds: that it took to load or make the model. A run that exists is never written over, nor
-    one that another process makes at this moment.
+    A run that exists is never written over, nor one that another process makes at this moment.
     """
     folder = distributed.broadcast_object(lambda: new_folder(Path("out") / name))
-    made_by = dict(base=base, seconds_base=round(seconds, 1)) | versions()
+    # seconds_base: that it took to load or make the model
+    made_by = dict(base=policy.origin, seconds_base=round(policy.seconds, 1)) | versions()
     try:
         write_json(folder / "config.json", settings | dict(made_by=made_by))
     except OSError:
@@ -411,6 +421,11 @@ def origin_of(config):
     path = resumed_run(config.resume, config.name) / "config.json"
     made_by = read_json(path, "a run has one").get("made_by")
     check_fields(made_by, dict(base=str), f"{path}: made_by")
+    if not Path(made_by["base"]).exists():
+        raise BadInput(
+            f"{made_by['base']} is not there: {path.parent} began with its weights, and its KL "
+            "term needs those; restore it, or start a new run"
+        )
     return made_by["base"]
 
 
@@ -441,23 +456,26 @@ def find_run(resume, name):
     return folder
 
 
-def resumed_settings(given):
+def resumed_settings(given, kinds):
     """The settings of the run that --resume continues: a flat dict, under the flags given now.
 
-    A flag that differs is printed. BadInput for one that would make it another run.
+    kinds: {name: type} of settings, as in flags.kinds. A flag that differs is printed. BadInput for
+    one that would make it another run, and for a damaged config.json.
     """
     folder = resumed_run(given["resume"], given.get("name", ""))
-    stored = read_json(folder / "config.json", "a run has one")
+    path = folder / "config.json"
+    stored = read_json(path, "a run has one")
+    check_fields(stored, {name: kinds[name] for name in kinds.keys() & stored.keys()}, path)
     for name in sorted(given.keys() - {"resume", "name"}):
         flag, was = f"--{name.replace('_', '-')}", stored.get(name)
         was = tuple(was) if isinstance(was, list) else was
         if given[name] != was and name not in FREE:
             raise BadInput(
-                f"{flag} {given[name]}: {folder} was made with {was}, and would not be continued "
-                f"by this; leave {flag} out, or start a new run"
+                f"{flag} {shown(given[name])}: {folder} was made with {shown(was)}, and would not "
+                f"be continued by this; leave {flag} out, or start a new run"
             )
         if given[name] != was:
-            say(f"resume: {flag} {given[name]} (was {was})")
+            say(f"resume: {flag} {shown(given[name])} (was {shown(was)})")
     return stored
 
 

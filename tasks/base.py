@@ -31,6 +31,7 @@ from typing import Annotated, Literal
 import torch
 
 from engine.packing import pad_rows, padded_logprobs
+from engine.workers import in_parallel
 from mgrpo import PHRASES, SamplingParams, phrase_text, rollout
 from model import GPT, ModelConfig
 from reward import score
@@ -182,7 +183,7 @@ def pretrain(task, base, device, dtype, say=print):
     model = new_model(base_shape(task, base.depth), base.base_seed, device, dtype)
     peak = LR * (4 / base.depth) ** 0.5
     optimizers = make_optimizers(model, peak)
-    sampler, ceiling = Sampler(model), texts_accuracy(task.puzzle, 4 * CHECK_ON)
+    sampler, ceiling = in_parallel(Sampler(model)), texts_accuracy(task.puzzle, 4 * CHECK_ON)
     say(
         f"base: {sum(p.numel() for p in model.parameters()):,} parameters in {dtype}; its texts "
         f"are right in {ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews"
@@ -313,7 +314,8 @@ def base_model(task_config, base, device, dtype, say=print, turns=2):
     if not loaded:
         loaded = pretrain(task, base, device, dtype, say)
         path.parent.mkdir(parents=True, exist_ok=True)
-        settings = base_settings(task_config, base, device, dtype)
+        # opening.py reads this file like the checkpoint of a run, which has max_new_tokens too
+        settings = base_settings(task_config, base, device, dtype) | dict(max_new_tokens=0)
         save_checkpoint(path, loaded[0], measured=loaded[1], config=settings)
     model, measured = loaded
     return with_context(model, base_shape(task, base.depth, turns).context), measured, path

@@ -332,16 +332,6 @@ def make_verifier(name):
         raise BadInput(f"--verifier {name}: {error}") from None
 
 
-def names(text):
-    """ "a.jsonl,b.jsonl" -> ["a.jsonl", "b.jsonl"]. Raises BadInput for commas alone."""
-    files = [name.strip() for name in text.split(",") if name.strip()]
-    if text and not files:
-        raise BadInput(
-            f"{text!r} names no file: give JSONL files of problems, with commas between them"
-        )
-    return files
-
-
 def main():
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(__doc__.strip())

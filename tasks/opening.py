@@ -10,23 +10,37 @@ Everything that can be wrong with flags, files and tokenizer is found before the
 """
 
 import os
+import time
 from dataclasses import fields
 from pathlib import Path
 
+from engine.workers import in_parallel
 from huggingface.prompts import RealConfig, model_folder, open_shape, open_weights
 from huggingface.weights import library, save_model
 from mgrpo import longest_phrase
 from runtime import distributed, memory
-from runtime.checkpoints import load_checkpoint, save_checkpoint
+from runtime.checkpoints import load_checkpoint, save_checkpoint, weights_checksum
+from runtime.device import Hardware as Hardware  # train.py takes all groups of flags from here
 from runtime.device import compute_dtype, pick_device
-from runtime.flags import BadInput, check_fields, flag_name, kinds, read_json
-from sample import Sampler
-from tasks.base import BaseConfig, base_model, base_path, base_shape, new_model, with_context
+from runtime.flags import BadInput, check_fields, flag_name, kinds, make_folder, read_json
+from runtime.log import say
+from sample import Sampler, narrow_copy
+from tasks.base import (
+    BaseConfig,
+    base_model,
+    base_path,
+    base_shape,
+    new_model,
+    pick_preset,
+    preset_name,
+    with_context,
+)
 from tasks.catalog import TaskConfig, make_task
 from tasks.files import DataSet, make_verifier
 
 NEW_TOKENS = 1024  # of a real model's completion, unless asked otherwise
 PROMPT_TOKENS = 512  # of a real model's prompt, unless asked otherwise
+EVALUATED_ROWS = 1024  # that eval.py samples at a time
 
 
 def open_model_and_task(model="", *, data=(), eval_data=(), **options):
@@ -50,64 +64,59 @@ def open_model_and_tasks(
     dtype="auto",
     max_new_tokens=0,
     turns=2,
-    say=print,
+    cache_tokens=0,
+    say=say,
 ):
     """-> policy (model.GPT), [task, ...] (see tasks/problems.py).
 
     model: see this file's docstring. sets: (files to train on, files to evaluate on) of each task;
     a built-in task takes none. weights: False makes a model without reading weights, for a run
     whose weights are elsewhere. puzzle, base: of a base. real: of a Hugging Face model. turns:
-    answers in a row that must fit the context. BadInput names what is wrong and the remedy.
+    answers in a row that must fit the context, and into cache_tokens of KV cache (0: no limit).
+    say: prints a line. BadInput names what is wrong and the remedy.
 
-    The policy has `origin` (where it came from), and `folder` and `prefix` for files about it.
+    The policy has `origin` (where it came from), `seconds` (that this took), and `folder` and
+    `prefix` for files about it.
     """
-    device = pick_device(device)
+    clock, device = time.time(), pick_device(device)
     # Rank 0 measures for all: ranks must not compute in different types.
     measured = dtype == "auto" and device == "cpu"
     dtype = distributed.broadcast_object(lambda: compute_dtype(dtype, device))
-    note = " (measured to be the faster here)" if measured else ""
-    say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     path = Path(model)
-    if path.is_dir() and (path / "checkpoint.pt").exists():
-        path = path / "checkpoint.pt"
-    if not model or path.is_file():
-        refuse_real_flags(
-            sets, real, f"{path} was trained on" if model else "without a model there is"
-        )
     if not model:
-        policy, task = open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say)
-        tasks = [task]
-    elif path.is_file():
-        policy, task = open_checkpoint(path, device, dtype, max_new_tokens, turns)
+        task = make_task(puzzle, max_new_tokens)
+        check_cache(cache_tokens, task, turns)
+        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights, say), [task]
+    elif path.is_file() or (path / "checkpoint.pt").exists():
+        path = path if path.is_file() else path / "checkpoint.pt"
+        if any(files for both in sets for files in both):
+            raise BadInput(
+                f"--data: {path} was trained on a built-in task, which makes its own questions; "
+                "leave it out"
+            )
+        policy, task = open_checkpoint(path, real, device, dtype, max_new_tokens, turns)
+        check_cache(cache_tokens, task, turns)
         tasks = [task]
     else:
         policy, tasks = open_real(
-            path, sets, real, device, dtype, max_new_tokens, turns, weights, say
+            path, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say
         )
+    note = " (measured to be the faster here)" if measured else ""
+    say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     for task in tasks:
         distributed.agree("questions", [p.question for p in task.held_out(16)])
         say(str(task))
+    policy.seconds = time.time() - clock
     return policy, tasks
-
-
-def refuse_real_flags(sets, real, subject):
-    """BadInput for flags of real models given with a model of a built-in task."""
-    given = [
-        field.name for field in fields(real) if getattr(real, field.name) not in (field.default, 0)
-    ]
-    given += ["data"] * any(files for pair in sets for files in pair)
-    if given:
-        raise BadInput(
-            f"{flag_name(given[0])}: {subject} a built-in task, which has its own; leave it out"
-        )
 
 
 # ---- the three places ----------------------------------------------------------------------------
 
 
-def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say):
-    """The base model of a built-in task; rank 0 makes or finds it -> policy, task."""
-    task, name = make_task(puzzle, max_new_tokens), str(dtype).removeprefix("torch.")
+def open_base(task, puzzle, base, device, dtype, turns, weights, say):
+    """The base model of a built-in task; rank 0 makes or finds it -> policy."""
+    name = str(dtype).removeprefix("torch.")
+    make_folder("out")  # not writable? found before the base is made
     path = base_path(puzzle, base, device, name)
     if weights and distributed.rank() == 0:
         policy, _, path = base_model(puzzle, base, device, name, say, turns)
@@ -117,11 +126,17 @@ def open_base(puzzle, base, device, dtype, max_new_tokens, turns, weights, say):
     if weights:
         distributed.broadcast(policy)
     policy.origin, policy.folder, policy.prefix = str(path), path.parent, f"{path.stem}-"
-    return policy, task
+    return policy
 
 
-def open_checkpoint(path, device, dtype, max_new_tokens, turns):
+def open_checkpoint(path, real, device, dtype, max_new_tokens, turns):
     """The checkpoint.pt of a run on a built-in task, or a base -> policy, task."""
+    for field in fields(RealConfig):
+        if getattr(real, field.name) not in (field.default, 0):
+            raise BadInput(
+                f"{flag_name(field.name)}: {path} was trained on a built-in task, which has its "
+                "own; leave it out"
+            )
     try:
         policy, extra = load_checkpoint(path, dtype, device)
     except FileNotFoundError:
@@ -153,7 +168,7 @@ def open_checkpoint(path, device, dtype, max_new_tokens, turns):
     return policy, task
 
 
-def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, weights, say):
+def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say):
     """A folder in Hugging Face's format, or a run that has one as its model/ -> policy, tasks."""
     path = model_folder(folder)
     # out/run and out/run/model: a run knows its own prompts and completions.
@@ -184,6 +199,8 @@ def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, weights,
         )
         for paths, held_out in sets
     ]
+    for task in tasks:
+        check_cache(cache_tokens, task, turns)
     library()  # missing? found before the weights are needed
     policy = open_weights(path, shape, encoding, dtype, device)
     policy.origin, policy.folder = str(folder), runs[0] if runs else Path("out")
@@ -240,26 +257,82 @@ def fitting_new_tokens(shape, prompt_tokens, phrase, asked, turns):
 
 
 def row_tokens(task, turns):
-    """Tokens of the longest row: a prompt, `turns` completions, a phrase between two."""
-    phrases = (turns - 1) * longest_phrase(task.encoding)
-    return task.prompt_tokens + turns * task.max_new_tokens + phrases
+    """Tokens of the longest row of a task with so many answers."""
+    phrase = longest_phrase(task.encoding)
+    return memory.row_tokens(turns, task.prompt_tokens, task.max_new_tokens, phrase)
 
 
-def make_sampler(policy, cache_tokens, longest, wanted=0, reserved=0):
-    """A Sampler whose KV cache holds at least one row of `longest` tokens.
-
-    cache_tokens: the flag, 0 for no limit. wanted: tokens that a call would have cached; a CPU
-    without room for them gets a limit, and rows wait their turn. reserved: bytes of CUDA memory
-    that the cache must leave free.
-    """
+def check_cache(cache_tokens, task, turns):
+    """BadInput unless the longest row fits a KV cache of so many tokens (0: no limit)."""
+    longest = row_tokens(task, turns)
     if 0 < cache_tokens < longest:
         raise BadInput(
             f"--cache-tokens {cache_tokens}: a row may need {longest}; use that or more, or 0"
         )
+
+
+def make_sampler(policy, tasks, turns, cache_tokens=0, rollout_tokens=0, reserved=0):
+    """A Sampler whose KV cache holds at least one row of each task.
+
+    cache_tokens: the flag, 0 for no limit. A CPU without room for what a rollout (rollout_tokens)
+    or a batch of evaluation would have cached gets a limit too, and rows wait their turn. reserved:
+    bytes of CUDA memory that the cache must leave free.
+    """
+    longest = max(row_tokens(task, turns) for task in tasks)
     if not cache_tokens and policy.cos.device.type == "cpu":
         room = memory.cache_room(policy.config, policy.compute)
+        wanted = max(rollout_tokens, EVALUATED_ROWS * longest)
         cache_tokens = max(room, longest) if wanted > room else 0
-    return Sampler(policy, cache_tokens=cache_tokens, reserved=reserved)
+    return in_parallel(Sampler(policy, cache_tokens=cache_tokens, reserved=reserved))
+
+
+def training_sampler(config, policy, task, turns):
+    """-> the Sampler of a training run, and the plan of its memory, {part: bytes}, printed.
+
+    config: train.Config with nothing left open.
+    """
+    hardware, total = config.hardware, memory.available(config.hardware.device)
+    lengths = dict(
+        group_sizes=config.group_sizes,
+        prompt=task.prompt_tokens,
+        completion=task.max_new_tokens,
+        phrase=longest_phrase(task.encoding),
+    )
+    plan = memory.plan(
+        policy.config,
+        compute=policy.compute,
+        prompts=config.prompts,
+        tokens_per_microbatch=hardware.tokens_per_microbatch,
+        cache_tokens=hardware.cache_tokens,
+        reference=config.kl_coef > 0,
+        recompute=hardware.recompute == "yes",
+        device=hardware.device,
+        total=total,
+        ranks=distributed.size(),
+        **lengths,
+    )
+    say(memory.plan_text(plan, total))
+    share = len(distributed.share(config.prompts))
+    rollout_tokens = memory.cached_tokens(share, **lengths)
+    # What a step takes besides comes after the sampler has measured how much memory is free.
+    reserved = memory.reserved(plan)
+    cache_tokens = hardware.cache_tokens
+    return make_sampler(policy, [task], turns, cache_tokens, rollout_tokens, reserved), plan
+
+
+def frozen_reference(policy):
+    """A copy of the policy in its compute type, for a KL term, with the `checksum` of its weights.
+
+    In the compute type, because every use would cast it anyway.
+    """
+    reference = narrow_copy(policy)
+    reference.checksum = weights_checksum(policy)
+    return reference
+
+
+def template_of(policy):
+    """The prompt template of a real model, as --template names it; "auto" for a built-in task's."""
+    return getattr(policy, "prompt_template", RealConfig.template)
 
 
 def save_policy(policy, folder, weights, settings):
@@ -269,3 +342,12 @@ def save_policy(policy, folder, weights, settings):
         save_model(policy, folder / "model", policy.compute, weights)
     else:
         save_checkpoint(folder / "checkpoint.pt", policy, weights, config=settings)
+
+
+# ---- presets -------------------------------------------------------------------------------------
+
+
+def preset(given, presets):
+    """{flag: value} of the command line -> its preset's values, of the base and in `presets`."""
+    name = preset_name(given.get("preset", "auto"), given.get("device", "auto"))
+    return pick_preset(given) | presets[name]

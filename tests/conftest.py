@@ -17,8 +17,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
 
-from tasks.tokenizer import build_encoding
 from model import GPT, ModelConfig
+from tasks.tokenizer import build_encoding
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -1,5 +1,4 @@
-"""What a user sees while it runs: bars on a terminal, one line a step in a pipe, next to nothing
-with --quiet; and tensorboard's copy of the log."""
+"""What a user sees while it runs: bars on a terminal, one line a step in a pipe."""
 
 import fcntl
 import json
@@ -13,36 +12,24 @@ import termios
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, script
+from conftest import PATIENCE, ROOT, command
 
-import train
-from engine import workers as crew
-from runtime import bars
-from runtime.flags import BadInput
+from engine import workers as sampling_workers
+from engine.workers import in_parallel
+from runtime import log
 from sample import Sampler
-from tasks import opening
 
 SHORT = (
-    "train.py",
-    "--preset",
-    "smoke",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-    "--tokens",
-    "20000",
-    "--base-tokens",
-    "60000",
-    "--eval-questions",
-    "32",
-    "--look-questions",
-    "16",
-    "--eval-every",
-    "2",
+    *("train.py", "--preset", "smoke", "--dtype", "float32", "--device", "cpu"),
+    *("--tokens", "20000", "--base-tokens", "60000"),
+    *("--eval-questions", "32", "--eval-every", "2"),
 )
-# phases of any length are worth a bar
-EAGER = "import sys, bars; bars.DELAY = 0; sys.argv = sys.argv[1:]; import parallel, {0}; parallel.run({0}.main)"
+ROWS = 16 * (4 + 4 * 3)  # of a step of --preset smoke
+# Phases of any length are worth a bar.
+EAGER = (
+    "import sys; from runtime import distributed, log; log.BAR_DELAY = 0; "
+    "sys.argv = sys.argv[1:]; import {0}; distributed.run({0}.main)"
+)
 
 
 def on_a_terminal(folder, *words):
@@ -50,28 +37,28 @@ def on_a_terminal(folder, *words):
     errors."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    # every update is drawn
+    # Every update is drawn.
     environment = os.environ | dict(
         PYTHONPATH=str(ROOT), TERM="xterm", TQDM_MININTERVAL="0", TQDM_MINITERS="1"
     )
-    running = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=folder,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env=environment,
-    )
+    streams = dict(stdin=slave, stdout=slave, stderr=slave)
+    process = subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, **streams)
     os.close(slave)
-    seen = b""
+    output = b""
     try:
         while piece := os.read(master, 65536):
-            seen += piece
+            output += piece
     except OSError:  # the other end is closed
         pass
     os.close(master)
-    assert running.wait(timeout=PATIENCE) == 0, seen[-3000:]
-    return seen.decode(errors="replace")
+    assert process.wait(timeout=PATIENCE) == 0, output[-3000:]
+    return output.decode(errors="replace")
+
+
+def lines_of(folder, name):
+    """The steps of a run's log."""
+    text = (folder / f"out/{name}/metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -79,167 +66,116 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("bars")
 
 
-def test_bars_on_a_terminal(folder):
+@pytest.mark.slow
+def test_a_terminal_shows_a_bar_for_every_phase(folder):
     """Catches a phase without a bar, and bars without rate and remaining time: the base, the run,
-    attempts, corrections, looks and tables."""
-    seen = on_a_terminal(folder, "-c", EAGER.format("train"), *SHORT, "--name", "seen")
+    rollouts, quick evaluations and tables; and rows counted wrongly in a bar."""
+    output = on_a_terminal(folder, "-c", EAGER.format("train"), *SHORT, "--name", "drawn")
     for name in (
-        "base model",
-        "seen",
-        "attempts",
-        "corrections",
-        "held-out questions",
-        "base, greedy",
-        "MGRPO, temperature 1",
+        *("base model", "drawn", "rollout", "held-out questions"),
+        *("base, greedy", "MGRPO, temperature 1"),
     ):
-        assert re.search(rf"{name}: +\d+%\|[^\n]*\d+:\d\d<[^\n]*/s", seen), name
-    full = re.findall(r"(?:attempts|corrections): 100%\|[^|]*\| (\d+)/(\d+)", seen)
-    assert (
-        full
-        and all(done == total for done, total in full)
-        and {total for _, total in full} == {"64", "192"}
-    )
-    seen = on_a_terminal(
+        assert re.search(rf"{name}: +\d+%\|[^\n]*\d+:\d\d<[^\n]*/s", output), name
+    full = re.findall(r"rollout: 100%\|[^|]*\| (\d+)/(\d+)", output)
+    assert full and set(full) == {(str(ROWS), str(ROWS))}
+    output = on_a_terminal(
         folder,
-        "-c",
-        EAGER.format("eval"),
-        "eval.py",
-        "--checkpoint",
-        "out/seen/checkpoint.pt",
-        "--questions",
-        "40",
-        "--samples",
-        "2",
-        "--dtype",
-        "float32",
+        *("-c", EAGER.format("eval"), "eval.py", "out/drawn", "--dtype", "float32"),
+        *("--questions", "40", "--samples", "2"),
     )
-    assert re.search(r"evaluating: +\d+%\|[^\n]* 160/160", seen)
+    assert re.search(r"temperature 1: +\d+%\|[^\n]* 160/160", output)
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_one_line_a_step(folder):
-    """Catches bars written into files, and a step without its line; and --quiet that still says
-    every step, or hides the table."""
+    """Catches bars written into files, and a step without its line."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / SHORT[0]), *SHORT[1:], "--name", "piped"],
+        command(*SHORT, "--name", "piped"),
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
     )
-    steps = [
-        json.loads(line)["step"]
-        for line in (folder / "out/piped/metrics.jsonl").read_text().splitlines()
-    ]
-    assert (
-        done.returncode == 0
-        and "%|" not in done.stdout + done.stderr
-        and "\r" not in done.stdout + done.stderr
-    )
-    assert [
-        int(number) for number in re.findall(r"^ +(\d+) +\d\.\d\d ", done.stdout, re.M)
-    ] == steps and len(steps) >= 3
-    assert (
-        len(re.findall(r"^held out, 16 questions, greedy: Acc@t1 ", done.stdout, re.M))
-        == (len(steps) - 1) // 2
-    )
-    quiet = script(folder, *SHORT, "--name", "quiet", "--quiet")
-    assert (
-        not re.findall(r"^ +\d+ +\d\.\d\d ", quiet, re.M)
-        and "MGRPO" in quiet
-        and "out/quiet/report.html" in quiet
-    )
-    assert "%|" not in on_a_terminal(
-        folder, str(ROOT / SHORT[0]), *SHORT[1:], "--name", "quieter", "--quiet"
-    )
-    lines = [
-        [
-            json.loads(line)
-            for line in (folder / f"out/{name}/metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("piped", "quiet")
-    ]
-    clock = (
-        "seconds",
-        "seconds_sampling",
-        "seconds_training",
-        "seconds_transcripts",
-        "seconds_heldout",
-        "tokens_per_s",
-        "peak_gb",
-    )
-    piped, quiet = (
-        [{k: v for k, v in line.items() if k not in clock} for line in run] for run in lines
-    )
-    assert piped == quiet
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "%|" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
+    lines = lines_of(folder, "piped")
+    printed = re.findall(r"^ +(\d+) +\d\.\d\d ", done.stdout, re.M)
+    assert [int(number) for number in printed] == [line["step"] for line in lines]
+    assert len(lines) >= 3
+    evaluations = re.findall(r"^held out, 32 questions, greedy: Acc@t1 ", done.stdout, re.M)
+    assert len(evaluations) == len([line for line in lines if "heldout1" in line]) > 0
 
 
-def test_looks_change_nothing(folder):
-    """Catches a look at held-out questions, or the pass for the transcripts, that moves random
-    numbers or weights: the run without them is the same."""
-    script(folder, *SHORT, "--name", "blind", "--look-questions", "0", "--transcripts", "0")
-    script(folder, *SHORT, "--name", "looking", "--eval-every", "1", "--transcripts", "5")
-    runs = [
-        [
-            json.loads(line)
-            for line in (folder / f"out/{name}/metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("blind", "looking")
-    ]
-    looked = {k for line in runs[1] for k in line if "heldout" in k}
-    assert looked == {
-        f"heldout{x}{se}" for x in ("1", "2", "_fix", "_broke") for se in ("", "_se")
-    } | {"seconds_heldout"} and not {k for line in runs[0] for k in line if "heldout" in k}
-    loose = {
-        "seconds",
-        "seconds_sampling",
-        "seconds_training",
-        "seconds_transcripts",
-        "tokens_per_s",
-        "peak_gb",
-        *looked,
-    }
-    assert [{k: v for k, v in line.items() if k not in loose} for line in runs[0]] == [
-        {k: v for k, v in line.items() if k not in loose} for line in runs[1]
-    ]
-    assert not (folder / "out/blind/rollouts.jsonl").exists() and len(
-        (folder / "out/looking/rollouts.jsonl").read_text().splitlines()
-    ) == 5 * len(runs[1])
-    ours, theirs = (
-        torch.load(folder / f"out/{name}/checkpoint.pt", weights_only=True)["weights"]
-        for name in ("blind", "looking")
+@pytest.mark.slow
+def test_quick_evaluations_and_transcripts_change_nothing(folder):
+    """Catches an evaluation, or the writing of trees, that moves random numbers or weights: the run
+    with few of them is the run with many."""
+    runs = dict(
+        few=("--eval-every", "1000", "--transcripts", "0"),
+        many=("--eval-every", "1", "--transcripts", "5"),
     )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs, weights = {}, {}
+    for name, options in runs.items():
+        subprocess.run(
+            command(*SHORT[:-2], *options, "--name", name),
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            timeout=PATIENCE,
+            env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        )
+        logs[name] = lines_of(folder, name)
+        checkpoint = torch.load(folder / f"out/{name}/checkpoint.pt", weights_only=True)
+        weights[name] = checkpoint["weights"]
+    heldout = {key for line in logs["many"] for key in line if "heldout" in key}
+    kinds = ("1", "2", "_fix2", "_broke2")
+    assert heldout >= {f"heldout{kind}{se}" for kind in kinds for se in ("", "_se")}
+    assert not any("heldout" in key for key in logs["few"][0])
+    clocks = {key for line in logs["many"] for key in line if key.startswith("seconds")}
+    ignored = {*heldout, *clocks, "tokens_per_s", "peak_gb"}
+    few, many = (
+        [{k: v for k, v in line.items() if k not in ignored} for line in logs[name]]
+        for name in ("few", "many")
+    )
+    assert few == many
+    assert not (folder / "out/few/rollouts.jsonl").exists()
+    trees = (folder / "out/many/rollouts.jsonl").read_text().splitlines()
+    assert len(trees) == 5 * len(many)
+    for name, weight in weights["few"].items():
+        assert torch.equal(weight, weights["many"][name]), name
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_rows_are_counted_as_they_end(gpt, random_prompts, workers, monkeypatch):
     """Catches rows counted twice or not at all, in one process and in several, and a counter that
     is left behind for the next call."""
-    monkeypatch.setattr(crew, "TICK", 1e-4)
-    sampler, seen = Sampler(gpt, workers=workers), []
+    monkeypatch.setattr(sampling_workers, "POLL_SECONDS", 1e-4)
+    sampler, counts = in_parallel(Sampler(gpt), workers), []
     for _ in range(2):
-        seen.clear()
-        sampler.seen = lambda rows, ended: seen.append(ended)
+        counts.clear()
+        sampler.seen = lambda rows, ended: counts.append(ended)
         sampler.generate(random_prompts, 12, [5 + i % 40 for i in range(84)])
-        assert sum(seen) == 84 and min(seen) >= 0 and len([ended for ended in seen if ended]) > 3
+        assert sum(counts) == 84 and min(counts) >= 0
+        assert len([ended for ended in counts if ended]) > 3
     sampler.seen = None
-    with bars.rows_of(sampler, 84, "attempts") as drawn:
-        assert drawn.disable and sampler.seen is None  # in a pipe nobody counts
-    assert sampler.generate(random_prompts, 12, 9).tokens.shape[0] == 84 and sum(seen) == 84
+    with log.bar_of_rows(sampler, 84, "rollout"):
+        assert sampler.seen is None  # in a pipe rows are not counted
+    assert sampler.generate(random_prompts, 12, 9).tokens.shape[0] == 84 and sum(counts) == 84
 
 
 def test_a_failed_phase_leaves_no_counter(gpt, monkeypatch):
     """Catches a bar that goes on counting after the call that it belonged to was broken off."""
-    sampler = Sampler(gpt, workers=1)
-    monkeypatch.setattr(bars, "tqdm", lambda **options: Drawn())
-    with pytest.raises(ValueError), bars.rows_of(sampler, 3, "attempts"):
+    sampler = Sampler(gpt)
+    monkeypatch.setattr(log, "tqdm", lambda **options: Drawn())
+    with pytest.raises(ValueError), log.bar_of_rows(sampler, 3, "rollout"):
         assert sampler.seen is not None
         sampler.generate([], 1, 1)
     assert sampler.seen is None
 
 
 class Drawn:
-    """A bar on a terminal, as far as rows_of sees."""
+    """A bar on a terminal, as far as bar_of_rows sees."""
 
     disable = False
 
@@ -251,35 +187,3 @@ class Drawn:
 
     def __exit__(self, *_):
         pass
-
-
-# ---- tensorboard ---------------------------------------------------------------------------------
-
-
-@pytest.mark.extra
-def test_tensorboard_has_the_log(folder):
-    """Catches a number of metrics.jsonl that tensorboard has not, or at another step, also when the
-    run goes on from a state."""
-    pytest.importorskip("tensorboard", reason="needs tensorboard (requirements-extra.txt)")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    script(folder, *SHORT, "--name", "board", "--tensorboard", "--save-every", "1")
-    script(folder, "train.py", "--resume", "out/board", "--tokens", "30000", "--tensorboard")
-    lines = [
-        json.loads(line) for line in (folder / "out/board/metrics.jsonl").read_text().splitlines()
-    ]
-    found = EventAccumulator(str(folder / "out/board/tensorboard")).Reload()
-    assert set(found.Tags()["scalars"]) == {k for line in lines for k in line}
-    for name in found.Tags()["scalars"]:
-        assert [(e.step, e.value) for e in found.Scalars(name)] == [
-            (line["step"], pytest.approx(line[name], rel=1e-4))
-            for line in lines
-            if line.get(name) is not None
-        ], name
-
-
-def test_without_tensorboard_it_is_said_at_once(monkeypatch):
-    """Catches an ImportError after the base was made."""
-    monkeypatch.setattr(opening.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match="pip install tensorboard"):
-        opening.validate(train.Config(tensorboard=True))

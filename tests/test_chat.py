@@ -101,14 +101,14 @@ def feed(encoding, ids, sizes, ends=()):
 
 def stop_after(sampler, steps, monkeypatch):
     """Ctrl-C comes at decode step `steps` from now, once."""
-    real, count = sampler._choose, iter(range(10**6))
+    real, count = sampler.choose, iter(range(10**6))
 
     def choose(*args):
         if next(count) == steps:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sampler, "_choose", choose)
+    monkeypatch.setattr(sampler, "choose", choose)
 
 
 def script_of(monkeypatch, words, lines=b""):
@@ -259,7 +259,7 @@ def test_a_dialogue_is_an_evaluation(dialogue, capsys):
     talk, task = dialogue(seed=5), make_task(TaskConfig(), 20)
     problems = task.held_out(0, 5)[:2]
     sampling = SamplingParams(20, 1.0, 5)
-    layers = rollout(Sampler(tiny(), workers=1), task, problems, (1, 1, 1), sampling)
+    layers = rollout(Sampler(tiny()), task, problems, (1, 1, 1), sampling)
     for i, problem in enumerate(problems):
         talk.take("  ")
         talk.take("again")
@@ -284,10 +284,8 @@ def test_an_answer_is_shown_token_by_token(dialogue, monkeypatch):
     most a token is printed."""
     talk, said = dialogue(), []
     monkeypatch.setattr(chat, "say", said.append)
-    real = talk.sampler._choose
-    monkeypatch.setattr(
-        talk.sampler, "_choose", lambda *args: (said.append("step"), real(*args))[1]
-    )
+    real = talk.sampler.choose
+    monkeypatch.setattr(talk.sampler, "choose", lambda *args: (said.append("step"), real(*args))[1])
     talk.take("a question")
     assert said.count("step") > 20
     gaps = "\n".join(said).split("step")
@@ -333,7 +331,7 @@ def test_again_continues_the_whole_dialogue(dialogue, capsys):
         prompt = before.prompts[0] + before.ids[0] + ids
         done = talk.layer.completions
         assert done.prompts == [prompt] and f"» {phrase}" in capsys.readouterr().out
-        assert Sampler(tiny(), workers=1).generate([prompt], 1, 12, 0.0).ids == done.ids
+        assert Sampler(tiny()).generate([prompt], 1, 12, 0.0).ids == done.ids
     assert talk.number == 1 and talk.layer.number == 10
 
 
@@ -399,7 +397,8 @@ def test_a_pipe_gets_answers_only(run, monkeypatch, capsys):
     lines = b"what? ## 777\n\n" + b"x" * 2000 + b"\n## 4\nbyte \xff here\nagain\nlast"
     script_of(monkeypatch, [str(run), "--temperature=1", *FLOAT], lines)
     printed = capsys.readouterr()
-    assert not re.search("question>|Ctrl-D|compute over", printed.out) and printed.err == ""
+    assert not re.search("question>|Ctrl-D|compute over", printed.out)
+    assert printed.err.count("\n") == 2 and "float32 compute over" in printed.err
     # what?, the drawn one, byte, again, last
     assert printed.out.count("» ") == 5 and printed.out.count("gold 777") == 2
     assert printed.out.count("a prompt of 2001 tokens") == 1
@@ -449,8 +448,9 @@ def test_a_model_that_cannot_be_opened_is_one_sentence(words, says, tmp_path, mo
     first = [] if not words or words[0].startswith("-") else words[:1]
     with pytest.raises(SystemExit) as stop:
         script_of(monkeypatch, [*first, *FLOAT, *words[len(first) :]])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
+    lines = capsys.readouterr().err.splitlines()  # perhaps with one on the device before
+    assert stop.value.code == 2 and says in lines[-1] and lines[-1].startswith("error:"), lines
+    assert len(lines) <= 2
 
 
 class Terminal:
@@ -502,7 +502,7 @@ sys.path.insert(0, "tests")
 from test_chat import TaskConfig, chat, guarded, make_task, tiny
 from dataclasses import replace
 task = replace(make_task(TaskConfig()), max_new_tokens=12_000)
-chat.open_model_and_task = lambda *_, say, **__: say(str(task)) or (tiny(32_000, True), task)
+chat.open_model_and_task = lambda *_, **__: print(task) or (tiny(32_000, True), task)
 guarded(chat.main)
 """
 
@@ -554,7 +554,8 @@ def test_without_readline(run, monkeypatch):
         capture_output=True,
         timeout=PATIENCE,
     )
-    assert done.returncode == 0 and done.stdout.count("» ".encode()) == 1 and not done.stderr
+    assert done.returncode == 0 and done.stdout.count("» ".encode()) == 1
+    assert b"Traceback" not in done.stderr
 
 
 # ---- real models ---------------------------------------------------------------------------------
@@ -572,7 +573,7 @@ def test_a_real_model(tmp_path, monkeypatch, capsys):
     model, folder = tiny(1024, vocabulary=320, end=258), tmp_path / "run"
     model.source = source
     save_model(model, folder / "model", torch.float32)
-    flags = dict(device="cpu", dtype="float32", say=lambda text: None)
+    flags = dict(device="cpu", dtype="float32")
     longest = max(len(phrase_text(phrase)) for phrase in PHRASES)
     _, task = chat.open_model_and_task(str(folder / "model"), **flags)
     assert task.max_new_tokens == (1024 - 512 - longest) // 2 and task.held_out() == []

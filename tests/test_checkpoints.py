@@ -20,24 +20,30 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT, script
 
-import heldout
 import train
-from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
-from runtime import checkpoints, distributed, log
+from model import GPT, ModelConfig
+from runtime import checkpoints, distributed
 from runtime.checkpoints import (
-    Progress,
-    Stop,
-    alone_in,
-    check_state,
+    load_checkpoint,
     load_state,
     newest_state,
-    resumed_run,
-    resumed_settings,
+    save_checkpoint,
     save_state,
     saved,
 )
-from runtime.flags import BadInput, guarded, parse
-from tasks import base as pretrain
+from runtime.flags import BadInput, guarded, kinds, parse
+from runtime.run import (
+    Progress,
+    Run,
+    Stop,
+    alone_in,
+    check_state,
+    cut_log,
+    resumed_run,
+    resumed_settings,
+)
+from tasks import base
+from tasks.catalog import TaskConfig
 
 KILLS = int(os.environ.get("KILLS", 4))
 TOKENS = 30_000 * (1 + KILLS)
@@ -136,7 +142,7 @@ def real_state():
     shape = ModelConfig(50, 32, 1, 2, 1, 16, 32, 64)
     model, row = (
         GPT(shape),
-        dict.fromkeys(("t1", "t2", "delta", "i2c", "c2i"), (0.5, 0.1)) | dict(questions=16),
+        dict.fromkeys(("t1", "t2", "delta", "fix2", "broke2"), (0.5, 0.1)) | dict(questions=16),
     )
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(3):
@@ -150,7 +156,7 @@ def real_state():
         accuracy=0.5,
         results=dict(base={"greedy": row, "temperature 1": row}),
     )
-    settings = dict(seed=0, lr=0.1, task="solve", tokens=100)
+    settings = dict(seed=0, lr=0.1, task="solve", tokens=100, group_sizes=(4, 3))
     return (
         dict(
             settings=dict(settings),
@@ -170,6 +176,8 @@ FORGED = [
     (("settings",), {}),
     (("settings", "seed"), 1),
     (("settings", "seed"), False),
+    (("settings", "group_sizes"), (4, 3, 2)),
+    (("settings", "group_sizes"), [4, 3]),
     (("settings", "lr"), torch.ones(2)),
     (("settings", "more"), 1),
     (("weights",), {}),
@@ -204,6 +212,8 @@ FORGED = [
     (("progress", "updates"), 0),
     (("progress", "seconds"), NAN),
     (("progress", "seconds"), "1"),
+    (("progress", "evaluating"), -1.0),
+    (("progress", "reference"), None),
     (("progress", "accuracy"), 1.5),
     (("progress", "recent"), [0.5]),
     (("progress", "recent"), 3),
@@ -350,7 +360,6 @@ def lines(folder, run):
         "tokens_per_s",
         "seconds_sampling",
         "seconds_training",
-        "seconds_transcripts",
         "seconds_heldout",
         "peak_gb",
     )
@@ -358,6 +367,13 @@ def lines(folder, run):
         {k: v for k, v in json.loads(line).items() if k not in timed}
         for line in (folder / f"out/{run}/metrics.jsonl").read_text().splitlines()
     ]
+
+
+def assert_same_run(folder, run, other):
+    """Two runs have the very same weights and log."""
+    ours, theirs = weights(folder, run), weights(folder, other)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert lines(folder, run) == lines(folder, other)
 
 
 @pytest.mark.slow
@@ -394,9 +410,7 @@ def test_killed_at_any_moment(undisturbed):
         if running.returncode == 0:
             break
     assert kills == KILLS and running.returncode == 0
-    ours, theirs = weights(folder, "killed"), weights(folder, "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert lines(folder, "killed") == lines(folder, "whole")
+    assert_same_run(folder, "killed", "whole")
     assert (folder / "out/killed/rollouts.jsonl").read_bytes() == (
         folder / "out/whole/rollouts.jsonl"
     ).read_bytes()
@@ -436,7 +450,7 @@ def test_a_stop_finishes_the_step_and_says_how_to_go_on(undisturbed):
         assert (
             running.returncode == 0
             and f"stopped after step {steps}" in printed
-            and f"--resume out/{name} goes on" in printed
+            and f"--resume out/{name} continues" in printed
         ), wrong
         assert (
             saved(undisturbed / f"out/{name}/state")[0][0]
@@ -444,10 +458,7 @@ def test_a_stop_finishes_the_step_and_says_how_to_go_on(undisturbed):
             < len(lines(undisturbed, "whole"))
         )
     script(undisturbed, "train.py", "--resume", "out/stopped")
-    ours, theirs = weights(undisturbed, "stopped"), weights(undisturbed, "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and lines(
-        undisturbed, "stopped"
-    ) == lines(undisturbed, "whole")
+    assert_same_run(undisturbed, "stopped", "whole")
 
 
 def test_logs_are_cut_to_the_state(tmp_path):
@@ -457,7 +468,7 @@ def test_logs_are_cut_to_the_state(tmp_path):
     (tmp_path / "rollouts.jsonl").write_bytes(
         '{"step": 2, "q": "é"}\n{"step": 2, "q": "é'.encode()[:-1]
     )
-    log.cut_log(tmp_path, 2)
+    cut_log(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n' and (
         tmp_path / "rollouts.jsonl"
     ).read_text() == '{"step": 2, "q": "é"}\n'
@@ -467,8 +478,7 @@ def test_logs_are_cut_to_the_state(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_goes_on_has_no_table_of_after(undisturbed):
     """Catches the table of a finished run that stays when the run goes on and is stopped, and a
-    page that does not know of more --tokens, or by whom they were asked for; and switches of the
-    first process that a second one cannot turn off."""
+    page that does not know of more --tokens, or by whom they were asked for."""
     script(
         undisturbed,
         *RUN[:-8],
@@ -480,7 +490,6 @@ def test_a_run_that_goes_on_has_no_table_of_after(undisturbed):
         "300000",
         "--name",
         "further",
-        "--quiet",
     )
     folder = undisturbed / "out/further"
     assert json.loads((folder / "result.json").read_text()).keys() == {"base", "MGRPO"}
@@ -499,7 +508,6 @@ def test_a_run_that_goes_on_has_no_table_of_after(undisturbed):
         time.sleep(0.01)
     running.send_signal(signal.SIGTERM)
     printed, wrong = running.communicate()
-    # it says its steps: --quiet was the other process's
     assert running.returncode == 0 and re.search(rf"^ +{steps + 1} +\d\.\d\d ", printed, re.M), (
         wrong
     )
@@ -521,13 +529,13 @@ def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):
     """Catches a stop in the base's table that promises to go on and has saved nothing; and a state
     of another model loaded with a traceback."""
     monkeypatch.chdir(undisturbed)
-    real = heldout.table_of
+    real = train.held_out_tables
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(heldout, "table_of", interrupted)
+    monkeypatch.setattr(train, "held_out_tables", interrupted)
     monkeypatch.setattr(sys, "argv", [*RUN, "--name", "early"])
     train.main()
     assert "stopped after step 0" in capsys.readouterr().out and [
@@ -543,22 +551,32 @@ def test_stopped_before_the_first_step(undisturbed, monkeypatch, capsys):
         )
 
 
-def test_what_may_change_and_what_may_not(undisturbed, monkeypatch):
+@pytest.mark.slow
+def test_what_may_change_and_what_may_not(undisturbed, monkeypatch, capsys):
     """Catches a run continued with another group size or seed, a change that nobody is told of, and
     settings that are forgotten."""
     monkeypatch.chdir(undisturbed)
-    names, said = list(train.Config.__dataclass_fields__), []
-    old = resumed_settings(
-        dict(resume="newest", name="whole", tokens_per_microbatch=64), names, said.append
-    )
-    assert (
-        old["tokens"] == TOKENS
-        and old["task"] == "solve"
-        and said == ["resume: --tokens-per-microbatch 64 (was 16384)"]
-    )
-    for name, value in (("attempts", 9), ("seed", 1), ("task", "chain"), ("lr", 1.0)):
-        with pytest.raises(BadInput, match=f"--{name} {value}: out/whole was made with"):
-            resumed_settings(dict(resume="out/whole", **{name: value}), names, said.append)
+    settings = lambda **given: resumed_settings(given, kinds(train.Config))
+    old = settings(resume="newest", name="whole", tokens_per_microbatch=64)
+    assert old["tokens"] == TOKENS and old["task"] == "solve" and old["group_sizes"] == [4, 3]
+    printed = capsys.readouterr().out
+    assert printed == "resume: --tokens-per-microbatch 64 (was 16384)\n"
+    # what a run has already is no change
+    settings(resume="out/whole", group_sizes=(4, 3), clip=(0.2,), lr=1e-4)
+    assert not capsys.readouterr().out
+    for name, value, given, was in (
+        ("group_sizes", (4, 4), "4,4", "4,3"),
+        ("group_sizes", (4, 3, 2), "4,3,2", "4,3"),
+        ("group_sizes", (12,), "12", "4,3"),
+        ("layer_weights", (1.0, 0.5), "1,0.5", "1,1"),
+        ("clip", (0.2, 0.28), "0.2,0.28", "0.2"),
+        ("seed", 1, "1", "0"),
+        ("task", "chain", "chain", "solve"),
+        ("lr", 1.0, "1", "0.0001"),
+    ):
+        flag = name.replace("_", "-")
+        with pytest.raises(BadInput, match=f"--{flag} {given}: out/whole was made with {was},"):
+            settings(**{"resume": "out/whole", name: value})
     state = saved("out/whole/state")[0][1]
     assert str(resumed_run(str(state))) == str(resumed_run("out/whole")) == "out/whole"
     for resume, run, says in (
@@ -575,7 +593,7 @@ def resume(undisturbed, tmp_path, monkeypatch, capsys):
     printed, its errors. No base can be made there."""
     shutil.copytree(undisturbed, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    monkeypatch.setattr(pretrain, "pretrain", lambda *_: pytest.fail("a base was made"))
+    monkeypatch.setattr(base, "pretrain", lambda *_: pytest.fail("a base was made"))
 
     def go(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -601,6 +619,7 @@ def refused(outcome, *says):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -632,6 +651,7 @@ def test_a_config_that_is_not_that_of_its_state_is_refused(resume, change, says)
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_what_is_no_state_cannot_be_gone_on_with(resume):
     """Catches a traceback for --resume at a file that is no state, a state of an earlier version,
     and one `{}` from which a run would start again."""
@@ -648,7 +668,7 @@ def test_what_is_no_state_cannot_be_gone_on_with(resume):
             assert refused(
                 resume("--resume", name),
                 str(path),
-                "it is no state of this version; the code that wrote it can go on with it",
+                "it is no state of this version; resume with the code that wrote it",
             )
 
 
@@ -668,66 +688,58 @@ def test_the_reference_is_the_one_that_the_run_began_with(resume, monkeypatch):
     weights of one that was not stopped, or does not go on."""
     words = [*RUN[1:], "--tokens", "16000", "--kl-coef", "0.05", "--name"]
     assert resume(*words, "through")[0] == 0
-    real = train.watch
+    real = Run.warn
 
-    def stops(folder, progress, *rest):
-        real(folder, progress, *rest)
-        if progress.step == 2:
+    def stops(run, *rest):
+        real(run, *rest)
+        if run.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "watch", stops)
+        patch.setattr(Run, "warn", stops)
         code, printed, wrong = resume(*words, "one")
     assert code == 0 and "stopped after step 2" in printed and len(lines(Path(), "through")) >= 3, (
         wrong
     )
     shutil.copytree("out/one", "out/two")
-    (base,) = Path("out").glob("base-*.pt")
-    whole, (model, extra) = base.read_bytes(), load_checkpoint(base)
-    with monkeypatch.context() as patch:
-        patch.setattr("tasks.opening.base_path", lambda config: Path("out/other.pt"))
-        base.unlink()
-        assert refused(
-            resume("--resume", "out/one"),
-            str(base),
-            "there is no such file",
-            "bring it back, or start a new run",
-        )
-        base.write_bytes(whole[:-1])
-        assert refused(resume("--resume", "out/one"), str(base), "does not end with its checksum")
-        base.write_bytes(whole)
+    (path,) = Path("out").glob("base-*.pt")
+    whole, (model, extra) = path.read_bytes(), load_checkpoint(path)
+    with monkeypatch.context() as patch:  # the code has changed: today's base is another
+        patch.setattr("tasks.opening.base_path", lambda *_: Path("out/other.pt"))
+        path.unlink()
+        assert refused(resume("--resume", "out/one"), str(path), "restore it, or start a new run")
+        path.write_bytes(whole[:-1])
+        assert refused(resume("--resume", "out/one"), str(path), "does not end with its checksum")
+        path.write_bytes(whole)
         assert resume("--resume", "out/one")[0] == 0
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.norm.weight[0] += 1e-6
-    save_checkpoint(base, other, **extra)
+    save_checkpoint(path, other, **extra)
     assert refused(
         resume("--resume", "out/two"),
-        str(base),
+        str(path),
         "its weights are not those that out/two began with",
     )
-    base.write_bytes(whole[:-1])
-    monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
-    code, printed, wrong = resume("--resume", "out/two")
-    assert code == 0 and f"it is put aside as {base}.damaged, and made anew" in printed, wrong
+    path.write_bytes(whole)
+    code, _, wrong = resume("--resume", "out/two")
+    assert code == 0, wrong
     for run in ("one", "two"):
-        ours, theirs = weights(Path(), run), weights(Path(), "through")
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and lines(
-            Path(), run
-        ) == lines(Path(), "through")
+        assert_same_run(Path(), run, "through")
 
 
+@pytest.mark.slow
 def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
     """Catches a base with a flipped bit or a block of zeros that trains on, a traceback, and a
     damaged file that is lost or met again."""
-    (base,) = Path("out").glob("base-*.pt")
-    config = pretrain.resolve(
-        pretrain.Config(
-            **pretrain.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")
-        )
-    )
-    whole, (model, extra), said = base.read_bytes(), load_checkpoint(base), []
-    monkeypatch.setattr(pretrain, "pretrain", lambda *_: (model, extra["measured"]))
+    (path,) = Path("out").glob("base-*.pt")
+    puzzle = {"candidates", "operations", "modulus"}
+    smoke = base.PRESETS["smoke"] | dict(base_tokens=300_000)
+    task = TaskConfig(**{name: value for name, value in smoke.items() if name in puzzle})
+    config = base.BaseConfig(**{k: value for k, value in smoke.items() if k not in puzzle})
+    assert path == base.base_path(task, config, "cpu", "float32")
+    whole, (model, extra), said = path.read_bytes(), load_checkpoint(path), []
+    monkeypatch.setattr(base, "pretrain", lambda *_: (model, extra["measured"]))
     flipped, zeroed, cut = bytearray(whole), bytearray(whole), whole[: len(whole) // 2]
     flipped[len(whole) // 2] ^= 1
     zeroed[len(whole) // 2 : len(whole) // 2 + 4096] = bytes(4096)
@@ -742,22 +754,16 @@ def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
         Path("other.pt").read_bytes(),
         Path("unmeasured.pt").read_bytes(),
     ):
-        base.write_bytes(damaged)
+        path.write_bytes(damaged)
         said.clear()
-        found, measured, path = pretrain.base_model(config, said.append)
-        assert (
-            path == base
-            and measured == extra["measured"]
-            and torch.equal(found.norm.weight, model.norm.weight)
-        )
-        assert (
-            str(base) in said[0]
-            and f"put aside as {base}.damaged, and made anew" in said[0]
-            and "\n" not in said[0]
-        )
-        assert Path(f"{base}.damaged").read_bytes() == damaged
-        pretrain.base_model(config, said.append)
-        assert said[1:] == [f"base: reusing {base}"]
+        made, measured, name = base.base_model(task, config, "cpu", "float32", said.append)
+        assert name == path and measured == extra["measured"]
+        assert torch.equal(made.norm.weight, model.norm.weight)
+        assert str(path) in said[0] and "\n" not in said[0]
+        assert f"put aside as {path}.damaged, and made anew" in said[0]
+        assert Path(f"{path}.damaged").read_bytes() == damaged
+        base.base_model(task, config, "cpu", "float32", said.append)
+        assert said[1:] == [f"base: reusing {path}"]
 
 
 def test_resume_stands_with_and_without_a_value():
@@ -770,10 +776,11 @@ def test_resume_stands_with_and_without_a_value():
     )
 
 
-def test_a_second_signal_stops_at_once():
+def test_a_second_signal_stops_at_once(monkeypatch):
     """Catches a run that cannot be stopped, and handlers left behind."""
     before, said = signal.getsignal(signal.SIGTERM), []
-    with Stop(said.append) as stop:
+    monkeypatch.setattr("runtime.run.say", said.append)
+    with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked and "once more" in said[0]
         os.kill(os.getpid(), signal.SIGTERM)  # by torchrun, after the scheduler's own
@@ -791,7 +798,7 @@ def test_a_second_signal_stops_at_once():
 def test_two_processes_never_make_one_folder(tmp_path, monkeypatch):
     """Catches a look whether a folder is there, and its making a moment later: eight processes of
     one name have eight folders."""
-    words = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from runtime.log import new_folder; from pathlib import Path; sys.stdin.read(1); print(new_folder(Path('out/run')))"
+    words = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from runtime.run import new_folder; from pathlib import Path; sys.stdin.read(1); print(new_folder(Path('out/run')))"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", words],

@@ -12,7 +12,7 @@ from reward import is_correct
 from runtime.flags import BadInput, guarded
 from tasks import files
 from tasks.catalog import TaskConfig, make_task
-from tasks.files import DataSet, make_verifier, names, read_problem, read_problems
+from tasks.files import DataSet, make_verifier, read_problem, read_problems
 
 WORDS = SimpleNamespace(template=str.split)  # an encoding whose prompts are words
 GSM8K = dict(question="How many?", answer="48/2 = <<48/2=24>>24\n#### 1,024")
@@ -261,7 +261,6 @@ def test_files_shows_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["files.py", write(tmp_path / "a.jsonl", [GSM8K, MATH])])
     files.main()
     assert "1 GSM8K, 1 problem and solution" in capsys.readouterr().out
-    assert names(" a, b,") == ["a", "b"]
     monkeypatch.setattr(sys, "argv", ["files.py"])
     with pytest.raises(SystemExit):
         guarded(files.main)

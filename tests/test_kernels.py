@@ -1,5 +1,5 @@
-"""Every Triton kernel against its twin in torch: interpreted on a CPU, for real where there is
-CUDA; and compiled ahead of time for sm_80, sm_90.
+"""Every Triton kernel against its torch reference, interpreted on a CPU or run on CUDA; and
+compiled ahead of time for sm_80 and sm_90.
 
 conftest.py switches Triton's interpreter on before anything imports triton, unless there is a CUDA
 device.
@@ -14,10 +14,12 @@ import sys
 import pytest
 import torch
 from conftest import END, PATIENCE, ROOT, VOCABULARY
-from test_sample import seated, worst_gap
+from test_sample import choose_torch, seated, worst_gap
 
-from engine import kernels
-from engine.kernels import exponentials, row_keys, tl, waits
+from engine import kernels, keys
+from engine.cuda_graphs import StepGraphs
+from engine.keys import exponential_from_bits, exponential_noise, row_keys, tl
+from engine.packing import pad_rows, padded_logprobs
 from model import GPT, ModelConfig
 from sample import Sampler
 
@@ -26,7 +28,7 @@ pytestmark = [
     pytest.mark.extra,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(
-        kernels.triton is None, reason="needs triton: pip install -r requirements-extra.txt"
+        keys.triton is None, reason="needs triton: pip install -r requirements-extra.txt"
     ),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +159,9 @@ CASES = {  # heads, key/value heads, head size, groups of (members, starts, leng
 }
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_attend(case, dtype):
     """Catches keys beyond a length, a split or generation left out or counted twice, members mixed
@@ -214,7 +218,7 @@ def test_padded_rows_are_inert():
     )
 
 
-@pytest.mark.parametrize("V", [1, 2, 257, 5000, 151_936])
+@pytest.mark.parametrize("V", [1, 2, 257, 5000, pytest.param(151_936, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_choose(V, temperature):
     """Catches other random bits than torch draws, a column beyond the vocabulary, a wrong
@@ -230,7 +234,7 @@ def test_choose(V, temperature):
             rows.key.copy_(row_keys(5, torch.arange(3)))
             rows.length.copy_(torch.tensor([0, 4, 2]))
         kernels.choose(logits, temperature, ours)
-        kernels.choose_torch(logits, temperature, twins)
+        choose_torch(logits, temperature, twins)
         for name in ("token", "position", "length", "slot", "alive", "tokens"):
             assert torch.equal(getattr(ours, name), getattr(twins, name)), name
         assert (ours.logprobs - twins.logprobs).abs().max() < 2e-5
@@ -246,7 +250,7 @@ def test_choose_when_a_filter_leaves_nothing_of_a_block(temperature):
     logits[2, 0], logits[2, 4200:] = 1.5, -torch.inf
     ours, twins = seated(3, device=DEVICE), seated(3, device=DEVICE)
     kernels.choose(logits, temperature, ours)
-    kernels.choose_torch(logits, temperature, twins)
+    choose_torch(logits, temperature, twins)
     assert torch.equal(ours.tokens, twins.tokens) and ours.tokens[1:, 0].tolist() == [4200, 0]
     assert (ours.logprobs - twins.logprobs).abs().max() < 2e-5
 
@@ -260,7 +264,7 @@ def test_attend_skips_rows_that_are_not_there():
     assert torch.equal(kernels.attend(q, k, v, [some]), kernels.attend(q, k, v, [all_]))
 
 
-def test_the_kernels_random_numbers_are_torchs():
+def test_the_kernels_noise_decides_as_torchs_does():
     """Catches a generator that drifts from its twin in one bit: the kernel's noise decides between
     equal logits, so that over 600 rows of 64 tokens every choice must be that of the largest -log
     E, and so must the share of tokens (chi-square, 63 degrees of freedom, bound 120: p < 2e-5)."""
@@ -268,20 +272,22 @@ def test_the_kernels_random_numbers_are_torchs():
     rows = seated(n, device=DEVICE)
     rows.key.copy_(row_keys(9, torch.arange(n)))
     kernels.choose(torch.zeros(n, 64, device=DEVICE), 1.0, rows)
-    expected = exponentials(row_keys(9, torch.arange(n)), torch.zeros(n), 64).argmin(1)
+    expected = exponential_noise(row_keys(9, torch.arange(n)), torch.zeros(n), 64).argmin(1)
     assert torch.equal(rows.tokens[:, 0].cpu(), expected)
     counts = expected.bincount(minlength=64)
     assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 120
 
 
-@kernels.jit
-def _write_waits(bits, keys, out, V, BLOCK: tl.constexpr):
+@keys.jit
+def _write_noise(bits, row_key, out, V, BLOCK: tl.constexpr):
     row, v = tl.program_id(0), tl.arange(0, BLOCK)
-    found = kernels._waits(tl.load(bits + row * V + v, v < V, 1), tl.load(keys + row))
+    found = keys._exponential_from_bits(
+        tl.load(bits + row * V + v, v < V, 1), tl.load(row_key + row)
+    )
     tl.store(out + row * V + v, found, v < V)
 
 
-def test_the_kernels_waits_are_torchs():
+def test_the_kernels_noise_equals_torchs_at_its_ends():
     """Catches another E where it is small (there rare tokens are decided), where the kernel's
     series ends (v = 1/64) and at the ends: equal to the twin's to 4e-6 of itself, for bits of every
     size and sign, and for keys whose offset is next to 0 and next to 1."""
@@ -298,14 +304,15 @@ def test_the_kernels_waits_are_torchs():
     )
     bits = bits.expand(len(keys), -1).contiguous().to(DEVICE)
     out = torch.empty(bits.shape, device=DEVICE)
-    _write_waits[(len(keys),)](
+    _write_noise[(len(keys),)](
         bits, keys.to(DEVICE), out, bits.shape[1], BLOCK=kernels.power_of_2(bits.shape[1])
     )
-    twin = waits(bits, keys.to(DEVICE))
+    twin = exponential_from_bits(bits, keys.to(DEVICE))
     assert out.min() > 0 and out.max() < 17 and ((out - twin).abs() / twin).max() < 4e-6
 
 
-def test_the_kernel_draws_rare_tokens_too():
+@pytest.mark.slow
+def test_the_kernels_noise_draws_rare_tokens_too():
     """Catches a tail that is lost in the kernel alone: rows whose draw, in torch, is one of 151,935
     tokens of 1.3e-7 each, beside one of 98 %."""
     V = 151_936
@@ -315,7 +322,7 @@ def test_the_kernel_draws_rare_tokens_too():
     for first in range(0, 400, 8):
         rows = seated(8)
         rows.key.copy_(row_keys(2, torch.arange(first, first + 8)))
-        kernels.choose_torch(logits.expand(8, -1), 1.0, rows)
+        choose_torch(logits.expand(8, -1), 1.0, rows)
         found += [
             (key, token)
             for key, token in zip(rows.key.tolist(), rows.tokens[:, 0].tolist())
@@ -341,7 +348,7 @@ def test_the_kernel_draws_rare_tokens_too():
         lambda: kernels.choose(randn(3, 8), 1.0, seated(2)),
     ],
 )
-def test_wrappers_refuse(call):
+def test_wrappers_refuse_what_does_not_fit(call):
     """Catches a kernel launched on what it would read wrongly: strides, types and shapes that do
     not fit are one ValueError."""
     with pytest.raises(ValueError, match=r"contiguous|: "):
@@ -374,6 +381,7 @@ def small(dtype=torch.float32, qk_norm=True):
     return model.to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_tokens", [0, 60])
 def test_the_fused_sampler_equals_the_torch_one(cache_tokens, monkeypatch):
     """Catches any difference between the two readers of the tree: tables, segments, closing up, the
@@ -401,30 +409,25 @@ class Replayed:
     """A CUDA graph without CUDA: replaying it runs the step again on the tensors that it was
     captured with."""
 
-    def __init__(self, sampler, places):
-        self.sampler, self.rows, self.out = (
-            sampler,
-            sampler.tables.rows.part(0, places),
-            sampler.outputs[:places],
-        )
-
-    def replay(self):
-        self.sampler._logits(self.sampler.tables, self.rows, self.out)
+    def __init__(self, graphs, step, places):
+        arguments = graphs.cache.rows.part(0, places), graphs.cache, graphs.logits[:places]
+        self.replay = lambda: step(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="there are real graphs here")
-def test_what_surrounds_the_graphs(monkeypatch):
+def test_the_sampler_on_graphs_equals_the_plain_one(monkeypatch):
     """Catches a bucket too small, empty places that write, tables and slots not put back after the
     capture, logits of another step: all but the capture itself. Five rows run in a bucket of 8;
     those that capture run first on tables that were meant for more rows."""
 
-    def capture(sampler, places):
-        graph = Replayed(sampler, places)
+    def capture(graphs, step, places):
+        graph = Replayed(graphs, step, places)
         graph.replay()  # the warm-up
         return graph
 
     monkeypatch.setattr(kernels, "FILL", 8)
-    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(StepGraphs, "capture", capture)
     graphed, plain = Sampler(small(), fused=True), Sampler(small(), fused=False)
     graphed.graph = True
     for seed in range(2):  # the second call finds graphs, and rows of the first that have left
@@ -440,7 +443,7 @@ def test_what_surrounds_the_graphs(monkeypatch):
         s.extend(c, [[7, 8]], 3, 4, seed=1, rows=[2]) for s, c in ((graphed, ours), (plain, twins))
     )
     assert ours.tokens.tolist() == twins.tokens.tolist() and {
-        places for places, _ in graphed.graphs
+        places for places, _ in graphed.graphs.graphs
     } == {1, 2, 4, 8}
 
 
@@ -472,8 +475,6 @@ def test_graphs_equal_the_eager_step():
 def test_the_fused_sampler_in_bf16_is_near_the_trainer():
     """Catches a precision lost in a kernel: log-probabilities in bf16 stay within 0.2 nats of the
     trainer's, 0.02 on average."""
-    from mgrpo import completion_logprobs, pad_rows
-
     model = small(torch.bfloat16)
     c = Sampler(model).generate([[1, 2, 3], [4], [5, 6]] * 20, 8, 30, seed=1)
     rows = pad_rows(
@@ -481,9 +482,7 @@ def test_the_fused_sampler_in_bf16_is_near_the_trainer():
         [c.tokens[i, : c.lengths[i]].tolist() for i in range(len(c))],
         DEVICE,
     )
-    gap = (completion_logprobs(model, rows)[0] - c.logprobs[:, : rows.mask.shape[1]])[
-        rows.mask
-    ].abs()
+    gap = (padded_logprobs(model, rows)[0] - c.logprobs[:, : rows.mask.shape[1]])[rows.mask].abs()
     assert gap.max() < 0.2 and gap.mean() < 0.02
 
 
@@ -508,12 +507,14 @@ def without_interpreter(tmp_path, *words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_and_none_spills(tmp_path):
     """Catches what the interpreter forgives: each launch of a decode step, in the shapes of four
     models and in both compute types, compiled for sm_80 and sm_90 in a process without the
     interpreter. A spilled register would be traffic that nobody counted."""
     lines = [
-        line.split() for line in without_interpreter(tmp_path, "bench.py", "kernels").splitlines()
+        line.split()
+        for line in without_interpreter(tmp_path, "-m", "tools.bench_kernels").splitlines()
     ]
     lines = [line for line in lines if line and line[0] in ("default", "0.5b", "1.5b", "7b")]
     assert len(lines) == 56 and {line[2] for line in lines} == {
@@ -530,11 +531,13 @@ def test_every_kernel_compiles_and_none_spills(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_attention_to_long_heads_does_not_spill(tmp_path):
     """Catches a tile too large for what none of those shapes has: heads of 256, with 8 query heads
     a key head and 3, and of 128 with one."""
     program = """
-import itertools, torch, bench, model
+import itertools, torch, model
+from tools import bench_kernels as bench
 for dtype, (heads, size) in itertools.product((torch.bfloat16, torch.float32), ((8, 256), (3, 256), (1, 128))):
     launches, _ = bench.launches_of(model.ModelConfig(512, heads=heads, kv_heads=1, head_size=size), dtype, 64, 32, 64, 8)
     for launch in launches:

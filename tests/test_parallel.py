@@ -1,5 +1,5 @@
-"""Two processes on this machine, by gloo: the step, the rollouts, the questions and the tables of
-one; and how they end when one of them fails."""
+"""Two processes on this machine, by gloo, against one: the step, the rollouts, the tables, the states;
+and how all of them end when one fails."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import torch
 from conftest import PATIENCE, ROOT
 
 from model import load_checkpoint
-from runtime import distributed, memory
+from runtime import distributed
 from runtime.checkpoints import load_state, saved
+from runtime.device import pick_device
 from runtime.flags import BadInput
 from runtime.transcripts import lines_of
-from tasks.legacy import pick_device
 from verifier.math_verify import MathVerify
 
 RUN = (
@@ -35,26 +35,20 @@ RUN = (
     "--save-every",
     "1",
 )
+# all that makes ranks differ in what they have to do
 HARD = (
     "--kl-coef",
     "0.05",
-    "--kl",
-    "k1",
     "--recompute",
     "yes",
-    "--update",
-    "alternating",
     "--sources",
     "wrong",
-    "--resample",
-    "2",
     "--normalize",
     "token",
     "--tokens-per-microbatch",
     "500",
     "--epochs",
     "2",
-    "--offload-optimizer",
 )
 
 
@@ -147,6 +141,7 @@ def lines(folder, run):
 # ---- the same numbers ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_step_is_that_of_one_process(runs):
     """Catches a mean of ranks' means, gradients averaged that should be summed, and a slice updated
     twice: parameters to 1e-5, the log, and counts of the tables (63 questions do not divide by
@@ -158,64 +153,47 @@ def test_one_step_is_that_of_one_process(runs):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["few", "hard"])
 def test_the_same_trees_are_kept(runs, name):
-    """Catches a rank that does not join the pass for the entropies (a hang), and trees of another
-    rank."""
+    """Catches trees of another rank, or of none."""
     ours, theirs = (list(lines_of(runs / f"out/{name}{n}/rollouts.jsonl")) for n in (2, 1))
     assert len(ours) == len(theirs) == 2 * len(lines(runs, f"{name}1"))
     for mine, tree in zip(ours, theirs):
-        nodes = [
-            [
-                node
-                for attempt in t["attempts"]
-                for node in (attempt, *attempt.get("corrections", ()))
-            ]
-            for t in (mine, tree)
-        ]
-        assert mine["question"] == tree["question"] and len(nodes[0]) == len(nodes[1]) >= 4
-        for a, b in zip(*nodes):
-            assert (
-                a["tokens"] == b["tokens"]
-                and a["advantage"] == b["advantage"]
-                and a["entropy"] == pytest.approx(b["entropy"], abs=1e-3)
-            )
+        assert mine["question"] == tree["question"]
+        pairs = list(zip(nodes(mine), nodes(tree), strict=True))
+        assert len(pairs) >= 4
+        assert all(a["tokens"] == b["tokens"] for a, b in pairs)
+        assert all(a["advantage"] == b["advantage"] for a, b in pairs)
 
 
+def nodes(tree):
+    """All answers of a tree as it is on disk."""
+    for name in ("answers", "attempts", "corrections"):
+        for node in tree.get(name, ()):
+            yield node
+            yield from nodes(node)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["few", "hard"])
 def test_whole_runs_are_those_of_one_process(runs, name):
     """Catches ranks that make different numbers of passes or steps, a layer that is missing on one
-    of them, groups resampled by rank, a reference that is not gathered, moments on the host that
-    are mixed up; and rollouts or questions that depend on the number of processes."""
+    of them, a reference that is not gathered; and rollouts or questions that depend on the number
+    of processes."""
     ours, theirs = lines(runs, f"{name}2"), lines(runs, f"{name}1")
     assert len(ours) == len(theirs) >= 3 and sum(line["updates"] for line in theirs) >= 4
+    exact = ("generated", "accuracy", "reward", "length", "signal", "updates")
     for mine, line in zip(ours, theirs):
         assert mine == pytest.approx(line, rel=1e-3, abs=1e-5), line["step"]
-        assert all(
-            mine[k] == line[k]
-            for k in (
-                "generated",
-                "accuracy1",
-                "accuracy2",
-                "reward1",
-                "reward2",
-                "length1",
-                "length2",
-                "signal1",
-                "signal2",
-                "updates",
-                "resampled",
-            )
-            if k in line
-        )
-    assert farthest(runs, f"{name}1", f"{name}2") < 1e-4 and (
-        name == "few" or sum(line["resampled"] for line in theirs) > 0
-    )
+        assert all(mine[k] == line[k] for k in line if k.startswith(exact))
+    assert farthest(runs, f"{name}1", f"{name}2") < 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_rollouts_are_drawn(runs):
-    """Catches random numbers or questions that depend on who samples: token by token, in both
-    layers, resampled ones included."""
+    """Catches random numbers or questions that depend on the rank that samples: token by token, in
+    both layers."""
     drawn = []
     for processes in (1, 2):
         finished(start(runs, [write(runs, "rollouts.py", ROLLOUTS), str(processes)], processes))
@@ -226,57 +204,24 @@ def test_the_same_rollouts_are_drawn(runs):
                 for row in json.loads((runs / f"rollouts-{processes}-{rank}.json").read_text())
             ]
         )
-    assert len(drawn[0]) > 16 * 4 * 2 and sorted(drawn[0]) == sorted(drawn[1])
-
-
-def test_moments_are_whole_after_a_step_that_taught_nothing(runs):
-    """Catches a state that holds one rank's slice of Adam's moments: what the pass for the
-    transcripts gathers stays so until a backward pass, and there is none in a step whose groups all
-    have equal rewards."""
-    finished(start(runs, [write(runs, "moments.py", MOMENTS)], 2))
-    found = torch.load(runs / "moments.pt", weights_only=True)
-    assert len(found) > 10 and all(
-        kind == "Tensor" and tuple(shape) == tuple(like) for kind, shape, like in found
-    )
-
-
-MOMENTS = """
-import torch
-import parallel, starting, train, transcripts
-from eval import make_sampler
-from memory import make_optimizer
-def main():
-    c = train.Config(**(train.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")))
-    setup = starting.prepare(c)
-    policy, _ = setup.load()
-    sampler = make_sampler(policy, 0, 300)
-    shapes = [p.shape for p in policy.parameters()]
-    distributed.shard(policy)
-    optimizer = make_optimizer(policy, 1e-4, False)
-    trees = train.rollout(sampler, setup, 0)
-    train.learn(policy, None, optimizer, trees, setup.c)
-    from pathlib import Path
-    transcripts.record(Path("."), policy, trees[0], setup.encoding, setup.c, 1, 0)
-    moments = distributed.gathered_optimizer(optimizer, policy.parameters())
-    if distributed.rank() == 0:
-        torch.save([(type(m["exp_avg"]).__name__, m["exp_avg"].shape, like) for m, like in zip(moments["state"].values(), shapes)], "moments.pt")
-distributed.run(main)
-"""
+    assert len(drawn[0]) == 16 * 4 * (1 + 3) and sorted(drawn[0]) == sorted(drawn[1])
 
 
 ROLLOUTS = """
-import dataclasses, json, sys
-import parallel, starting, train
+import json, sys
+import train
 from eval import make_sampler
+from runtime import distributed
+from tasks import opening
 def main():
-    c = train.Config(**(train.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu", resample=2)))
-    setup = starting.prepare(c)
+    c = train.Config(**(train.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")))
+    setup = opening.prepare(c)
     sampler = make_sampler(setup.load()[0], 0, 300)
     rows = []
     for tree in train.rollout(sampler, setup, 3):
         for layer in tree.layers:
             c = layer.completions
-            rows += [(layer.completions.depth, int(tree.slots[layer.questions[i]]), int(c.numbers[i]), c.prompts[i // c.n], c.sampled[i], float(layer.advantages[i])) for i in range(len(c))]
+            rows += [(c.depth, int(tree.slots[layer.questions[i]]), int(c.numbers[i]), c.prompts[i // c.n], c.sampled[i], float(layer.advantages[i])) for i in range(len(c))]
     json.dump(rows, open(f"rollouts-{sys.argv[1]}-{distributed.rank()}.json", "w"))
 distributed.run(main)
 """
@@ -301,48 +246,88 @@ def test_shares_are_everything_once(monkeypatch):
             ) - min(map(len, shares)) <= 1
 
 
-def test_traffic_is_what_torch_moves(runs):
-    """Catches a computed volume that is not the real one: bytes of the collectives of a step,
-    counted where torch is asked for them."""
-    finished(start(runs, [write(runs, "traffic.py", TRAFFIC)], 2))
-    found = json.loads((runs / "traffic.json").read_text())
-    for dtype, counted, computed in found:
-        assert counted == pytest.approx(computed, rel=0.01), dtype
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_slices_come_and_go_whole(tied, tmp_path):
+    """Catches a state of one rank's slices, moments that go to other parameters, a tied head stored
+    twice, and what a forward pass has left gathered taken for a slice. 3 steps, saved, loaded on
+    two ranks and on one, 3 more steps: bit-equal to 6 on two ranks, and to rounding on one. 7 rows
+    and 5 tokens do not divide by 2."""
+    words = [write(tmp_path, "slices.py", SLICES), str(int(tied))]
+    finished(start(tmp_path, [*words, "save"], 2))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    if tied:
+        head, embed = (state["weights"][f"{name}.weight"] for name in ("head", "embed"))
+        assert head.data_ptr() == embed.data_ptr()
+    finished(start(tmp_path, [*words, "load"], 2))
+    finished(start(tmp_path, [*words, "load"], 1))
+    whole, two, one = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        for name in ("whole", "load2", "load1")
+    )
+    assert whole["moments"].keys() == two["moments"].keys() and len(two["moments"]) > 10
+    for name, weight in whole["iterated"].items():
+        assert torch.equal(weight, whole["weights"][name]), name
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, two["weights"][name]), name
+        assert (weight - one["weights"][name]).abs().max() < 1e-5, name
+    for name, moments in whole["moments"].items():
+        for kind, value in moments.items():
+            assert torch.equal(value, two["moments"][name][kind]), (name, kind)
+    assert whole["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
 
-TRAFFIC = """
-import json
-import torch, torch.distributed as dist
-import parallel, train
-from model import GPT, ModelConfig
-from sample import Sampler
-moved = []
-def counting(*names):                     # of torch 2.13, of earlier ones
-    name = next(name for name in names if hasattr(dist, name))
-    real = getattr(dist, name)
-    def call(*args, **keywords):
-        moved.append(max(x.nbytes for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor)) / 2)
-        return real(*args, **keywords)
-    setattr(dist, name, call)
-def main():
-    counting("all_gather_single", "all_gather_into_tensor")
-    counting("reduce_scatter_single", "reduce_scatter_tensor")
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model, frozen = (GPT(ModelConfig(400, 64, 3, 4, 2, 16, 96, 64), dtype) for _ in range(2))
-        frozen.to(dtype).requires_grad_(False)
-        distributed.broadcast(model)
-        sampler = Sampler(model, workers=1)
-        distributed.shard(model)
-        distributed.shard(frozen)
-        train.idle_pass(model, frozen)    # the first gathers the reference's embeddings, which stay
-        moved.clear()
-        for _ in range(3):
-            train.idle_pass(model, frozen)
-        counted, parts = sum(moved), distributed.traffic(model.config, dtype, 2, 3, True)
-        found.append((str(dtype), counted, sum(parts.values()) - parts["sampler"]))
+SLICES = """
+import sys
+import torch
+from model import GPT, ModelConfig, token_logprobs
+from runtime import distributed
+
+def steps(model, optimizer, numbers):
+    for number in numbers:
+        tokens = torch.randint(0, 51, (7, 6), generator=torch.Generator().manual_seed(number))
+        mine = distributed.share(7)
+        rows = tokens[mine.start : mine.stop]
+        hidden = model(rows[:, :-1]).flatten(0, 1)
+        logp, _ = token_logprobs(hidden, model.head.weight, rows[:, 1:].flatten())
+        (-logp.sum() / 35).backward()
+        norm = distributed.clip_gradient(model, 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+def save(name, model, optimizer, **more):
+    with torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.long))      # leaves the embeddings gathered
+    weights, moments = distributed.full_state(model, optimizer)
     if distributed.rank() == 0:
-        json.dump(found, open("traffic.json", "w"))
+        torch.save(dict(weights=weights, moments=moments, **more), name)
+    else:
+        assert weights == moments == {}
+
+def main():
+    torch.manual_seed(distributed.rank())               # broadcast: all begin with rank 0's weights
+    model = GPT(ModelConfig(51, 32, 2, 2, 1, 16, 33, 64, tied=sys.argv[1] == "1"))
+    distributed.shard(distributed.broadcast(model))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0, fused=True)
+    if sys.argv[2] == "save":
+        assert distributed.full_state(model, optimizer)[1] == {}
+        steps(model, optimizer, range(3))
+        save("state.pt", model, optimizer)
+        norm = steps(model, optimizer, range(3, 6))
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long))
+        names = [name for name, _ in model.named_parameters()]
+        iterated = dict(zip(names, distributed.full_tensors(model), strict=True))
+        save("whole.pt", model, optimizer, norm=norm, iterated=iterated)
+    else:
+        state = dict(weights={}, moments={})            # rank 0 alone has read the file
+        if distributed.rank() == 0:
+            state = torch.load("state.pt", weights_only=True)
+        distributed.load_full_state(model, optimizer, **state)
+        norm = steps(model, optimizer, range(3, 6))
+        save(f"load{distributed.size()}.pt", model, optimizer, norm=norm)
+
 distributed.run(main)
 """
 
@@ -350,57 +335,48 @@ distributed.run(main)
 # ---- going on ------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_with_another_number_of_processes(runs):
-    """Catches states that hold slices, or moments dealt to the wrong parameters: 2 processes go on
-    exactly; 1 goes on where 2 stopped, and 2 where 1 did, to the weights of the undisturbed run."""
-    for before, after in ((2, 2), (1, 2), (2, 1)):
-        name = f"from{before}to{after}"
-        finished(start(runs, [*RUN, "--tokens", "20000", "--keep", "99", "--name", name], before))
-        for step, path in saved(runs / f"out/{name}/state"):
-            if step > 2:
-                path.unlink()
-        printed, _ = finished(start(runs, ["train.py", "--resume", f"out/{name}"], after))
-        assert "resume: from" in printed and "step-0000002" in printed
-        assert [line["step"] for line in lines(runs, name)] == [
-            line["step"] for line in lines(runs, "few1")
-        ]
-        assert farthest(runs, name, f"few{before}") < 1e-5 and (
-            before != after or farthest(runs, name, "few2") == 0
-        )
-    moments = [load_state(saved(runs / f"out/few{n}/state")[0][1])["optimizer"] for n in (1, 2)]
-    assert all(
-        (moments[0][i][name] - moments[1][i][name]).abs().max() < 1e-4
-        for i in moments[0]
-        for name in moments[0][i]
-    )
-
-
-def test_a_stop_is_everyones(runs):
-    """Catches ranks that stop after different steps, and wait for each other for ever: a
-    scheduler's SIGTERM, sent to each of them and again by torchrun, finishes the step on all."""
-    running = start(runs, [*RUN, "--tokens", "2000000", "--name", "stopped"], 2)
-    while running.poll() is None and not saved(runs / "out/stopped/state"):
-        time.sleep(0.05)
-    ranks = subprocess.run(
-        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True
-    ).stdout.split()
-    for rank in map(int, ranks):  # a scheduler signals everybody, and torchrun passes its own on
-        os.kill(rank, signal.SIGTERM)
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 2), (1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(runs, before, after):
+    """Catches states that hold slices, moments that go to other parameters, and ranks that stop
+    after different steps. A scheduler's SIGTERM, sent to each rank and passed on by torchrun, stops
+    the run after a step of all; then 2 processes go on exactly, 1 where 2 stopped, and 2 where 1
+    did, to the weights of the undisturbed run."""
+    name = f"from{before}to{after}"
+    running = start(runs, [*RUN, "--tokens", "20000", "--name", name], before)
+    folder = runs / f"out/{name}/state"
+    while running.poll() is None and not [step for step, _ in saved(folder) if step > 1]:
+        time.sleep(0.02)
+    if before > 1:
+        ranks = ["pgrep", "-P", str(running.pid)]
+        for rank in subprocess.run(ranks, capture_output=True, text=True).stdout.split():
+            os.kill(int(rank), signal.SIGTERM)
     running.send_signal(signal.SIGTERM)
     printed, wrong = running.communicate(timeout=PATIENCE)
-    steps = len(lines(runs, "stopped"))
-    assert (
-        f"stopped after step {steps}" in printed
-        and saved(runs / "out/stopped/state")[0][0] == steps
-    ), wrong
+    step = saved(folder)[0][0]
+    assert f"stopped after step {step}" in printed and len(lines(runs, name)) == step, wrong
+    printed, _ = finished(start(runs, ["train.py", "--resume", f"out/{name}"], after))
+    assert "resume: from" in printed and f"step-{step:07d}" in printed
+    assert [line["step"] for line in lines(runs, name)] == [
+        line["step"] for line in lines(runs, "few1")
+    ]
+    assert farthest(runs, name, f"few{before}") < 1e-5
+    assert before != after or farthest(runs, name, "few2") == 0
+    moments = [load_state(saved(runs / f"out/few{n}/state")[0][1])["optimizer"] for n in (1, 2)]
+    assert all(
+        (moments[0][i][kind] - moments[1][i][kind]).abs().max() < 1e-4
+        for i in moments[0]
+        for kind in moments[0][i]
+    )
 
 
 # ---- going wrong ---------------------------------------------------------------------------------
 
 BROKEN = """
 import os, signal, sys, time
-import parallel, train
-from flags import BadInput
+import train
+from runtime import distributed
+from runtime.flags import BadInput
 how, real = sys.argv.pop(1), train.one_step
 def one_step(*args):
     found = real(*args)
@@ -418,11 +394,12 @@ distributed.run(train.main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["raise", "kill", "say", "sleep"])
 def test_a_rank_that_fails_takes_the_others_down(runs, how):
-    """Catches a hang, and an error buried under those of its victims: a rank that raises, is
-    killed, or has bad input ends the run, its own words are shown, and those of the others (who
-    lost it, or are asleep) are not. What was saved is there."""
+    """Catches a hang, and an error buried under its consequences: a rank that raises, is killed, or
+    has bad input ends the run, its error is printed, and those of other ranks (which lose the
+    connection, or are asleep until torchrun kills them) are not. What was saved is there."""
     name = f"broken-{how}"
     _, wrong = finished(
         start(
@@ -441,19 +418,17 @@ def test_a_rank_that_fails_takes_the_others_down(runs, how):
         code=1,
     )
     own = wrong.partition("torch/distributed/elastic")[0]
-    said = {
+    message = {
         "raise": "error: ValueError: the cat sat on the cable (train.py:",
-        "kill": "error: rank 0 lost another process",
+        "kill": "error: rank 0 lost the connection to another process",
     }.get(how, "error: rank 1 has no disk")
-    assert (
-        own.count(said) == 1
-        and "Traceback" not in own
-        and ("a fault of this code" in own) == (how == "raise")
-        and ("Connection" in own) == (how == "kill")
-    ), wrong
-    assert ("SIGKILL" in wrong) == (how == "kill") and saved(runs / f"out/{name}/state")[0][0] >= 1
+    assert own.count("error: ") == own.count(message) == 1, wrong
+    assert "Traceback" not in own and ("a fault of this code" in own) == (how == "raise"), wrong
+    assert "SIGKILL" in wrong or how not in ("kill", "sleep"), wrong
+    assert saved(runs / f"out/{name}/state")[0][0] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, words, says",
     [
@@ -469,7 +444,7 @@ def test_a_rank_that_fails_takes_the_others_down(runs, how):
             "error: --prompts 6 does not divide into --minibatches 2 on each of 2 processes: "
             "choose a multiple of 4",
         ),
-        (2, ["pretrain.py"], "error: this script runs in one process, without torchrun"),
+        (2, ["tools/memory_table.py"], "error: this script runs without torchrun"),
         (2, ["train.py", "--attemps", "3"], "did you mean --attempts?"),
         (2, ["train.py", "--resume", "nowhere"], "nowhere holds no state to go on from"),
         (2, ["train.py", "--init", "nowhere", "--data", "nothing.jsonl"], "nothing is downloaded"),
@@ -498,7 +473,7 @@ def test_more_processes_than_gpus_is_said(monkeypatch):
 def test_ranks_that_differ_are_named(monkeypatch):
     """Catches two runs in one: machines with other data or other flags are told, before they meet
     in a collective."""
-    monkeypatch.setattr(distributed, "everyone", lambda digest: [digest, digest[::-1]])
+    monkeypatch.setattr(distributed, "gather_objects", lambda digest: [digest, digest[::-1]])
     with pytest.raises(BadInput, match="do not have the same questions"):
         distributed.agree("questions", ["one"])
 
@@ -518,6 +493,7 @@ def test_math_verifys_worker_starts_under_torchrun(monkeypatch, tmp_path):
     verifier.close()
 
 
+@pytest.mark.slow
 def test_evaluation_is_shared(runs):
     """Catches questions evaluated twice or by nobody: eval.py on two processes prints and writes
     what one does, and every transcript is somewhere."""
@@ -557,27 +533,3 @@ def test_evaluation_is_shared(runs):
         and len(transcripts[0]) == 33 * 3
         and len(list((runs / "t2").glob("*.jsonl"))) == 2
     )
-
-
-def test_a_rank_plans_for_its_part():
-    """Catches a plan that counts whole masters on every rank, or forgets what is gathered."""
-    known = dict(
-        compute=torch.bfloat16,
-        tokens=16384,
-        prompts=32,
-        attempts=8,
-        corrections=4,
-        prompt=512,
-        completion=1024,
-        reference=True,
-    )
-    shape = memory.SHAPES["Qwen2.5-Math-7B"]
-    one, eight = memory.plan(shape, **known), memory.plan(shape, **known, ranks=8)
-    assert one["gathered"] == 0 and all(
-        eight[what] == one[what] // 8 for what in ("masters and gradients", "Adam", "KV cache")
-    )
-    embeddings = 2 * 2 * shape.vocab_size * shape.width
-    assert eight["reference"] == pytest.approx(
-        (one["reference"] - embeddings) / 8 + embeddings, rel=1e-3
-    )
-    assert eight["weights"] == one["weights"] and 5e9 < eight["gathered"] < 15e9

@@ -1,141 +1,374 @@
-"""README against the code: what it says of files and commands must stay true."""
+"""README and the chapters against the code: what they say of files, commands and figures is true.
 
+pytest tests/test_readme.py
+"""
+
+import ast
+import functools
+import importlib
+import json
+import math
 import re
 import shlex
+import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import script
-from test_flags import SCRIPTS, config_of
 
-from runtime.flags import parse
+from runtime import flags
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-CHAPTERS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+CHAPTERS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *CHAPTERS]
+}
+README = PAGES["README.md"]
+ROOMS = ("engine", "verifier", "tasks", "huggingface", "runtime", "report", "tools")
+CODE = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+OLD_NAMES = "docs/old-names.md"  # speaks of flags and scripts that are gone
+# Flags of other programs: torchrun, srun, docker, git, and those that every command has.
+FOREIGN = {
+    *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "shutdown-timeout"),
+    *("nodes", "ntasks-per-node", "gpus-per-node", "shm-size", "help", "debug"),
+}
 
 
-def test_every_file_is_listed_with_its_length():
-    """Catches a file that a reader is not told of, and a line count more than a tenth off."""
-    listed = {
-        name: int(lines)
-        for name, lines in re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M)
-    }
-    there = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
-    assert listed.keys() == there.keys()
-    assert [name for name in there if abs(listed[name] - there[name]) > 0.1 * there[name]] == []
+def without_code(text):
+    """The text without its code blocks, which hold output of programs, commands and diffs."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
-def commands():
-    """Every `python script.py ...` and `torchrun ... script.py ...` in README, its chapters and the
-    opening docstrings."""
-    texts = [
-        README,
-        *CHAPTERS.values(),
-        *(path.read_text().split('"""')[1] for path in ROOT.glob("*.py")),
-    ]
-    return sorted(
-        {
-            found.strip()
-            for text in texts
-            for found in re.findall(
-                r"(?:python|torchrun[^\n`]*?) (\w+\.py(?: +--?[^\n#`|&)']+)?)", text
-            )
-        }
-    )
+# ------------------------------------------------------------------------------------------ form
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_names_real_flags(command):
-    """Catches a documented flag that was renamed."""
-    script, *words = shlex.split(command)
-    assert (ROOT / script).exists()
-    if words and script.removesuffix(".py") in SCRIPTS and "--help" not in words:
-        parse(config_of(script.removesuffix(".py")), words)
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_short(name):
+    """Catches a README or a chapter that grows beyond one sitting, and lines that need scrolling.
+
+    Only lines inside a code block may be wider: they are what a program printed.
+    """
+    assert len(PAGES[name].splitlines()) <= (200 if name == "README.md" else 150)
+    assert [line for line in without_code(PAGES[name]).splitlines() if len(line) > 110] == []
 
 
-def test_links_lead_somewhere():
-    """Catches a link to a file that moved, to a heading that was renamed, and a chapter that nobody
-    finds."""
-    for folder, text in ((ROOT, README), *((ROOT / "docs", text) for text in CHAPTERS.values())):
-        assert [
-            link
-            for link in re.findall(r"\]\((?!http)([^)#]+)", text)
-            if not (folder / link).exists()
-        ] == []
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.+)$", README, re.M)
-    }
-    assert [link for link in re.findall(r"\]\(#([^)]+)\)", README) if link not in anchors] == []
-    assert [name for name in CHAPTERS if f"](docs/{name})" not in README] == []
+def test_readme_has_one_result_table_and_one_curve():
+    """Catches results that creep back into README, and the gain without what it does not show."""
+    assert len(re.findall(r"^\| (?:mgrpo|MGRPO)\b", README, re.M)) == 1
+    assert re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) == ["docs/tree.svg", "docs/runs.svg"]
+    before_the_table = README.split("## Results")[1].split("| mgrpo")[0]
+    assert "gives greedy Acc@t2 88.8" in " ".join(before_the_table.split())
 
 
-def test_links_to_lines_show_that_line():
-    """Catches a link into a file whose lines have moved: what it quotes must stand there, once as a
-    definition or at all."""
+def test_nothing_is_left_to_fill_in():
+    """Catches a placeholder that was never replaced, in any tracked text."""
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    marks = ("@" * 2, "TO" + "DO", "FIX" + "ME")
     wrong = []
-    for code, name, number in re.findall(r"\[`([^`\n]+)`\]\(([\w.]+)#L(\d+)\)", README):
-        lines = (ROOT / name).read_text().splitlines()
-        found = [
-            i
-            for i, line in enumerate(lines, 1)
-            if re.search(re.escape(code) + (r"\b" if code[-1].isalnum() else ""), line)
-        ]
-        if int(number) not in found[:1]:
-            wrong.append((code, name, int(number), found[:1]))
-    assert wrong == [] and README.count("#L") > 40
+    for path in map(ROOT.joinpath, listing.split() or ["README.md"]):
+        if path.suffix in (".py", ".md", ".txt") and path.exists():
+            text = re.sub(
+                r"^```diff$.*?^```$", "", path.read_text(errors="ignore"), flags=re.M | re.S
+            )
+            wrong += [(path.name, mark) for mark in marks if mark in text]
+    assert wrong == []
 
 
-def test_pictures_are_small_and_there():
-    """Catches a picture that is linked and missing, lies about unused, or makes the repository
-    heavy."""
+# ----------------------------------------------------------------------------------------- links
+
+
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", without_code(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(name):
+    """[(text, target), ...] of the local links of a page, pictures and references included."""
+    text = PAGES[name]
+    targets = dict(re.findall(r"^\[(\w+)\]: (\S+)$", text, re.M))
+    found = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text)
+    found += [(label, targets[key]) for label, key in re.findall(r"\[([^\]]*)\]\[(\w+)\]", text)]
+    return [(label, target) for label, target in found if not target.startswith("http")]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    """Catches a link to a file that moved or to a heading that was renamed."""
+    wrong = []
+    for _, target in links(name):
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            wrong.append(target)
+    assert wrong == []
+
+
+def test_every_chapter_is_found_from_readme():
+    """Catches a chapter that no reader finds."""
+    reached = {target.partition("#")[0] for _, target in links("README.md")}
+    assert [name for name in PAGES if name != "README.md" and name not in reached] == []
+
+
+def test_links_name_functions_that_exist():
+    """Catches an equation beside a function that was renamed: `mgrpo.policy_loss` is a name in mgrpo.py."""
+    wrong, count = [], 0
+    for name in PAGES:
+        for label, target in links(name):
+            named = re.fullmatch(r"`(\w+)\.(\w+)`", label)
+            if named and target.endswith(".py"):
+                tree = ast.parse(((ROOT / name).parent / target).read_text())
+                defined = {node.name for node in tree.body if hasattr(node, "name")}
+                count += 1
+                if Path(target).stem != named[1] or named[2] not in defined:
+                    wrong.append((name, label))
+    assert wrong == [] and count > 10
+
+
+def test_the_code_map_lists_every_file():
+    """Catches a file that a reader is not told of."""
+    listed = {(ROOT / "docs" / target).resolve() for _, target in links("docs/code-map.md")}
+    assert [path for path in CODE if path.name != "__init__.py" and path not in listed] == []
+
+
+def test_pictures_are_small_and_shown():
+    """Catches a picture that is missing, that no page shows, or that makes the repository heavy."""
     there = {
-        path.name: path.stat().st_size
-        for path in (ROOT / "docs").glob("*")
-        if path.suffix in (".svg", ".png")
+        p.resolve(): p.stat().st_size
+        for p in (ROOT / "docs").glob("*")
+        if p.suffix in (".svg", ".png")
     }
-    assert (
-        set(re.findall(r"!\[[^\]]*\]\(docs/([^)]+)\)", README)) == set(there)
-        and max(there.values()) < 200_000
-    )
+    shown = set()
+    for name, text in PAGES.items():
+        shown |= {
+            ((ROOT / name).parent / p).resolve()
+            for p in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+        }
+    assert shown == set(there) and max(there.values()) < 200_000
 
 
 @pytest.mark.extra
 def test_pictures_are_those_of_the_committed_results(tmp_path):
     """Catches a picture that no longer is what the script draws."""
     pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-extra.txt)")
-    script(ROOT, "pictures.py", "--docs", str(tmp_path))
+    words = [sys.executable, "-m", "tools.pictures", "--docs", str(tmp_path)]
+    subprocess.run(words, cwd=ROOT, check=True, timeout=1800)
     for path in (ROOT / "docs").glob("*.svg"):
         assert (tmp_path / path.name).read_text() == path.read_text(), (
-            f"python pictures.py would draw another docs/{path.name}"
+            f"docs/{path.name} has changed"
         )
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def commands():
+    """["train.py --resume", "-m report out/run", ...] of all pages and of the code's docstrings.
+
+    A command is what stands behind `python` or `torchrun` up to the end of the line, a comment or a
+    quotation mark around it. Lines that end with a backslash go on.
+    """
+    docstrings = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in CODE]
+    found = set()
+    for text in [*PAGES.values(), *docstrings]:
+        text = re.sub(r"\\\n\s*", "", text)
+        text = re.sub(r"^```diff$.*?^```$", "", text, flags=re.M | re.S)
+        for script, rest in re.findall(
+            r"(?:\bpython|\btorchrun\b[^\n`]*?) (-m [\w.]+|\w[\w/]*\.py)((?: [^\n`#|;&']+)?)", text
+        ):
+            if script.removeprefix("-m ").split(".")[0] not in sys.stdlib_module_names:
+                found.add(f"{script} {rest.strip()}".strip())
+    return sorted(found)
+
+
+def target_of(command):
+    """(["train.py"], its file) or (["-m", "report"], its file) of a command."""
+    words = command.split()
+    if words[0] != "-m":
+        return words[:1], ROOT / words[0]
+    path = ROOT / words[1].replace(".", "/")
+    return words[:2], path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@functools.cache
+def flags_of(*words):
+    """The flags of a command: the fields of its Config and of the groups in it."""
+    name = words[-1].removesuffix(".py")
+    module = importlib.import_module("report.page" if name == "report" else name)
+    return set(flags.flags_of(module.Config)) if hasattr(module, "Config") else set()
+
+
+def named_flags(text):
+    """The flags in a text, `--name` or `--name=value`, as `name`."""
+    return {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_exists_with_its_flags(command):
+    """Catches a documented command or flag that was renamed."""
+    words, file = target_of(command)
+    assert file.exists()
+    arguments = command.split(maxsplit=len(words))[len(words) :]
+    named = set()
+    for word in shlex.split(arguments[0], posix=True) if arguments else []:
+        # flags in quotes, as of compare's --flags "--task chain", are train.py's
+        named |= named_flags(word) if " " not in word else set()
+        assert " " not in word or named_flags(word) <= flags_of("train.py")
+    if named - {"help", "debug"}:
+        assert named - {"help", "debug"} <= {flag.replace("_", "-") for flag in flags_of(*words)}
+
+
+@functools.cache
+def all_flags():
+    """The flags of every command that the pages name."""
+    scripts = {tuple(target_of(command)[0]) for command in commands()}
+    known = set()
+    for words in scripts:
+        source = target_of(" ".join(words))[1].read_text()
+        if "parse_flags" in source or "Config" in source:
+            known |= flags_of(*words)
+    return known
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != OLD_NAMES])
+def test_every_flag_named_exists(name):
+    """Catches a flag in the running text that no command has any more."""
+    known = {flag.replace("_", "-") for flag in all_flags() | FOREIGN}
+    # diffs are applied and run by tests/test_changes.py
+    text = re.sub(r"^```diff$.*?^```$", "", PAGES[name], flags=re.M | re.S)
+    assert sorted(named_flags(text) - known) == []
+
+
+def test_flags_that_are_gone_are_gone():
+    """Catches a flag that the chapter of old names calls gone and that train.py still takes."""
+    rows = re.findall(r"^\| (.+?) \| gone;", PAGES[OLD_NAMES], re.M)
+    gone = set().union(*map(named_flags, rows))
+    assert len(gone) >= 8 and sorted(gone & flags_of("train.py")) == []
 
 
 def test_mgrpo_lines_are_marked():
-    """Catches README's grep showing nothing: what GRPO would not have is marked in the rollout, the
-    loop and the advantages."""
+    """Catches README's grep showing nothing: what GRPO does not need is marked in rollout and loop."""
     assert all((ROOT / name).read_text().count("MGRPO:") >= 2 for name in ("mgrpo.py", "train.py"))
 
 
-def test_nothing_is_left_to_fill_in():
-    """Catches a placeholder that was never replaced, in any tracked text."""
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split() or ["README.md"]
-    marks = ("@" * 2, "TO" + "DO", "FIX" + "ME")
-    texts = [
-        (
-            name,
-            re.sub(
-                r"^```diff$.*?^```$",
-                "",
-                (ROOT / name).read_text(errors="ignore"),
-                flags=re.M | re.S,
-            ),
-        )
-        for name in tracked
-        if name.endswith((".py", ".md", ".txt")) and (ROOT / name).exists()
+# --------------------------------------------------------------------------------------- figures
+
+COLUMNS = {"t1": "Acc@t1", "t2": "Acc@t2", "delta": "Δ(t1,t2)", "fix2": "Δ i→c", "broke2": "Δ c→i"}
+LABELS = {"greedy": "greedy", "temperature 1": "T=1"}
+# Student's t, 97.5 %, for 2 and 4 degrees of freedom: 3 and 5 seeds
+T95 = {3: 4.303, 5: 2.776}
+
+
+def percents(line):
+    """One committed run -> {"greedy Acc@t1": percent, ..., "T=1 majority of 3": percent}."""
+    found = {
+        f"{label} {title}": 100 * line["result"][key][name][0]
+        for key, label in LABELS.items()
+        for name, title in COLUMNS.items()
+    }
+    extra = line["extra"]
+    return found | {
+        "T=1 fresh 2nd": 100 * extra["fresh"][0],
+        "T=1 majority of 3": 100 * extra["majority"][0],
+    }
+
+
+def mean_error(values):
+    """'71.2 ± 0.4': mean and standard error over seeds."""
+    return (
+        f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+    )
+
+
+@functools.cache
+def arms(task):
+    """{arm: {seed: percents}} of the committed comparison, and percents of its base."""
+    text = (ROOT / f"results/compare-{task}.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    found = {}
+    for line in lines:
+        found.setdefault(line["arm"], {})[line["seed"]] = percents(line)
+    return found, percents(lines[0] | {"result": lines[0]["base_result"]})
+
+
+def rows_of(task):
+    """The rows that the pages must have for a task: of each arm, of the base, of the differences."""
+    found, base = arms(task)
+    rows = []
+    for label in LABELS.values():
+        columns = [column for column in percents_columns() if column.startswith(label)]
+        shown = [f"{base[column]:.1f}" for column in columns[:5]]
+        rows.append("| base | " + " | ".join(shown) + " |")
+        for arm, runs in found.items():
+            cells = [mean_error([run[column] for run in runs.values()]) for column in columns]
+            rows.append(f"| {arm} ({len(runs)} seeds) | " + " | ".join(cells) + " |")
+    ours, theirs = found["mgrpo"], found["grpo"]
+    pairs = [
+        (f"{t} Acc@t2", f"{t} {other}") for t in ("greedy", "T=1") for other in ("Acc@t1", "Acc@t2")
     ]
-    assert [(name, mark) for name, text in texts for mark in marks if mark in text] == []
+    pairs += [("T=1 Acc@t2", "T=1 fresh 2nd"), ("T=1 Acc@t2", "T=1 majority of 3")]
+    pairs += [("greedy Acc@t1", "greedy Acc@t1"), ("T=1 Δ c→i", "T=1 Δ c→i")]
+    for a, b in pairs:
+        differences = [
+            ours[seed][a] - theirs[seed][b] for seed in sorted(ours.keys() & theirs.keys())
+        ]
+        n, mean = len(differences), statistics.mean(differences)
+        half = T95[n] * statistics.stdev(differences) / math.sqrt(n)
+        rows.append(f"| {a} | {b} | {mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}] |")
+    return rows
+
+
+def percents_columns():
+    """The columns in the order of the tables."""
+    titles = [f"{label} {title}" for label in LABELS.values() for title in COLUMNS.values()]
+    return [*titles, "T=1 fresh 2nd", "T=1 majority of 3"]
+
+
+@pytest.mark.parametrize(
+    "task, page", [("solve", "results"), ("countdown", "more-results"), ("chain", "more-results")]
+)
+def test_tables_are_those_of_the_committed_runs(task, page):
+    """Catches a figure that was typed: every row is computed here from results/ and must stand there."""
+    text = PAGES[f"docs/{page}.md"]
+    assert [row for row in rows_of(task) if row not in text] == []
+
+
+def test_readmes_table_is_that_of_the_committed_runs():
+    """Catches README's table and the chapter's disagreeing."""
+    found, base = arms("solve")
+    columns = ["greedy Acc@t1", "greedy Acc@t2", "T=1 Acc@t1", "T=1 Acc@t2", "T=1 Δ c→i"]
+    assert "| base | " + " | ".join(f"{base[column]:.1f}" for column in columns) + " |" in README
+    for arm in ("grpo", "mgrpo"):
+        cells = [mean_error([run[column] for run in found[arm].values()]) for column in columns]
+        assert re.search(rf"^\| {arm}\b.* \| " + re.escape(" | ".join(cells) + " |"), README, re.M)
+
+
+def test_the_first_table_is_that_of_the_committed_run():
+    """Catches README's expected last lines being those of another run."""
+    result = json.loads((ROOT / "results/solve-mgrpo-0/result.json").read_text())
+    for name in ("base", "MGRPO"):
+        figures = result[name]["temperature 1"]
+        cells = []
+        for column in COLUMNS:
+            mean, error = (100 * value for value in figures[column])
+            cells.append(
+                f"{mean:+.1f} ± {error:.1f}" if column == "delta" else f"{mean:.1f} ± {error:.1f}"
+            )
+        assert re.search(
+            rf"^{name} +" + " +".join(map(re.escape, cells)) + " +1,024$", README, re.M
+        )
+
+
+def test_the_lines_of_the_log_are_those_of_the_committed_run():
+    """Catches example lines of the metrics chapter that no run printed."""
+    log = (ROOT / "results/solve-mgrpo-0/metrics.jsonl").read_text().splitlines()
+    for text in (log[0], log[-1]):
+        step = json.loads(text)
+        cells = [f"{step['step']}"] + [
+            f"{step[name]:.2f}"
+            for name in ("reward1", "reward2", "accuracy1", "accuracy2", "fix", "broke")
+        ]
+        assert re.search(
+            "^ +" + " +".join(map(re.escape, cells)) + " ", PAGES["docs/metrics.md"], re.M
+        )

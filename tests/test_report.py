@@ -23,7 +23,6 @@ from reward import extract_answer
 from runtime.flags import BadInput, guarded
 from runtime.transcripts import Dialogues, pieces, short, write_trees
 from sample import Sampler
-from tables import summarise
 
 HOSTILE = (
     "<script>window.hacked = 1</script>",
@@ -33,7 +32,7 @@ HOSTILE = (
     "${window.hacked = 4}",
 )
 PHRASES = ("Wait, let me check.", "Is that right?", "Once more.")
-PATIENCE = 600_000  # milliseconds that a browser may take for anything
+PATIENCE = 300_000  # milliseconds that a browser may take for anything
 
 
 # ---- a run that nobody had to train --------------------------------------------------------------
@@ -68,7 +67,8 @@ def tree_of(step, kind, text="7+8=4", layers=2):
         above = node(before, words, 1.155, [last, sibling], phrase=PHRASES[depth - 2])
         last = above
     sibling = node(before, words, 0.0, trained=before, phrase=PHRASES[0])
-    attempt = node(before, words, 0.5 if before else -1.5, [last, sibling])
+    entropy = [0.5 * i for i in range(len(words))]  # of this one node
+    attempt = node(before, words, 0.5 if before else -1.5, [last, sibling], entropy=entropy)
     return dict(
         step=step,
         generated=1000 * step,
@@ -147,10 +147,16 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("report") / "out/hostile", forest)
 
 
+@pytest.fixture
+def matplotlib():
+    """For tests that draw."""
+    return pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-extra.txt)")
+
+
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """Only tests that look at curves draw them: it takes seconds a page."""
-    if request.node.get_closest_marker("extra") is None:
+    """Pages of other tests have no curves: drawing them takes seconds a page."""
+    if "matplotlib" not in request.fixturenames:
         monkeypatch.setattr(curves, "available", lambda: False)
 
 
@@ -173,7 +179,7 @@ def layers(gpt, encoding):
     """A real rollout of the random model with group sizes 3, 2, 2 on three questions, with made-up
     scores; of layer 1 only rows 0, 2, 3, ... go on."""
     torch.manual_seed(0)
-    sampler = Sampler(gpt, workers=1)
+    sampler = Sampler(gpt)
     prompts = [encoding.encode_ordinary(f"question {i}\n") for i in range(3)]
     grown = [layer_of(sampler.generate(prompts, 3, 8, 0.9, 5), encoding, None, None)]
     for number, n in ((2, 2), (3, 2)):
@@ -274,7 +280,7 @@ def test_tables_are_made_again_from_verdicts(layers, tmp_path):
         ]
         kept.record(problems, turns, SimpleNamespace(temperature=temperature))
         right = torch.stack([turn.correct.view(3, 3).float() for turn in turns], -1)
-        tables.append(summarise(right) | dict(questions=3))
+        tables.append(page.summarise(right) | dict(questions=3))
     again = page.evaluated(kept.paths)
     assert list(again) == ["eval-solve, greedy", "eval-solve, temperature 0.5"]
     for ours, theirs in zip(again.values(), tables):
@@ -377,6 +383,20 @@ def test_trees_that_cannot_be_read_are_one_sentence(words, says, tmp_path, monke
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
 
+def test_a_picture_of_a_tree_has_every_layer():
+    """Catches README's picture without a layer, and a branch that begins at another answer."""
+    from tools.pictures import HEIGHT, tree_picture
+
+    text = tree_picture(tree_of(1, "fixed", "a<b", layers=3))
+    lines = re.findall(r'<text x="(\d+)".*?>([^<]*)</text>', text)
+    depths = [(int(x) - 14) // 34 for x, _ in lines]
+    assert depths == [0, 1, 2, 2, 3, 3, 3, 2, 1]  # phrases stand at the depth of their answers
+    assert [lines[2][1], lines[4][1]] == list(PHRASES[:2]) and "a&lt;b" in lines[1][1]
+    branches = re.findall(r'd="M \d+ (\d+) V (\d+) h 24"', text)
+    ends = [((int(y) - 28) // HEIGHT, (int(end) - 20) // HEIGHT) for y, end in branches]
+    assert ends == [(0, 1), (1, 3), (3, 5), (3, 6), (1, 7), (0, 8)]
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -407,10 +427,8 @@ def test_a_run_of_three_layers_has_all_of_them_on_its_page(tmp_path):
     folder = write_run(tmp_path / "three", [tree_of(1, "fixed", layers=3)], layers=3)
     text = page_of(folder)
     heads = re.findall(r"<th scope=col>(.*?)</th>", text)
-    assert heads[: len(heads) // 2] == [
-        *("Acc@t1", "Acc@t2", "Acc@t3", "Δ(t1,t3)", "Δ i→c, t2", "Δ c→i, t2"),
-        *("Δ i→c, t3", "Δ c→i, t3", "questions"),
-    ]
+    assert heads[: len(heads) // 2] == [*page.columns(3).values(), "questions"]
+    assert heads[:4] == ["Acc@t1", "Acc@t2", "Acc@t3", "Δ(t1,t3)"] and len(set(heads)) == 9
     assert "+25.0 <small>± 1.0</small>" in text and "(6 answers)" in text
     (tree,) = embedded(text)
     assert [depth for depth, _, _ in walk(tree["answers"])] == [1, 2, 3, 3, 2, 1]
@@ -508,6 +526,7 @@ def test_the_wall_time_adds_up(run):
     }
 
 
+@pytest.mark.slow
 def test_ten_thousand_transcripts_are_sampled(tmp_path):
     """Catches a page that nobody can open, and one that shows the begin of a run and loses its end:
     of 10,500 answers of 120 tokens, and dialogues besides, it holds evenly chosen ones, below 20
@@ -628,6 +647,9 @@ def test_evaluations_are_told_apart(tmp_path):
     assert {tree["set"] for path in tmp_path.glob("*.jsonl") for tree in read_trees(path)} == set(
         found
     )
+    alone = page.open_run(tmp_path / "eval-x-rank1.jsonl")
+    assert [path.name for path in alone.evals] == ["eval-x-rank0.jsonl", "eval-x-rank1.jsonl"]
+    assert alone.page == tmp_path / "eval-x.html"
 
 
 def test_numbers_that_are_none(tmp_path):
@@ -766,6 +788,7 @@ def test_a_full_disk_leaves_the_old_page(run, monkeypatch):
     assert (run / "report.html").read_text() == before and not list(run.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_output_names_the_page(run, tmp_path):
     """Catches a flag that is not obeyed."""
     printed = script(tmp_path, "report", str(run), "--output", "here.html")
@@ -775,11 +798,11 @@ def test_output_names_the_page(run, tmp_path):
 # ---- the curves ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.extra
-def test_curves_show_what_there_is(run):
+def test_curves_show_what_there_is(matplotlib, run):
     """Catches a chart that is lost, colours that no dark page can change, ids that several pictures
     share, and a long run drawn point by point."""
-    pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-extra.txt)")
     text = page_of(run)
     names = [
         name
@@ -870,10 +893,9 @@ def test_held_out_points_begin_and_end_with_the_tables():
 
 
 @pytest.mark.extra
-def test_the_upper_axis_counts_steps(tmp_path):
+def test_the_upper_axis_counts_steps(matplotlib):
     """Catches steps in the wrong place where a second run goes on for longer: the first makes a
     step in 1,000 tokens, there and beyond."""
-    pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-extra.txt)")
     runs = [
         ("a", [metrics_of(step) for step in range(1, 11)]),
         ("b", [metrics_of(step) | dict(generated=50_000 * step) for step in range(1, 21)]),
@@ -888,10 +910,9 @@ def test_the_upper_axis_counts_steps(tmp_path):
 
 
 @pytest.mark.extra
-def test_odd_runs_are_drawn(tmp_path):
+def test_odd_runs_are_drawn(matplotlib):
     """Catches a formula in a run's name, a single step that leaves no mark, and a log axis without
     anything above 0."""
-    pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-extra.txt)")
     one = dict(metrics_of(1), gauge_max=0.0, gauge_mean=0.0)
     assert len(curves.charts([one], {})) == len(curves.CHARTS) - 2  # no KL, nothing held out
     figure = curves.draw(curves.CHARTS[0], [("a$_$b", [one]), ("c", [one])])
@@ -953,6 +974,7 @@ def questions(tab):
     return [text.split()[1] for text in tab.locator("#trees > article > .text").all_inner_texts()]
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_filters_in_a_browser(tab):
     """Catches filters that show other trees than they say."""
@@ -970,6 +992,7 @@ def test_filters_in_a_browser(tab):
     assert questions(tab) == [] and tab.inner_text("#count") == "no tree is like this"
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_tints_and_numbers_in_a_browser(tab):
     """Catches a tint of the wrong sign or of nothing, and numbers on hover that are not the
@@ -1007,6 +1030,7 @@ def test_tints_and_numbers_in_a_browser(tab):
     assert look()[1] == "rgba(0, 0, 0, 0)"
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_hostile_text_is_text_in_a_browser(tab):
     """Catches markup of a model that becomes part of the page: it is there to read, and made no
@@ -1020,6 +1044,7 @@ def test_hostile_text_is_text_in_a_browser(tab):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_the_keyboard_is_enough(tab):
     """Catches what only a mouse can reach: j and k go from tree to tree, t tints, arrows walk
@@ -1050,8 +1075,9 @@ def test_the_keyboard_is_enough(tab):
     assert {"kind", "set", "from", "to", "advantage", "logprobs", "entropy"} <= reached
 
 
+@pytest.mark.slow
 @pytest.mark.extra
-def test_the_page_is_readable_small_and_dark(browser, run):
+def test_the_page_is_readable_small_and_dark(matplotlib, browser, run):
     """Catches a page that scrolls sideways on a telephone, ink on ink in dark mode, and a blank
     picture."""
     image = pytest.importorskip("PIL.Image", reason="needs pillow, which comes with matplotlib")
@@ -1081,6 +1107,7 @@ def test_the_page_is_readable_small_and_dark(browser, run):
         tab.close()
 
 
+@pytest.mark.slow
 @pytest.mark.extra
 def test_a_large_page_is_drawn_in_parts(browser, tmp_path):
     """Catches a page that draws ten thousand answers at once: those that fit a screen or two, more
@@ -1098,4 +1125,33 @@ def test_a_large_page_is_drawn_in_parts(browser, tmp_path):
     for _ in range(2 * first + 1):
         tab.keyboard.press("j")
     assert tab.locator("#trees > article").count() == 3 * first
+    tab.close()
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_three_layers_in_a_browser(browser, tmp_path):
+    """Catches a script that draws or filters two layers only, a phrase under the wrong answer or
+    repeated for siblings, and a tint that these trees have no values for."""
+    folder = write_run(tmp_path / "three", [tree_of(1, "fixed", layers=3), tree_of(2, "plain")])
+    text = (folder / "rollouts.jsonl").read_text().replace('"entropy"', '"unknown"')
+    (folder / "rollouts.jsonl").write_text(text)
+    page_of(folder)
+    tab = new_page(browser)
+    tab.goto(f"file://{folder}/report.html")
+    tree = tab.locator("#trees > article").first
+    assert tree.locator(".head span:nth-child(2)").all_inner_texts() == [
+        *("attempt 1", "correction 1.1", "correction 1.1.1", "correction 1.1.2"),
+        *("correction 1.2", "attempt 2"),
+    ]
+    assert tree.locator(".phrase").all_inner_texts() == [PHRASES[0], PHRASES[1]]
+    assert tree.locator("ul > li > ul > li > .phrase").all_inner_texts() == [PHRASES[1]]
+    assert not tab.is_visible("[data-tint=entropy]") and tab.is_visible("[data-tint=logprobs]")
+    for _ in range(3):
+        tab.keyboard.press("t")
+    assert tab.get_attribute("[data-tint='']", "aria-pressed") == "true"
+    tab.select_option("#kind", "fixed")
+    assert tab.locator("#trees > article").count() == 1
+    found = tab.locator("#trees li.found > .head span:nth-child(2)").all_inner_texts()
+    assert found == ["correction 1.1.1"]
     tab.close()

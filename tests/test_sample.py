@@ -12,12 +12,15 @@ import pytest
 import torch
 from conftest import END, VOCABULARY
 
-import sample
-from engine import kernels
-from engine import workers as crew_module
-from engine.cache import Pool, Rows, Tables
-from engine.kernels import choose_torch, exponentials, fold, members_for, mix, row_keys, waits
-from mgrpo import Sampling, collect, completion_logprobs, pad_rows
+from engine import in_flight, kernels, workers
+from engine.cache import SlotPool
+from engine.cuda_cache import CudaCache
+from engine.cuda_graphs import StepGraphs
+from engine.in_flight import RowState
+from engine.kernels import members_for
+from engine.keys import exponential_from_bits, exponential_noise, hash_seed, mix, row_keys
+from engine.packing import pad_rows, padded_logprobs
+from engine.workers import RemoteCache, in_parallel
 from model import GPT, ModelConfig
 from sample import Sampler, filtered
 
@@ -45,7 +48,7 @@ def phrases_for(rows):
 
 def seated(n, most=1, end_tokens=(), device="cpu"):
     """n rows in flight that have sampled nothing, with results of `most` tokens."""
-    rows = Rows.blank(n, 0, end_tokens, device)
+    rows = RowState.blank(n, 0, end_tokens, device)
     rows.tokens, rows.logprobs = (
         torch.zeros(n, most + 1, dtype=torch.long, device=device),
         torch.zeros(n, most + 1, device=device),
@@ -56,19 +59,24 @@ def seated(n, most=1, end_tokens=(), device="cpu"):
     return rows
 
 
+def choose_torch(logits, temperature, rows):
+    """What a decode step does without the kernel."""
+    rows.advance(*kernels.choose_torch(logits, temperature, rows))
+
+
 def worst_gap(gpt, c):
     """max |sampler's log-prob - teacher-forced log-prob| over all rows of c."""
     rows = pad_rows(
         [c.prompts[i // c.n] for i in range(len(c))], c.sampled, gpt.embed.weight.device
     )
-    logp, _ = completion_logprobs(gpt, rows)
+    logp, _ = padded_logprobs(gpt, rows)
     return (logp - c.logprobs[:, : logp.shape[1]])[rows.mask].abs().max().item()
 
 
 # ---- random numbers ------------------------------------------------------------------------------
 
 
-def test_mix_equals_its_definition_in_unsigned_arithmetic():
+def test_the_hash_equals_its_definition_in_unsigned_arithmetic():
     """Catches a sign bit smeared by >> on signed tensors, and a product that does not wrap: numpy's
     uint32 is the oracle."""
     x = np.array(
@@ -86,7 +94,7 @@ def test_mix_equals_its_definition_in_unsigned_arithmetic():
     assert [mix(int(v)) for v in x] == y.tolist()
 
 
-def test_mix_leaves_its_argument_alone():
+def test_the_hash_leaves_its_argument_alone():
     """Catches in-place arithmetic reaching the caller's keys: the second token of a row would draw
     other numbers."""
     x = torch.arange(5, dtype=torch.int32)
@@ -94,7 +102,7 @@ def test_mix_leaves_its_argument_alone():
     assert x.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_exponentials_are_exponential():
+def test_noise_is_exponential_and_independent():
     """Catches correlated or clipped noise. Over 4 M draws the mean and variance of Exp(1) are 1 ±
     .0005 and ± .0014: bounds of five standard errors (one false alarm in 1.7 million); the
     correlation of neighbours, rows and positions stays below .0035 (seven)."""
@@ -102,7 +110,7 @@ def test_exponentials_are_exponential():
         row_keys(7, torch.arange(2000)).repeat_interleave(5),
         torch.arange(5).repeat(2000),
     )
-    draws = exponentials(keys, positions, 400).view(2000, 5, 400).double()
+    draws = exponential_noise(keys, positions, 400).view(2000, 5, 400).double()
     assert abs(draws.mean() - 1) < 0.0025 and abs(draws.var() - 1) < 0.007 and draws.min() > 0
     centred = draws - 1
     for a, b in (
@@ -113,7 +121,8 @@ def test_exponentials_are_exponential():
         assert abs((a * b).mean()) < 0.0035
 
 
-def test_small_exponentials_are_as_many_as_they_should_be():
+@pytest.mark.slow
+def test_small_noise_is_as_frequent_as_it_should_be():
     """Catches noise that is coarse near 0, where rare tokens are decided: of 2^28 draws (1 -
     exp(-x)) 2^28 lie below x, from 268,435 at x = 1e-3 to 2.7 at 1e-8. Bounds of four standard
     errors (below ten expected ones: at least 1, at most 25); with steps of 6e-8 three of them fail.
@@ -121,7 +130,7 @@ def test_small_exponentials_are_as_many_as_they_should_be():
     cannot come."""
     below, xs = [0] * 6, (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
     for first in range(0, 2**12, 2**4):
-        draws = exponentials(
+        draws = exponential_noise(
             row_keys(3, torch.arange(first, first + 2**4)), torch.full((2**4,), first), 2**16
         )
         assert draws.min() > 0 and draws.max() < 17
@@ -136,29 +145,29 @@ def test_small_exponentials_are_as_many_as_they_should_be():
         )
 
 
-def test_the_smallest_exponentials_are_uniform():
+def test_the_smallest_noise_is_uniform():
     """Catches steps between the smallest draws, of which no number of draws that a test can afford
     would tell: the 16 integers nearest to 0, each with 100,000 rows' keys. E 2^31 is then uniform
     on (0, 8): chi-square over 64 equal parts, and over 64 parts of (0, 2^-6) (63 degrees of
     freedom, bound 120: p < 2e-5), and at the very ends of bits and keys E is neither 0 nor
     infinite."""
     keys, bits = row_keys(1, torch.arange(100_000)), torch.arange(-8, 8, dtype=torch.int32)
-    draws = waits(bits.expand(len(keys), -1), keys).double().flatten() * 2**31
+    draws = exponential_from_bits(bits.expand(len(keys), -1), keys).double().flatten() * 2**31
     for top in (8, 2**-6):
         counts = draws[draws < top].mul(64 / top).long().bincount(minlength=64)
         expected = len(keys) * 2 * top / 64
         assert len(counts) == 64 and ((counts - expected) ** 2 / expected).sum() < 120
     ends = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1], dtype=torch.int32)
-    draws = waits(ends.expand(6, -1), ends)
+    draws = exponential_from_bits(ends.expand(6, -1), ends)
     assert draws.min() > 0 and draws.max() < 17
 
 
-def test_fold_separates_its_arguments():
+def test_seeds_of_different_steps_differ():
     """Catches seed + step, which makes step 1 of seed 0 the step 0 of seed 1."""
-    seen = {fold(seed, step) for seed in range(50) for step in range(50)} | {
-        fold(step) for step in range(50)
+    seen = {hash_seed(seed, step) for seed in range(50) for step in range(50)} | {
+        hash_seed(step) for step in range(50)
     }
-    assert len(seen) == 2550 and fold(1, 2) != fold(2, 1)
+    assert len(seen) == 2550 and hash_seed(1, 2) != hash_seed(2, 1)
 
 
 def test_any_end_token_ends_a_row(gpt):
@@ -167,7 +176,7 @@ def test_any_end_token_ends_a_row(gpt):
     ends = set(range(0, END, 3))
     gpt.config = replace(gpt.config, end_tokens=tuple(ends)[:4])
     for most in (1, 40):
-        c = Sampler(gpt, workers=1).generate([[1, 2], [5]], 50, most, seed=3)
+        c = Sampler(gpt).generate([[1, 2], [5]], 50, most, seed=3)
         for sampled, ids, ended in zip(c.sampled, c.ids, c.ended.tolist()):
             stops = [i for i, token in enumerate(sampled) if token in gpt.config.end_tokens]
             assert stops == ([len(sampled) - 1] if ended else []) and ids == (
@@ -192,6 +201,7 @@ def test_frequencies_match_the_softmax():
     torch.testing.assert_close(logp[:50], expected.log()[tokens[:50]])
 
 
+@pytest.mark.slow
 def test_rare_tokens_are_drawn_as_often_as_they_should_be():
     """Catches a tail that is lost (invariant 1: rollouts come from the distribution whose
     log-probabilities are trained). A vocabulary of 151,936, of which one token has 98 % and each of
@@ -245,8 +255,8 @@ def test_temperature_is_in_the_logprobs(gpt, random_prompts):
     those that rollouts were drawn from."""
     c = Sampler(gpt).generate(random_prompts, 2, 12, temperature=0.5, seed=1)
     rows = pad_rows([c.prompts[i // 2] for i in range(len(c))], c.sampled, gpt.embed.weight.device)
-    logp, _ = completion_logprobs(gpt, rows, 0.5)
-    plain, _ = completion_logprobs(gpt, rows)
+    logp, _ = padded_logprobs(gpt, rows, 0.5)
+    plain, _ = padded_logprobs(gpt, rows)
     assert (
         (logp - c.logprobs)[rows.mask].abs().max()
         < 1e-4
@@ -325,7 +335,7 @@ def test_siblings_and_layers_draw_different_numbers(gpt):
     assert len({tuple(row) for row in second.tokens.tolist()}) == 64
 
 
-def test_seeds(gpt):
+def test_equal_seeds_repeat_and_different_seeds_differ(gpt):
     """Catches an ignored seed, and one that is not enough: equal seeds repeat, different ones
     differ."""
     sampler = Sampler(gpt)
@@ -333,7 +343,7 @@ def test_seeds(gpt):
     assert a == b != c
 
 
-def test_rows_that_end(gpt, random_prompts):
+def test_ended_rows_have_their_end_token_and_nothing_behind_it(gpt, random_prompts):
     """Catches an end token left out of length or log-probs, tokens after the end, and a wrong ended
     flag."""
     c = Sampler(gpt).generate(random_prompts, 100, 40, seed=2)
@@ -379,7 +389,9 @@ def test_refresh_takes_new_weights(gpt):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 1), (4, 2), (3, 3)])
 @pytest.mark.parametrize("switches", [{}, dict(qkv_bias=True, qk_norm=True, tied=False)])
-def test_every_shape_of_model(heads, kv_heads, switches, random_prompts):
+def test_logprobs_equal_the_trainers_in_every_shape_of_model(
+    heads, kv_heads, switches, random_prompts
+):
     """Catches query heads meeting the wrong key head, and switches that only the trainer knows."""
     torch.manual_seed(1)
     gpt = GPT(
@@ -392,7 +404,7 @@ def test_every_shape_of_model(heads, kv_heads, switches, random_prompts):
     assert worst_gap(gpt, Sampler(gpt).extend(c, phrases_for(len(c)), 2, 10, seed=4)) < 1e-4
 
 
-def test_bf16_stays_near(random_prompts):
+def test_bf16_logprobs_stay_near_the_trainers(random_prompts):
     """The bf16 sampler against the bf16 trainer: they round alike, so the mean gap stays below 0.01
     nats (fp32: 1e-6)."""
     torch.manual_seed(0)
@@ -403,80 +415,80 @@ def test_bf16_stays_near(random_prompts):
         [c.tokens[i, : c.lengths[i]].tolist() for i in range(len(c))],
         "cpu",
     )
-    assert (completion_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
+    assert (padded_logprobs(gpt, rows)[0] - c.logprobs)[rows.mask].abs().mean() < 0.01
     assert c.logprobs.dtype == torch.float32 and math.isfinite(c.logprobs.sum())
 
 
 # ---- memory, and other ways to run ---------------------------------------------------------------
 
 
-def test_a_crew_samples_what_one_process_does(gpt, random_prompts):
+def test_workers_sample_what_one_process_does(gpt, random_prompts):
     """Catches rows under another's number, attempts sent to a process that has not their keys, and
     stale weights in the others' memory: generate, extend on some rows, extend that, twice over,
     with new weights between."""
     if gpt.embed.weight.is_cuda:
-        pytest.skip("crews are for CPUs")
-    prompts, alone, crew = random_prompts * 3, Sampler(gpt, workers=1), Sampler(gpt, workers=3)
+        pytest.skip("workers are for CPUs")
+    prompts, alone, team = random_prompts * 3, Sampler(gpt), in_parallel(Sampler(gpt), 3)
     for step in range(2):
-        first, first_alone = (s.generate(prompts, 6, 25, seed=step) for s in (crew, alone))
+        first, first_alone = (s.generate(prompts, 6, 25, seed=step) for s in (team, alone))
         rows = torch.arange(1, 90, 4)
         second, second_alone = (
             s.extend(c, phrases_for(len(rows)), 2, 15, seed=step, rows=rows)
-            for s, c in ((crew, first), (alone, first_alone))
+            for s, c in ((team, first), (alone, first_alone))
         )
         third, third_alone = (
             s.extend(c, [[3]] * 2, 2, 9, seed=step, rows=[0, 45])
-            for s, c in ((crew, second), (alone, second_alone))
+            for s, c in ((team, second), (alone, second_alone))
         )
-        assert first.home and third.home and not first_alone.home
+        assert isinstance(first.cache, RemoteCache) and isinstance(third.cache, RemoteCache)
         for ours, single in ((first, first_alone), (second, second_alone), (third, third_alone)):
             for name in ("tokens", "lengths", "ended", "parents", "numbers"):
                 assert getattr(ours, name).tolist() == getattr(single, name).tolist(), name
             assert ours.prompts == single.prompts and worst_gap(gpt, ours) < 1e-4
         with torch.no_grad():
             gpt.embed.weight.add_(torch.randn_like(gpt.embed.weight))
-        crew.refresh()
+        team.refresh()
         alone.refresh()
 
 
-def test_a_crews_errors_and_interruptions(gpt, random_prompts, monkeypatch):
+def test_workers_recover_from_errors_and_interruptions(gpt, random_prompts, monkeypatch):
     """Catches an answer to a call that was broken off taken for that to the next, an error
     swallowed in a process, a process that died waited for, and a cache looked for with processes
-    that are gone. After each of them the crew samples again what it did."""
+    that are gone. After each of them the sampler samples again what it did."""
     if gpt.embed.weight.is_cuda:
-        pytest.skip("crews are for CPUs")
-    crew = Sampler(gpt, workers=2)
-    first = crew.generate(random_prompts, 10, 9, seed=5)
-    second = crew.extend(first, phrases_for(70), 1, 5, seed=5).tokens.tolist()
+        pytest.skip("workers are for CPUs")
+    sampler = in_parallel(Sampler(gpt), 2)
+    first = sampler.generate(random_prompts, 10, 9, seed=5)
+    second = sampler.extend(first, phrases_for(70), 1, 5, seed=5).tokens.tolist()
     with pytest.raises(TypeError, match="top_q"):
-        crew.generate(random_prompts, 10, 9, top_q=1)
+        sampler.generate(random_prompts, 10, 9, top_q=1)
     with pytest.raises(ValueError, match="vocabulary"):
-        crew.generate([[VOCABULARY]] * 20, 10, 9)
-    assert crew.crew.team is first.home.team
-    with pytest.raises(RuntimeError, match="no_such_method"):
-        crew.crew.call(crew, [("extend", "no_such_method", (), {})] * 2, [], None, [0, 0])
-    assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
-    assert crew.extend(first, phrases_for(70), 1, 5, seed=5).tokens.tolist() == second
-    os.kill(crew.crew.team.members[0].pid, signal.SIGKILL)  # as when memory runs out
+        sampler.generate([[VOCABULARY]] * 20, 10, 9)
+    assert sampler.team is first.cache.team
+    with pytest.raises(RuntimeError, match="no_such_call"):
+        sampler._call([("no_such_call", (), {})] * 2, [], None, [0, 0, 0])
+    assert sampler.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
+    assert sampler.extend(first, phrases_for(70), 1, 5, seed=5).tokens.tolist() == second
+    os.kill(sampler.team.processes[0].pid, signal.SIGKILL)  # as when memory runs out
     with pytest.raises(ChildProcessError, match="has died"):
-        crew.generate(random_prompts, 10, 9)
+        sampler.generate(random_prompts, 10, 9)
     monkeypatch.setattr(
-        crew_module, "tensors", lambda result: (_ for _ in ()).throw(KeyboardInterrupt())
+        workers, "unpacked", lambda result: (_ for _ in ()).throw(KeyboardInterrupt())
     )
     with pytest.raises(KeyboardInterrupt):  # Ctrl-C between two answers
-        crew.generate(random_prompts, 10, 9)
+        sampler.generate(random_prompts, 10, 9)
     monkeypatch.undo()
-    assert crew.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
+    assert sampler.generate(random_prompts, 10, 9, seed=5).tokens.tolist() == first.tokens.tolist()
 
 
-def test_a_crew_forgets_what_nobody_holds(gpt, random_prompts):
+def test_workers_drop_the_cache_of_results_that_are_gone(gpt, random_prompts):
     """Catches caches that pile up in the processes, a step's trees after another: when a result
-    goes, or all that was copied from it, each process hears of it with its next order."""
+    goes, or all that was copied from it, each process drops it with its next order."""
     if gpt.embed.weight.is_cuda:
-        pytest.skip("crews are for CPUs")
-    sampler = Sampler(gpt, workers=2)
+        pytest.skip("workers are for CPUs")
+    sampler = in_parallel(Sampler(gpt), 2)
     first = sampler.generate(random_prompts, 10, 5)
-    copied, team = replace(first), sampler.crew.team
+    copied, team = replace(first), sampler.team
     second = sampler.extend(first, phrases_for(70), 1, 5)
     del first, second
     assert team.dropped == [[2], [2]]
@@ -492,21 +504,24 @@ def test_samplers_do_not_mix_caches(gpt, random_prompts):
     if gpt.embed.weight.is_cuda:
         pytest.skip("one model on the CPU is enough here")
     other = GPT(gpt.config)
-    for workers in (1, 2):
-        mine, theirs = Sampler(gpt, workers=workers), Sampler(other, workers=workers)
+    for count in (1, 2):
+        mine, theirs = (in_parallel(Sampler(model), count) for model in (gpt, other))
         first = theirs.generate(random_prompts, 10, 12, seed=1)
         mine.generate(random_prompts, 10, 12, seed=1)
         assert worst_gap(gpt, mine.extend(first, phrases_for(70), 1, 10, seed=1)) < 1e-4
 
 
-@pytest.mark.parametrize("cache_tokens", [24 + 40, 200, 777, 3000])
+@pytest.mark.parametrize(
+    "cache_tokens",
+    [pytest.param(24 + 40, marks=pytest.mark.slow), 200, 777, 3000],
+)
 def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cache_tokens):
     """Catches the queue: places taken over with something left in them, a row under another's
     number, turns mixed up, a second level on a cache that was dropped. From a cache for one row at
     a time to one that nearly holds all, tokens and lengths are those of unlimited memory."""
     free, tight = Sampler(gpt), Sampler(gpt, cache_tokens=cache_tokens)
     first, first_tight = (s.generate(random_prompts, 6, 40, seed=2) for s in (free, tight))
-    assert 0 < int(first.ended.sum()) < len(first) and (first_tight.level is None) == (
+    assert 0 < int(first.ended.sum()) < len(first) and (first_tight.cache is None) == (
         cache_tokens < 3000
     )
     assert (
@@ -528,7 +543,7 @@ def test_rows_that_wait_draw_what_they_would_have_drawn(gpt, random_prompts, cac
 def test_a_pool_at_its_limit_stays_where_it_is():
     """Catches a pool that is moved, and all graphs captured anew, for the sake of no slot more; and
     one that does not grow while it can."""
-    pool = Pool(ModelConfig(VOCABULARY, depth=1), torch.float32, "cpu", shared=True, limit=100)
+    pool = SlotPool(ModelConfig(VOCABULARY, depth=1), torch.float32, "cpu", shared=True, limit=100)
     sizes = []
     for slots in (60, 60, 61, 76, 90, 1000, 1000, 101, 30):
         pool.reserve(slots)
@@ -557,11 +572,11 @@ def test_graphs_outlive_a_call_that_fills_the_cache(gpt, random_prompts, monkeyp
         pytest.skip("counts stand-ins")
     captured = []
 
-    def capture(sampler, places):
+    def capture(graphs, step, places):
         captured.append(places)
-        return SimpleNamespace(replay=lambda: sampler.outputs[:places].fill_(0.0))
+        return SimpleNamespace(replay=lambda: graphs.logits[:places].fill_(0.0))
 
-    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(StepGraphs, "capture", capture)
     monkeypatch.setattr(kernels, "choose", choose_torch)
     sampler, seen = Sampler(gpt, fused=True, graph=True, cache_tokens=400), []
     for seed in range(4):
@@ -569,17 +584,17 @@ def test_graphs_outlive_a_call_that_fills_the_cache(gpt, random_prompts, monkeyp
         sampler.extend(first, phrases_for(42), 2, 20, seed=seed)
         seen.append((len(captured), sampler.pool.moves, sampler.pool.k.data_ptr()))
     assert (
-        captured and sampler.pool.k.shape[1] == 400 and first.level is None and len(set(seen)) == 1
+        captured and sampler.pool.k.shape[1] == 400 and first.cache is None and len(set(seen)) == 1
     )
 
 
-def test_rows_that_leave_leave_nothing(gpt):
+def test_places_of_rows_that_left_are_empty(gpt):
     """Catches places of rows that have left in which something goes on: they would write into the
     cache from a CUDA graph's padded rows."""
     rows = seated(5, most=3)
     rows.slot.copy_(torch.tensor([10, 20, 30, 40, 50]))
     rows.length.copy_(torch.tensor([1, 2, 3, 1, 2]))
-    rows.keep(torch.tensor([False, True, False, True]), 4)
+    rows.close_up(torch.tensor([False, True, False, True]))
     assert (
         rows.slot.tolist() == [20, 40, -1, -1, 50]
         and rows.length.tolist() == [2, 1, 0, 0, 2]
@@ -588,7 +603,7 @@ def test_rows_that_leave_leave_nothing(gpt):
     assert rows.alive.tolist() == [True, True, False, False, True]
 
 
-def test_tables_by_hand():
+def test_tables_of_the_cuda_cache_by_hand():
     """Catches siblings that do not share a line (their keys would be read once a row), a line with
     too many, and lines left over from before: 7 rows below 3 nodes, 32 query heads a key head, so
     in bf16 2 rows to a line; then 2 rows. In fp32 a line has a quarter of that."""
@@ -597,13 +612,13 @@ def test_tables_by_hand():
         9,
         2,
     ] and members_for(torch.float32, 32, 1) == 1
-    pool, rows = Pool(config, torch.bfloat16, "cpu", shared=True), Rows.blank(8, 1, (END,), "cpu")
-    level = pool.level(3, 5, torch.tensor([4, 5, 2]))
-    tables = Tables(config, pool, rows, 8, 1)
-    tables.open([level], pool.level(8, 6, torch.zeros(8)))
+    pool = SlotPool(config, torch.bfloat16, "cpu", shared=True)
+    segments = pool.take(3, 5, torch.tensor([4, 5, 2]))
+    cache = CudaCache.opened(None, config, pool, [segments], 8, 6)
+    rows = cache.rows
     rows.nodes[0][:7] = torch.tensor([0, 0, 0, 1, 2, 2, 2])
-    tables.admit(0, 7)
-    lines, starts, lengths = tables.lines[0]
+    cache.admit(0, 7)
+    lines, starts, lengths = cache.tables[0]
     assert lines.tolist() == [
         [0, 1],
         [2, -1],
@@ -615,14 +630,13 @@ def test_tables_by_hand():
         [-1, -1],
     ]
     assert starts[:5].tolist() == [0, 0, 5, 10, 10] and lengths.tolist() == [4, 4, 5, 2, 2, 0, 0, 0]
-    assert rows.start[:7].tolist() == [15 + 6 * i for i in range(7)] and tables.vacant == [7]
-    tables.keep(torch.tensor([False, True, False, False, False, False, True]), 7)
+    assert rows.start[:7].tolist() == [15 + 6 * i for i in range(7)] and cache.vacant == [7]
     rows.nodes[0][:2] = torch.tensor([0, 2])
-    tables.kept(2)
+    cache.retire(torch.tensor([False, True, False, False, False, False, True]), None)
     assert (
         lines[:3].tolist() == [[0, -1], [1, -1], [-1, -1]]
         and lengths[:3].tolist() == [4, 2, 0]
-        and tables.vacant == [7, 0, 2, 3, 4, 5]
+        and cache.vacant == [7, 0, 2, 3, 4, 5]
     )
 
 
@@ -665,8 +679,8 @@ def test_each_row_has_its_limit(gpt, random_prompts):
 
 
 class Late:
-    """sample.Watch as it is on CUDA, without CUDA: what it says is three steps old, and it says it
-    every third step."""
+    """cuda_graphs.AliveMirror as it is on CUDA, without CUDA: three steps old, at every third
+    step."""
 
     def __init__(self, device):
         self.forget()
@@ -674,7 +688,7 @@ class Late:
     def forget(self):
         self.steps, self.seen = 0, None
 
-    def look(self, alive):
+    def read(self, alive):
         self.steps += 1
         if self.steps % 3:
             return None
@@ -682,15 +696,17 @@ class Late:
         return seen
 
 
-@pytest.mark.parametrize("cache_tokens", [0, 200])
-def test_late_news_of_who_has_ended(gpt, random_prompts, cache_tokens, monkeypatch):
+@pytest.mark.parametrize("cache_tokens", [0, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_host_that_learns_late_of_ends_changes_nothing(
+    gpt, random_prompts, cache_tokens, monkeypatch
+):
     """Catches rows that go on after their end until the host hears of it (it looks every few steps
     on CUDA): tokens, lengths and ends are those of a host that sees everything, with and without
     rows that wait."""
-    prompt, late = Sampler(gpt, workers=1), Sampler(gpt, workers=1, cache_tokens=cache_tokens)
+    prompt, late = Sampler(gpt), Sampler(gpt, cache_tokens=cache_tokens)
     results = []
-    for sampler, watch in ((prompt, sample.Watch), (late, Late)):
-        monkeypatch.setattr(sample, "Watch", watch)
+    for sampler, mirror in ((prompt, in_flight.AliveMirror), (late, Late)):
+        monkeypatch.setattr(in_flight, "AliveMirror", mirror)
         first = sampler.generate(random_prompts, 6, [3 + i % 38 for i in range(42)], seed=2)
         results.append((first, sampler.extend(first, phrases_for(42), 2, 30, seed=2)))
     for on_time, behind in zip(*results):
@@ -718,7 +734,7 @@ def test_an_outdated_cache_is_not_used(gpt, random_prompts):
     )
 
 
-def test_filters_by_hand():
+def test_filters_keep_the_tokens_they_should():
     """Catches the token that crosses top-p left out, a strict inequality, and filters on the wrong
     side of the temperature."""
     # probabilities .2 .4 .1 .3
@@ -734,7 +750,7 @@ def test_filters_by_hand():
     assert kept(top_k=3, min_p=0.6) == [False, True, False, True]
 
 
-def test_filters_in_the_sampler(gpt, random_prompts):
+def test_filters_act_in_both_layers(gpt, random_prompts):
     """Catches filters that reach no token: the likeliest alone is greedy whatever the temperature,
     in either layer."""
     sampler = Sampler(gpt)
@@ -748,13 +764,6 @@ def test_filters_in_the_sampler(gpt, random_prompts):
         for how in (dict(temperature=0), dict(temperature=2.0, top_p=1e-6))
     )
     assert second.tokens.tolist() == one.tokens.tolist() and not one.logprobs.any()
-
-
-def test_training_rollouts_are_not_filtered(gpt, encoding):
-    """Catches the bias of training on log-probabilities that are not the policy's: refused with the
-    reason."""
-    with pytest.raises(ValueError, match="whole distribution"):
-        collect(Sampler(gpt), encoding, [], 2, 2, Sampling(5, 1.0, 0, filters=dict(top_p=0.9)))
 
 
 def test_graphs_need_kernels(gpt):
@@ -800,7 +809,7 @@ def test_bad_requests_are_named(gpt):
             sampler.generate([[1]], n, 3, temperature)
 
 
-def test_shared_memory_that_is_too_small(gpt, monkeypatch):
+def test_too_little_shared_memory_is_named(gpt, monkeypatch):
     """Catches torch's traceback in a container whose /dev/shm holds 64 MB, with a model that does
     not fit."""
 
@@ -811,4 +820,4 @@ def test_shared_memory_that_is_too_small(gpt, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(OSError, match="enlarge /dev/shm"):
-        Sampler(gpt, workers=2).generate([[1, 2]] * 40, 2, 3)
+        in_parallel(Sampler(gpt), 2).generate([[1, 2]] * 40, 2, 3)

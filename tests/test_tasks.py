@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from mgrpo import PHRASES, longest_phrase, phrase_text
 from model import GPT, ModelConfig
 from reward import is_correct, score
+from runtime.checkpoints import save_checkpoint
 from runtime.flags import BadInput
 from tasks import base, problems
 from tasks.catalog import TASKS, TaskConfig, make_puzzle, make_task
@@ -292,6 +294,51 @@ def test_changed_code_changes_the_name_of_a_base(tmp_path, monkeypatch):
         (tmp_path / file).write_text(text + "c = 1\n")
         names.append(base.base_path(TaskConfig(), base.BaseConfig(), "cpu", "float32").name)
     assert len(set(names)) == 3 and len({name.split("-")[2] for name in names}) == 1
+
+
+@pytest.mark.slow
+def test_a_base_is_made_once_and_reused(tmp_path, monkeypatch):
+    """Catches minutes of training for a base that is there, and a file that is read as another
+    model: what was measured comes back with the weights."""
+    monkeypatch.chdir(tmp_path)
+    task, config, said = TaskConfig("chain"), base.BaseConfig(depth=1, base_tokens=1), []
+    model, measured, path = base.base_model(task, config, "cpu", "float32", said.append)
+    assert path.exists() and "WARNING" in said[-1]  # one step teaches nothing
+    monkeypatch.setattr(base, "pretrain", lambda *_: pytest.fail("a second base was made"))
+    again, found, _ = base.base_model(task, config, "cpu", "float32", said.append, turns=3)
+    assert said[-1] == f"base: reusing {path}" and found == measured
+    assert again.config.context > model.config.context
+    for one, other in zip(model.parameters(), again.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_a_damaged_base_is_put_aside_and_made_anew(tmp_path, monkeypatch):
+    """Catches a base with a flipped bit or a block of zeros that trains on, a traceback, and a
+    damaged file that is lost or met again."""
+    monkeypatch.chdir(tmp_path)
+    task, config, said = TaskConfig(), base.BaseConfig(depth=1), []
+    shape = base.base_shape(make_task(task), 1)
+    model, measured = base.new_model(shape, 0, "cpu", "float32"), dict(t1=0.5, t2=0.5, tokens=1)
+    monkeypatch.setattr(base, "pretrain", lambda *_: (model, measured))
+    _, _, path = base.base_model(task, config, "cpu", "float32", said.append)
+    content = path.read_bytes()
+    flipped, zeroed = bytearray(content), bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    zeroed[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    other = GPT(ModelConfig(50, 32, 1, 2, 1, 16, 32, 64))
+    save_checkpoint("other.pt", other, measured=measured, config={})
+    save_checkpoint("unmeasured.pt", model)
+    others = Path("other.pt").read_bytes(), Path("unmeasured.pt").read_bytes()
+    for damaged in (flipped, zeroed, content[: len(content) // 2], b"", *others):
+        path.write_bytes(damaged)
+        said.clear()
+        made, found, _ = base.base_model(task, config, "cpu", "float32", said.append)
+        assert found == measured and torch.equal(made.norm.weight, model.norm.weight)
+        assert str(path) in said[0] and "\n" not in said[0]
+        assert f"put aside as {path}.damaged, and made anew" in said[0]
+        assert Path(f"{path}.damaged").read_bytes() == damaged
+        base.base_model(task, config, "cpu", "float32", said.append)
+        assert said[1:] == [f"base: reusing {path}"]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():

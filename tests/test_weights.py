@@ -8,7 +8,8 @@ import torch
 
 from huggingface import weights
 from huggingface.weights import load_model, save_model
-from model import GPT, ModelConfig, load_checkpoint, save_checkpoint
+from model import GPT, ModelConfig
+from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.flags import BadInput
 from sample import Sampler
 
@@ -98,7 +99,7 @@ def test_sampled_log_probabilities_are_theirs(theirs):
     """Catches the same in the cached path: what our sampler says of its tokens is what transformers
     says of them."""
     folder, model = theirs
-    c = Sampler(load_model(folder), workers=1).generate([[1, 2, 3], [4, 5]], 3, 40, seed=0)
+    c = Sampler(load_model(folder)).generate([[1, 2, 3], [4, 5]], 3, 40, seed=0)
     for i, sampled in enumerate(c.sampled):
         prompt = c.prompts[i // c.n]
         with torch.no_grad():

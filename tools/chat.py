@@ -27,7 +27,6 @@ from typing import Annotated, Literal
 from huggingface.prompts import RealConfig
 from mgrpo import SamplingParams, draw_phrases, expand, longest_phrase, phrase_text
 from reward import Makes, extract_answer
-from runtime import memory
 from runtime.flags import AtLeast, BadInput, guarded, inert, parse_flags
 from runtime.transcripts import bytes_of
 from sample import Sampler
@@ -127,7 +126,7 @@ class Dialogue:
 
     def __init__(self, policy, task, config):
         self.policy, self.task, self.config = policy, task, config
-        self.sampler = Sampler(policy, workers=1)
+        self.sampler = Sampler(policy)
         self.number, self.layer = 0, None  # of the next question; the last answer
         self.held_out = None  # the task's questions, once an empty line asks for one
 
@@ -139,7 +138,8 @@ class Dialogue:
         if question:
             return self.ask(Problem(question, gold, None))
         if self.held_out is None:
-            self.held_out = self.task.held_out(0, self.config.seed)
+            with contextlib.redirect_stdout(sys.stderr):  # a line where there are few questions
+                self.held_out = self.task.held_out(0, self.config.seed)
         if gold or not self.held_out:
             raise BadInput(
                 "there is no question in this line: type one, and ## with its answer behind it if "
@@ -242,7 +242,7 @@ def main():
     typed = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")  # bytes that are no text must not be a traceback
     sys.stdout.reconfigure(errors="replace")
-    with memory.explained():
+    with contextlib.redirect_stdout(sys.stderr):  # a pipe gets answers only
         policy, task = open_model_and_task(
             config.model,
             eval_data=config.data,
@@ -250,13 +250,12 @@ def main():
             device=config.device,
             dtype=config.dtype,
             max_new_tokens=config.max_new_tokens,
-            say=print if typed else lambda text: None,
         )
-        if typed:
-            with contextlib.suppress(ImportError):  # gives `input` a history; not on all systems
-                import readline  # noqa: F401
-            say(HELP)
-        talk(Dialogue(policy, task, config), typed)
+    if typed:
+        with contextlib.suppress(ImportError):  # gives `input` a history; not on all systems
+            import readline  # noqa: F401
+        say(HELP)
+    talk(Dialogue(policy, task, config), typed)
 
 
 if __name__ == "__main__":

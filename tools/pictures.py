@@ -1,40 +1,38 @@
 """README's pictures, drawn from the results that are committed beside it.
 
     pip install -r requirements-extra.txt
-    python pictures.py                       # writes docs/*.svg, and docs/report.png where there is
-                                             a Chromium
+    python -m tools.pictures                  # writes docs/tree.svg, docs/runs.svg, docs/arms.svg
 
-The idea. A picture that cannot be made again cannot be believed. Each here is a function of files
-under results/: a tree of a training step, the curves of one GRPO and one MGRPO run from the same
-base, the comparison over seeds (compare.py), and the page of a run (report.py) as a browser shows
-it. SVGs come out the same to the byte wherever the same matplotlib is installed, and a test holds
-the committed ones to it.
+Each picture is a function of files under results/: a tree of a training step, the curves of a GRPO
+run and an MGRPO run from the same base, and the comparison over seeds (tools/compare.py). The same
+matplotlib draws the same bytes, and a test compares them with the committed pictures.
 """
 
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import html
-import io
 import json
-import shutil
 import statistics
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import curves
-from report import page as report
-from report.curves import COLOURS, INK, LINES
-from runtime.flags import BadInput, guarded, parse_flags
-from runtime.transcripts import lines_of
+import torch
+
 from eval import mean_and_error
+from report import curves
+from report.curves import COLOURS, INK, LINES
+from report.trees import lines_of, read_trees, text_of
+from runtime.flags import BadInput, guarded, parse_flags
 from tools import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("solve-grpo-0", "solve-mgrpo-0")
 ARMS = ("grpo", "mgrpo", "keep", "raw", "wrong")
-HEIGHT, SIGNS = 19, {True: ("✓", "#00664a"), False: ("✗", "#a33200")}
+HEIGHT = 19  # of a line of the tree, in pixels
+SIGNS = {True: ("✓", "#00664a"), False: ("✗", "#a33200")}
+# The tags of a response take room and say nothing here.
+TAGS = {"<|endoftext|>": "", "<think>": "", "</think>": "  →  ", "<answer>": "", "</answer>": ""}
 
 
 @dataclass(frozen=True)
@@ -47,55 +45,54 @@ class Config:
 
 
 def tree_picture(tree):
-    """A tree as rollouts.jsonl has it -> SVG text: question, attempts, phrases, corrections, each
-    with its verdict, reward, advantage."""
-    lines = [(0, None, f"{tree['question']}    gold {tree['gold']}", "q")]
-    for attempt in tree["attempts"]:
-        lines.append((1, attempt, "", "attempt"))
-        if "phrase" in attempt:
-            lines.append((2, None, attempt["phrase"], "phrase"))
-            lines += [(2, correction, "", "correction") for correction in attempt["corrections"]]
-    body = "".join(tree_line(y, *line) for y, line in enumerate(lines))
-    joints = "".join(
-        branch(lines, i) for i, (depth, node, _, _) in enumerate(lines) if depth and node
-    )
+    """A tree (report/trees.py) -> SVG text: the question, then each answer with its verdict, reward
+    and advantage, and each guiding phrase above the answers that follow it."""
+    title = text_line(0, 0, COLOURS[INK], f"{tree['question']}    gold {tree['gold']}")
+    lines, joints = [title], []
+    grow(tree["answers"], 1, 0, lines, joints)
     size = f'viewBox="0 0 760 {HEIGHT * len(lines) + 24}" width="760"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="ui-monospace, monospace" font-size="12"><rect width="100%" '
-        f'height="100%" fill="#ffffff"/>{joints}{body}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="ui-monospace, monospace" '
+        f'font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>{"".join(joints)}'
+        f"{''.join(lines)}</svg>\n"
     )
 
 
-def tree_line(y, depth, node, text, kind):
-    """One line of the picture."""
-    x, baseline, colour, style = 14 + 34 * depth, 24 + HEIGHT * y, COLOURS[INK], ""
-    if node:
+def grow(answers, depth, above, lines, joints):
+    """Appends sibling answers, which share their phrase, and all that continues them to the lines
+    of the picture, and the branches to them from line `above` to joints."""
+    for phrase in (node["phrase"] for node in answers[:1] if "phrase" in node):
+        lines.append(text_line(len(lines), depth, "#666666", phrase, ' font-style="italic"'))
+    for node in answers:
         sign, colour = SIGNS[node["right"]]
-        words = (
-            "".join(node["tokens"])
-            .replace("<|endoftext|>", "")
-            .replace("<think>", "")
-            .replace("</think>", "  →  ")
-        )
-        text = f"{sign} R={node['reward']:.0f} A={node['advantage']:+.2f}  {words.replace('<answer>', '').replace('</answer>', '')}"
-    elif kind == "phrase":
-        colour, style = "#666666", ' font-style="italic"'
-    return f'<text x="{x}" y="{baseline}" fill="{colour}"{style} xml:space="preserve">{html.escape(text)}</text>'
+        text = text_of(node)
+        for tag, short in TAGS.items():
+            text = text.replace(tag, short)
+        text = f"{sign} R={node['reward']:.0f} A={node['advantage']:+.2f}  {text}"
+        joints.append(branch(above, len(lines), depth))
+        lines.append(text_line(len(lines), depth, colour, text))
+        grow(node["answers"], depth + 1, len(lines) - 1, lines, joints)
 
 
-def branch(lines, i):
-    """The line from a node to what it goes on from: the nearest line above that is less deep."""
-    depth = lines[i][0]
-    above = max(j for j in range(i) if lines[j][0] < depth)
-    x, y = 20 + 34 * (depth - 1), 20 + HEIGHT * i
-    return f'<path d="M {x} {28 + HEIGHT * above} V {y} h 24" fill="none" stroke="{COLOURS[curves.GRID]}" stroke-width="1.5"/>'
+def text_line(number, depth, colour, text, style=""):
+    """One line of the picture."""
+    x, y = 14 + 34 * depth, 24 + HEIGHT * number
+    text = html.escape(text)
+    return f'<text x="{x}" y="{y}" fill="{colour}"{style} xml:space="preserve">{text}</text>'
+
+
+def branch(above, number, depth):
+    """The branch from an answer or the question on line `above` to the answer on line `number`."""
+    path = f"M {34 * depth - 14} {28 + HEIGHT * above} V {20 + HEIGHT * number} h 24"
+    stroke = f'stroke="{COLOURS[curves.GRID]}" stroke-width="1.5"'
+    return f'<path d="{path}" fill="none" {stroke}/>'
 
 
 # ---- charts --------------------------------------------------------------------------------------
 
 
 def runs_picture(results, path):
-    """Two runs from one base: held-out accuracy, and what the second look changes in training."""
+    """Two runs from one base: accuracy on held-out questions."""
     runs = []
     for name in RUNS:
         metrics = list(lines_of(results / name / "metrics.jsonl", ("step", "generated")))
@@ -105,7 +102,7 @@ def runs_picture(results, path):
         "",
         "held out, greedy: share right",
         {},
-        dict(heldout1=("Acc@t1", 0), heldout2=("Acc@t2", 1)),
+        {"heldout{k}": ("Acc@t{k}", 0)},
         share=True,
     )
     curves.alone(curves.draw(chart, runs[::-1], (6.4, 3.6)), path)
@@ -124,10 +121,8 @@ def arms_picture(results, path):
     runs = compare.one_version(runs)
     with matplotlib.rc_context(curves.STYLE):
         figure, axes = curves.new_figure((6.4, 2.8))
-        for mark, (label, key) in enumerate(
-            (("greedy", "greedy"), ("temperature 1", "temperature 1"))
-        ):
-            means, errors = zip(*(seeds(runs, arm, key) for arm in ARMS))
+        for mark, label in enumerate(("greedy", "temperature 1")):
+            means, errors = zip(*(over_seeds(runs, arm, label) for arm in ARMS))
             places = [i + 0.15 * (mark - 0.5) for i in range(len(ARMS))]
             axes.errorbar(
                 places,
@@ -153,74 +148,32 @@ def arms_picture(results, path):
     curves.alone(figure, path)
 
 
-def seeds(runs, arm, key):
+def over_seeds(runs, arm, label):
     """Mean and standard error of Acc@t2 over the seeds of an arm."""
-    import torch
-
     return mean_and_error(
-        torch.tensor([run["result"][key]["t2"][0] for run in runs if run["arm"] == arm])
+        torch.tensor([run["result"][label]["t2"][0] for run in runs if run["arm"] == arm])
     )
-
-
-# ---- the page ------------------------------------------------------------------------------------
-
-
-def page_picture(results, path):
-    """The page of the MGRPO run as a browser shows it: the first table, two curves, transcripts,
-    tinted. Nothing without a browser."""
-    chromium = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    try:
-        from PIL import Image
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        chromium = None
-    if not chromium:
-        return print(f"{path}: left as it is, since it takes playwright and a Chromium")
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page = Path(folder) / "report.html"
-        report.write_page([report.open_run(results / RUNS[1])], lambda text: None, output=str(page))
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport=dict(width=1040, height=1500))
-        tab.goto(f"file://{page}")
-        tab.click("[data-tint=entropy]")
-        tab.evaluate(
-            "document.querySelectorAll('figure, #table .wide').forEach((part, i) => part.hidden = "
-            "![0, 3, 4].includes(i))"
-        )
-        tab.evaluate("window.scrollTo(0, 0)")
-        # 128 colours: a third of the size
-        Image.open(io.BytesIO(tab.screenshot())).quantize(128).save(path, optimize=True)
-        browser.close()
 
 
 def main():
-    """Draws all of them, and says how large they are."""
-    c = parse_flags(Config, __doc__)
-    results, docs = Path(c.results), Path(c.docs)
+    """Draws all of them, and prints how large they are."""
+    config = parse_flags(Config, __doc__)
+    results, docs = Path(config.results), Path(config.docs)
     if not curves.available():
-        raise BadInput("pictures.py draws with matplotlib: pip install matplotlib")
-    if not (results / RUNS[1] / "rollouts.jsonl").exists():
+        raise BadInput("the pictures are drawn with matplotlib: pip install matplotlib")
+    trees = list(read_trees(results / RUNS[1] / "rollouts.jsonl"))
+    mixed = [tree for tree in trees if len({node["right"] for node in tree["answers"]}) == 2]
+    if not mixed:
         raise BadInput(
-            f"--results {results}: {RUNS[1]}/rollouts.jsonl is not there; the repository has it"
+            f"--results {results}: {RUNS[1]}/rollouts.jsonl has no tree with right and wrong "
+            "answers; the repository has one"
         )
     docs.mkdir(parents=True, exist_ok=True)
-    trees = lines_of(results / RUNS[1] / "rollouts.jsonl")
-    # right ones and wrong ones
-    mixed = next(
-        tree for tree in trees if len({attempt["right"] for attempt in tree["attempts"]}) == 2
-    )
-    (docs / "tree.svg").write_text(tree_picture(mixed), encoding="utf-8")
+    (docs / "tree.svg").write_text(tree_picture(mixed[0]), encoding="utf-8")
     runs_picture(results, docs / "runs.svg")
     arms_picture(results, docs / "arms.svg")
-    page_picture(results, docs / "report.png")
-    print(
-        *sorted(f"{path}: {path.stat().st_size / 1e3:.0f} kB" for path in docs.glob("*.*g")),
-        sep="\n",
-    )
+    for name in ("arms.svg", "runs.svg", "tree.svg"):
+        print(f"{docs / name}: {(docs / name).stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

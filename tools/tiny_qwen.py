@@ -23,16 +23,17 @@ from typing import Annotated, Literal
 
 import torch
 
+from engine.packing import pad_rows
 from huggingface.prompts import choose_template, with_template
 from huggingface.tokenizer import convert
 from huggingface.weights import library, save_model
-from mgrpo import PHRASES, pad_rows, phrase_text
-from model import ModelConfig, compute_dtype
-from runtime import bars
+from mgrpo import PHRASES, phrase_text
+from model import ModelConfig
+from runtime import log
+from runtime.device import compute_dtype, pick_device
 from runtime.flags import AtLeast, BadInput, Between, guarded, make_folder, parse_flags
 from tasks.base import LR, learning_rate, make_optimizers, new_model, train_step
 from tasks.files import read_problems
-from tasks.legacy import pick_device
 
 # Tokens of a question with its solution, at most: a review holds the solution twice.
 LONGEST, CONTEXT = 960, 2048
@@ -109,7 +110,7 @@ def train(config, encoding, problems, device, dtype, say=print):
     )
     model, peak = new_model(shape, config.base_seed, device, dtype), LR * (4 / depth) ** 0.5
     optimizers, tokens, step = make_optimizers(model, peak), 0, 0
-    bar = bars.bar(config.base_tokens, "worked solutions", "tok", unit_scale=True)
+    bar = log.bar(config.base_tokens, "worked solutions", "tok")
     while tokens < config.base_tokens:
         rng = random.Random(f"solutions/{config.base_seed}/{step}")
         pairs = [

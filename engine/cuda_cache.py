@@ -1,0 +1,144 @@
+"""The KV cache of rows in flight on CUDA: tables that tell kernels.attend where each segment lies
+and which rows see it.
+
+    pytest tests/test_kernels.py -k sampler        # held against the CPU's cache, interpreted
+
+The idea. A line of a table is a segment, with as many of the rows that see it as one tile holds
+(kernels.members_for). A prefix with more rows has more lines. Siblings lie side by side, so a table
+is made with a few torch operations, and only when rows move. Tables keep their place in memory and
+are longer than needed, so that a captured CUDA graph stays valid.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from engine import kernels
+from engine.cache import CACHE_SHARE_OF_FREE_MEMORY
+from engine.cuda_graphs import bucket_for
+from engine.in_flight import RowState
+
+
+def measured_limit(model, prompt, reserved):
+    """-> slots that the cache may have: CACHE_SHARE_OF_FREE_MEMORY of the CUDA memory that is free
+    beside all else, less `reserved` bytes.
+
+    A forward pass over 64 rows of `prompt`, cut at 64 tokens, first takes the memory that every
+    prefill takes.
+    """
+    device, c = model.embed.weight.device, model.config
+    with torch.inference_mode():
+        model(torch.tensor([prompt[:64]] * 64, device=device))
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free = max(0, torch.cuda.mem_get_info(device)[0] - reserved)
+    bytes_per_slot = 2 * c.depth * c.kv_heads * c.head_size * model.compute.itemsize
+    return int(CACHE_SHARE_OF_FREE_MEMORY * free) // bytes_per_slot
+
+
+class CudaCache:
+    """The tables, the rows' state, and the rows' own segments. It has the methods of
+    cache.CpuCache."""
+
+    def __init__(self, config, pool, places, layers):
+        self.pool, self.moves = pool, pool.moves
+        self.rows = RowState.blank(places, layers, config.end_tokens, pool.device)
+        self.members = kernels.members_for(pool.dtype, config.heads, config.kv_heads)
+        self.index = torch.arange(places, device=pool.device)  # row r sees its own segment, line r
+        self.tables = [  # of each layer of the path: rows [lines, members], starts, lengths [lines]
+            (
+                torch.full((places, self.members), -1, device=pool.device),
+                torch.zeros_like(self.index),
+                torch.zeros_like(self.index),
+            )
+            for _ in range(layers)
+        ]
+
+    @staticmethod
+    def opened(old, config, pool, path, capacity, most):
+        """-> a CudaCache for `capacity` rows of at most `most` tokens below `path` [Segments]: the
+        old one (or None), if it is large enough and the pool is where it was. The graphs captured
+        on it then stay valid."""
+        unused = torch.zeros(capacity, dtype=torch.long, device=pool.device)
+        own = pool.take(capacity, most, unused)  # lengths are those of the rows
+        places, layers = bucket_for(capacity), max(2, len(path))
+        if old is not None:  # never smaller than before: a large call would capture all graphs anew
+            places, layers = max(places, len(old.index)), max(layers, len(old.tables))
+        cache = old
+        if (
+            old is None
+            or old.moves != pool.moves
+            or (places, layers) != (len(old.index), len(old.tables))
+        ):
+            cache = CudaCache(config, pool, places, layers)
+        cache.rows.clear()  # an interrupted call may have left rows
+        cache.path, cache.own = path, own
+        cache.vacant = list(range(capacity))  # own segments that no row has
+        cache.seats = []  # the own segment of each row in flight
+        return cache
+
+    @property
+    def k(self):
+        return self.pool.k
+
+    @property
+    def v(self):
+        return self.pool.v
+
+    def close(self):
+        """No row sees or writes anything, until `write_tables` and new slots."""
+        self.rows.slot.fill_(-1)
+        for members, _, _ in self.tables:
+            members.fill_(-1)
+
+    def admit(self, R, count):
+        """`count` new rows take the places behind the first R, and a vacant segment each."""
+        seats, self.vacant = self.vacant[:count], self.vacant[count:]
+        self.seats += seats
+        offsets = self.own.T * torch.tensor(seats, device=self.pool.device)
+        self.rows.start[R : R + count] = self.own.base + offsets
+        self.rows.slot[R : R + count] = self.rows.start[R : R + count] - 1
+        self.write_tables(R + count)
+
+    def retire(self, stay, numbers):
+        """stay: [R] bool, the rows that remain; they have closed up already. The segments of the
+        others are vacant."""
+        stay = stay.tolist()
+        self.vacant += [seat for seat, stays in zip(self.seats, stay) if not stays]
+        self.seats = [seat for seat, stays in zip(self.seats, stay) if stays]
+        self.write_tables(len(self.seats))
+
+    def write_tables(self, R):
+        """Writes the tables for R rows, for instance with 2 members a line:
+
+        node of each row   0 0 0 1 2 2     lines   [0 1] [2 .] [3 .] [4 5]
+        """
+        index = self.index[:R]
+        for segments, node, (members, starts, lengths) in zip(
+            self.path, self.rows.nodes, self.tables
+        ):
+            node = node[:R]
+            first_of_node = torch.ones_like(node, dtype=torch.bool)
+            first_of_node[1:] = node[1:] != node[:-1]
+            sibling = index - torch.where(first_of_node, index, 0).cummax(0)[0]  # 0, 1, 2, 0, ...
+            line = (sibling % self.members == 0).cumsum(0) - 1
+            members.fill_(-1)[line, sibling % self.members] = index
+            starts[line] = segments.starts()[node]
+            lengths.zero_()[line] = segments.lengths[node]
+
+    def make_room(self, R):
+        """Nothing to do: a row's segment has all its slots from the start."""
+
+    def attend(self, block, q):
+        """q: [R, N, C] -> [R, N, C]."""
+        R, K = len(q), self.k.shape[2]
+        groups = [tuple(x[:R] for x in table) for table in self.tables[: len(self.path)]]
+        groups.append((self.index[:R, None], self.rows.start[:R], self.rows.length[:R]))
+        return kernels.attend(
+            q, self.k[block], self.v[block], groups, splits=kernels.splits_for(R, K)
+        )
+
+    def finish(self, lengths):
+        """lengths: [B], of the rows' segments -> Segments by row number: each row has had the
+        segment of its number."""
+        return replace(self.own, lengths=lengths)
