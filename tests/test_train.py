@@ -643,6 +643,6 @@ def test_a_full_disk_ends_a_run_in_one_sentence(smoke):
         words, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=limit
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: out/full/state: step 1 could not be saved (")
+    assert done.stderr.startswith("error: out/full/state/step-0000001.pt could not be written (")
     assert not list((folder / "out").rglob("*.tmp")) and "resume" not in done.stderr
     assert len(lines_of(folder / "out/full/metrics.jsonl")) == 1
