@@ -134,6 +134,9 @@ def train(config):
     )
     config = settled(config, policy, task)
     policy.recompute = config.hardware.recompute == "yes"
+    distributed.agree("settings", config)
+    first = task.train_problems(config.seed, 0, config.prompts)
+    distributed.agree("questions to learn from", [problem.question for problem in first])
 
     # The sampler decodes with a whole low-precision copy of the weights, so it is made before the
     # fp32 masters are cut into slices. (On one GPU `shard` does nothing.)
@@ -501,7 +504,7 @@ def settled(config, policy, task):
 
 def settings(config):
     """The config as a flat dict; for a model of --init without what would have made a base."""
-    unused = {*flat(config.puzzle), *flat(config.base)} if config.init else set()
+    unused = {"preset", *flat(config.puzzle), *flat(config.base)} if config.init else set()
     return {k: v for k, v in flat(config).items() if k not in unused} | dict(resume="")
 
 

@@ -354,8 +354,8 @@ def help_lines(name, flag):
 
 
 def read_json(path, hint):
-    """The dict that a JSON file holds. BadInput when it is not there (`hint` says what was
-    expected), is not JSON, or holds no dict."""
+    """-> the dict in a JSON file. BadInput if the file is missing (`hint`: what it should be), not
+    JSON, or no dict."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -387,8 +387,8 @@ def check_fields(values, kinds, where):
 
 
 def make_folder(path):
-    """Makes a folder and those above it, unless they exist -> its Path. BadInput when that cannot
-    be, or no file can be written there."""
+    """Makes a folder and its parents, unless they exist -> its Path. BadInput if that fails, or if
+    no file can be written there."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         # asking for permissions instead would miss read-only and full disks
@@ -404,28 +404,19 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Around the reading of a file that may be damaged or of another kind: what is missing or
-    misplaced in it becomes BadInput."""
+    """Context in which a file's content is used: a missing or misplaced value becomes BadInput."""
     try:
         yield
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as e:
         raise BadInput(
-            f"{path} is damaged, or not what it should be ({type(error).__name__}: {error})"
+            f"{path} is damaged, or not what it should be ({type(e).__name__}: {e})"
         ) from None
 
 
 @contextlib.contextmanager
 def writing(path, kept="what was there before is whole"):
-    """Around the writing of a file: names it when the disk is full or cannot be written (Python
-    does not), and says what was `kept`."""
+    """Context in which a file is written: if the disk is full or read-only, the OSError names the
+    file (that of Python does not) and what was `kept`."""
     try:
         yield
     except OSError as error:
@@ -433,8 +424,8 @@ def writing(path, kept="what was there before is whole"):
 
 
 def file_name(flag, name):
-    """A name for files of a script, as it was given. BadInput for one that would lead out of their
-    folder, or that cannot be shown."""
+    """-> `name`, the value of a flag that names a file or folder. BadInput if it is a path, hidden,
+    too long, or cannot be printed."""
     if (
         "/" in name
         or "\\" in name
@@ -443,38 +434,37 @@ def file_name(flag, name):
         or not name.isprintable()
     ):
         raise BadInput(
-            f"--{flag} {name!r} is to name a file or folder, and not a way to one: no slashes or "
-            "control characters, no dot in "
-            "front, at most 200 bytes"
+            f"--{flag} {name!r} must be the name of a file or folder, not a path: no slashes or "
+            "control characters, no dot in front, at most 200 bytes"
         )
     return name
 
 
 # ---- last words ----------------------------------------------------------------------------------
 
-# What moves a cursor, rings, starts an escape sequence or turns the direction of writing, but for
-# newline and tab.
+# characters that move the cursor, ring, start an escape sequence or change the direction of
+# writing, except newline and tab
 CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# what writing fails with when a disk is full, or not well
+# errors of a disk that is full, read-only or broken
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def inert(text):
-    """Text of others for a terminal: control characters as Python writes them (\\x1b), so that they
-    do nothing; newline and tab stay."""
+    """-> untrusted text, safe to print: control characters are escaped (\\x1b), except newline and
+    tab."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def processes():
-    """How many of them torchrun started; 1 without it."""
+    """How many processes torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def last_words(error):
-    """What ended a script -> (a sentence for stderr, exit code). Nothing is said of a reader that
-    has left, as in `| head`."""
+    """The exception that ended a script -> (sentence for stderr, exit code). The sentence is empty
+    if the reader of stdout has closed the pipe, as `| head` does."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, BrokenPipeError) and reader_has_left():
@@ -490,35 +480,27 @@ def last_words(error):
     ):
         return f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
     if ran_out(error):
-        return (
-            f"error: out of memory ({str(error).split('.')[0]}); lower the sizes that were asked "
-            "for",
-            2,
-        )
-    return (
-        f"error: {type(error).__name__}: {error} ({place(error)}): a fault of this code, not of "
-        f"your input; {evidence(error)}",
-        70,
-    )
+        reason = str(error).split(".")[0]
+        return f"error: out of memory ({reason}); lower the sizes that were asked for", 2
+    what = f"{type(error).__name__}: {error} ({place(error)})"
+    return f"error: {what}: a fault of this code, not of your input; {evidence(error)}", 70
 
 
 def ran_out(error):
-    """Whether an exception means that memory ran out. That of CUDA, of a CPU's allocator and of
-    pinned memory tell it by their message."""
-    return (
-        isinstance(error, MemoryError)
-        or re.search("out of memory|can't allocate memory", str(error), re.I) is not None
-    )
+    """Whether an exception means that memory ran out. CUDA and the CPU's allocator raise
+    RuntimeError, with a message of their own."""
+    message = re.search("out of memory|can't allocate memory", str(error), re.I)
+    return isinstance(error, MemoryError) or message is not None
 
 
 def reader_has_left():
-    """Whether stdout is what a BrokenPipeError came from; the pipe of another process may be too,
-    and that is a fault. If so nothing more goes there, or Python would complain of the same at its
-    end."""
+    """Whether the reader of stdout has closed the pipe. (A BrokenPipeError of a pipe to a worker
+    process is a bug.) If so, stdout goes to /dev/null from here on: Python flushes it at its end,
+    and would complain."""
     try:
-        asked = select.poll()
-        asked.register(sys.stdout.fileno(), 0)
-        if not any(found & select.POLLERR for _, found in asked.poll(0)):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
             return False
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
@@ -539,8 +521,8 @@ def place(error):
 
 
 def evidence(error):
-    """Keeps the traceback in a file, since a run of hours is not made again for --debug -> where to
-    find it."""
+    """Writes the traceback to a file, since a run of hours is not repeated for --debug -> where it
+    is."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="nano-mgrpo-", suffix=".txt", delete=False, encoding="utf-8"
@@ -551,67 +533,60 @@ def evidence(error):
         return "--debug prints its traceback"
 
 
-def at_the_end(error, debug, first=None, lost=lambda error: ""):
-    """Says why a script ends early -> its exit code. first, lost: as in `guarded`."""
-    said, code = (lost(error), 1) if lost(error) else last_words(error)
-    if said and (first is None or first()):
+def at_the_end(error, debug, first=None):
+    """Prints why a script ends early, unless another process has (`first`) -> its exit code."""
+    sentence, code = last_words(error)
+    if sentence and (first is None or first()):
         if debug:
             print("".join(traceback.format_exception(error)), end="", file=sys.stderr)
-        print(inert(" ".join(said.split("\n"))), file=sys.stderr, flush=True)
+        print(inert(" ".join(sentence.split("\n"))), file=sys.stderr, flush=True)
     return code
 
 
-def guarded(main, first=None, lost=lambda error: ""):
-    """Runs a script's main; whatever goes wrong is one sentence and an exit code (`last_words`).
+def guarded(main, first=None):
+    """Runs a script's main. An exception becomes a sentence and an exit code (`last_words`).
 
-    Of several processes (parallel.run): first() tells whether this one is to say it, and
-    lost(error) is the sentence for an error whose cause lies in another process, which exits with
-    1.
+    first: of several processes (distributed.run), a function that tells whether this process is the
+    first to fail; the others print nothing.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
     if signal.getsignal(signal.SIGINT) is stop_at_once:  # the imports are over
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    debug, sys.argv[1:] = (
-        "--debug" in sys.argv,
-        [word for word in sys.argv[1:] if word != "--debug"],
-    )
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         if first is None and processes() > 1:
-            raise BadInput(
-                "this script runs in one process, without torchrun, which is for train.py and "
-                "eval.py"
-            )
+            raise BadInput("this script runs without torchrun, which is for train.py and eval.py")
         main()
-        sys.stdout.flush()  # here, where a reader that has left is no traceback
+        sys.stdout.flush()  # here, where a closed pipe is handled
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(at_the_end(error, debug, first, lost))
+        sys.exit(at_the_end(error, debug, first))
 
 
 def stop_at_once(number, frame):
-    """Ctrl-C while a script imports: a KeyboardInterrupt there may end in the middle of torch's
-    C++, which aborts."""
+    """Handles Ctrl-C while a script imports torch: a KeyboardInterrupt inside of its C++ aborts."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
 
 def while_importing(kind, error, trace):
-    """sys.excepthook of our scripts, whose imports stand outside of `guarded`: a missing package is
-    a sentence there too."""
+    """sys.excepthook of the scripts: an error of an import, such as a missing package, is raised
+    outside of `guarded`."""
     code = at_the_end(error, "--debug" in sys.argv)
-    os._exit(code)  # threads of torch, half imported, may abort when Python ends under them
+    os._exit(code)  # a half-imported torch may abort when Python ends in the ordinary way
 
 
 def is_ours(module):
-    """Whether a module is a script of this project: a file of its root or of one of its rooms."""
+    """Whether a module is a script of this repository: in its root or in one of its folders."""
     path = Path(getattr(module, "__file__", None) or "/").resolve()
     return ROOT in (path.parent, path.parent.parent)
 
 
-# not where somebody imports this at a prompt
+# not at an interactive prompt
 if is_ours(sys.modules["__main__"]) and not sys.flags.interactive:
     sys.excepthook = while_importing
-    # not where a shell has Ctrl-C ignored, as behind `nohup`
+    # not where the shell ignores Ctrl-C, as under `nohup`
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)

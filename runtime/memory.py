@@ -31,12 +31,11 @@ from pathlib import Path
 
 import torch
 
+from engine.cache import CACHE_SHARE_OF_FREE_MEMORY as CACHE_SHARE
 from model import CHUNK, GPT
 from runtime.flags import BadInput
 
 GB = 1e9
-# of the memory that is otherwise free: what the KV cache may take if --cache-tokens gives no limit
-CACHE_SHARE = 0.5
 
 
 # ---- parts of the plan ---------------------------------------------------------------------------

@@ -82,8 +82,6 @@ def open_model_and_tasks(
     # Rank 0 measures for all: ranks must not compute in different types.
     measured = dtype == "auto" and device == "cpu"
     dtype = distributed.broadcast_object(lambda: compute_dtype(dtype, device))
-    note = " (measured to be the faster here)" if measured else ""
-    say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     path = Path(model)
     if not model:
         task = make_task(puzzle, max_new_tokens)
@@ -103,6 +101,8 @@ def open_model_and_tasks(
         policy, tasks = open_real(
             path, sets, real, device, dtype, max_new_tokens, turns, cache_tokens, weights, say
         )
+    note = " (measured to be the faster here)" if measured else ""
+    say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     for task in tasks:
         distributed.agree("questions", [p.question for p in task.held_out(16)])
         say(str(task))

@@ -14,7 +14,7 @@ ORDER += ["engine", "model"]
 MAY_IMPORT = {
     place: {*ORDER[i:], "reward", "verifier"} for i, place in enumerate(ORDER[:-1])
 } | dict(
-    runtime={"runtime", "model"},  # it serves any training script: nothing of MGRPO
+    runtime={"runtime", "engine", "model"},  # it serves any training script: nothing of MGRPO
     sample={"engine", "model"},
     engine={"engine", "model"},
     model=set(),

@@ -444,7 +444,7 @@ def test_a_rank_that_fails_takes_the_others_down(runs, how):
             "error: --prompts 6 does not divide into --minibatches 2 on each of 2 processes: "
             "choose a multiple of 4",
         ),
-        (2, ["tools/memory_table.py"], "error: this script runs in one process, without torchrun"),
+        (2, ["tools/memory_table.py"], "error: this script runs without torchrun"),
         (2, ["train.py", "--attemps", "3"], "did you mean --attempts?"),
         (2, ["train.py", "--resume", "nowhere"], "nowhere holds no state to go on from"),
         (2, ["train.py", "--init", "nowhere", "--data", "nothing.jsonl"], "nothing is downloaded"),
