@@ -43,7 +43,10 @@ def say(text):
 
 def bar(total, name, unit, **options):
     """-> a tqdm bar over `total` units; hidden on ranks above 0 and in a pipe."""
-    hidden = True if distributed.rank() > 0 else None  # None: shown if stderr is a terminal
+    # tqdm reads this variable only where `disable` is not given.
+    off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    # None: shown if stderr is a terminal
+    hidden = True if off or distributed.rank() > 0 else None
     return tqdm(
         total=total,
         desc=name,

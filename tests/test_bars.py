@@ -87,6 +87,17 @@ def test_a_terminal_shows_a_bar_for_every_phase(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("disabled", [False, True])
+def test_an_environment_variable_turns_bars_off(folder, disabled, monkeypatch):
+    """Catches TQDM_DISABLE=1, the successor of --quiet, without effect on a terminal."""
+    if disabled:
+        monkeypatch.setenv("TQDM_DISABLE", "1")
+    code = "from runtime import log; bar = log.bar(9, 'run', 'tok'); bar.update(9); "
+    output = on_a_terminal(folder, "-c", code + "bar.close(); log.say('a line')")
+    assert "a line" in output and ("%|" in output) == (not disabled)
+
+
+@pytest.mark.slow
 def test_a_pipe_gets_one_line_a_step(folder):
     """Catches bars written into files, and a step without its line."""
     done = subprocess.run(

@@ -367,7 +367,7 @@ def test_the_lines_of_the_log_are_those_of_the_committed_run():
         step = json.loads(text)
         cells = [f"{step['step']}"] + [
             f"{step[name]:.2f}"
-            for name in ("reward1", "reward2", "accuracy1", "accuracy2", "fix", "broke")
+            for name in ("reward1", "reward2", "accuracy1", "accuracy2", "fix2", "broke2")
         ]
         assert re.search(
             "^ +" + " +".join(map(re.escape, cells)) + " ", PAGES["docs/metrics.md"], re.M
