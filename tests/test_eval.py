@@ -197,7 +197,7 @@ def test_evaluate_asks_every_question_once(monkeypatch, encoding):
     write = lambda layer, number: texts[number] if number % 2 else texts[0]
     sampler, asked = ScriptedSampler(encoding, write), []
     task = FixedTask(encoding, [Problem(str(i), "1", None) for i in range(5)], FailsOnSeven())
-    monkeypatch.setattr(evaluation, "ROWS", 4)
+    monkeypatch.setattr(evaluation, "EVALUATED_ROWS", 4)
     result = evaluate(
         sampler,
         task,
