@@ -48,7 +48,7 @@ from tasks.opening import (
     open_model_and_tasks,
     template_of,
 )
-from verifier import equal
+from verifier import VerifierFailed, equal
 
 # ---- measuring -----------------------------------------------------------------------------------
 
@@ -176,10 +176,10 @@ def majority(answers, right):
 
 
 def agree(answer, other):
-    """Whether two extracted answers are equal. Two that cannot be compared are two votes."""
+    """Whether two extracted answers count as one vote; without a verdict they are two."""
     try:
         return equal(answer, other)
-    except Exception:
+    except VerifierFailed:
         return False
 
 

@@ -18,7 +18,8 @@ one of seven such as "Wait, let me double-check that.". The policy gives H corre
     J    = w_1 J_1 + w_2 J_2 + ...                                     (2)  one sum over the layers
 
 Layer k continues the answers of layer k - 1 in the same way. The copied answers and phrases are
-prompt: no loss is on them. The reward comes from the final answer alone.
+prompt: no loss is on them. Each completion is rewarded for the answer that it states, not for its
+reasoning.
 
 Deviations from the paper, and what is not known of it. (This was written without the full text and
 without official code. Phrases and settings come from public re-implementations.)
@@ -28,7 +29,8 @@ without official code. Phrases and settings come from public re-implementations.
     w = 1, one joint step.
  3. "Failed corrections are discarded", read literally, gives no gradient: what is left of a group
     has equal rewards, so (1) is 0. Default (`--failed mask`): normalise over all siblings, THEN
-    discard, so rare fixes weigh most. `keep` is plain GRPO in layer 2. `raw` takes the reward
+    discard: a failed correction counts in its siblings' mean and std and in the denominator, but
+    has no gradient. So rare fixes weigh most. `keep` is plain GRPO in layer 2. `raw` takes the reward
     itself as advantage, so confirmations in all-right groups count too.
  4. H, the temperature, the optimiser and the epochs are unknown: see the defaults of train.py.
  5. Whether right answers enter layer 2 is unknown. By default all do (`--sources`): with wrong
@@ -39,10 +41,14 @@ without official code. Phrases and settings come from public re-implementations.
     corrections are free of it too.
  8. Rows whose advantage is 0 (and KL off) are left out of the forward pass. They count in every
     denominator, so loss and gradient are what they would be.
- 9. π_old is the sampler's own log-probability, in bf16 where compute is bf16. The log's gauge shows
-    the difference. A rollout makes two optimiser steps by default, each on half of the questions.
+ 9. π_old is the sampler's own log-probability, in bf16 where compute is bf16. The log's `gauge`
+    is |log π_θ - log π_old| before the first update. A rollout makes two optimiser steps by default, each on half of the questions.
 
-Letters: P questions, g_k answers to each prompt in layer k, B rows, T tokens of a completion.
+Words: a completion is what the policy samples; it is called an answer in layer 1, a correction from
+layer 2 on. A row is a completion by its number in a layer; siblings are the rows that are compared.
+
+Letters: P questions, g_k completions of each prompt in layer k (g_1 = G, g_2 = H), B rows, T tokens
+of a completion.
 """
 
 import functools
@@ -52,6 +58,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.keys import hash_seed
+from engine.packing import to_device
 from reward import score
 
 MAX_LOG_RATIO = 20.0  # |log r| is cut here before exp: e^20 is finite, and far outside of any clip
@@ -81,13 +88,14 @@ def longest_phrase(encoding):
     return max(len(encoding.encode_ordinary(phrase_text(phrase))) for phrase in PHRASES)
 
 
-def draw_phrases(seed, number, rows):
-    """MGRPO: one guiding phrase for each answer that layer `number` (2, 3, ...) continues.
+def draw_phrases(seed, layer_number, row_numbers):
+    """MGRPO: one guiding phrase for each answer that layer `layer_number` (2, 3, ...) continues.
 
-    A phrase depends on (seed, layer, the answer's own number) only, so it is the same whatever
-    batch or rank the answer is in.
+    row_numbers: Completions.numbers of these answers. A phrase depends on (seed, layer, row number)
+    only, so it is the same whatever batch or rank the answer is in.
     """
-    keys = (hash_seed(seed, 0x9A5E + number - 2, row) for row in rows)
+    # 0x9A5E: a stream of its own, apart from the sampler's.
+    keys = (hash_seed(seed, 0x9A5E + layer_number - 2, number) for number in row_numbers)
     return [PHRASES[key % len(PHRASES)] for key in keys]
 
 
@@ -113,7 +121,7 @@ class Layer:
     texts: list  # B decoded completions, without the end token
     rewards: torch.Tensor  # [B] fp32
     correct: torch.Tensor  # [B] bool
-    undecided: torch.Tensor  # [B] bool: the verifier failed, so the reward is 0
+    undecided: torch.Tensor  # [B] bool: the verifier failed, so the accuracy is 0
     questions: torch.Tensor  # [B] which of the P questions
     parents: torch.Tensor  # [B] row of the layer above that was continued; layer 1: the question
     phrases: list = None  # B phrases before the completions; None in layer 1
@@ -175,7 +183,8 @@ def expand(
         completions = sampler.generate(prompts, *limits, sampling.first_row, **sampling.filters)
         parents = questions = completions.parents.cpu()  # [B]
     else:
-        # The KV cache of prompt and answer is still there: only the phrase is prefilled.
+        # MGRPO: the prompt is the parent's prompt + its answer without the end token + "\n" + the
+        # phrase (Sampler.continued joins token ids). Only the phrase is not in the KV cache yet.
         phrase_ids = [task.encoding.encode_ordinary(phrase_text(phrase)) for phrase in phrases]
         completions = sampler.extend(
             above.completions, phrase_ids, *limits, rows, **sampling.filters
@@ -292,6 +301,20 @@ def loss_denominator(lengths, normalize, max_new_tokens):
     return int(lengths.sum()) if normalize == "token" else len(lengths) * max_new_tokens
 
 
+def loss_inputs(layer, rows):
+    """What the loss needs of some rows of a layer, besides log-probabilities under the policy.
+
+    -> old_logp [b, t], advantages [b], mask [b, t], on the sampler's device. t: the longest row.
+    """
+    completions, lengths = layer.completions, layer.lengths[rows]
+    device = completions.tokens.device
+    # The tokens in the loss: all that were sampled, the end token included. The mask comes from the
+    # lengths, never from token values: a sampled 0 is an action too.
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    old_logp = completions.logprobs[to_device(rows, device), : mask.shape[1]]
+    return old_logp, to_device(layer.advantages[rows], device), to_device(mask, device)
+
+
 def policy_loss(
     logp,
     old_logp,
@@ -306,7 +329,7 @@ def policy_loss(
     normalize="sequence",
     denominator=None,
 ):
-    """Equation (2) with its sign turned, for rows of any layer: nothing here knows which.
+    """Equation (2) with its sign turned; the same for all layers.
 
     logp: [B, T] fp32 log π_θ of the sampled tokens, with gradient; old_logp: [B, T] the sampler's;
     advantages: [B]; mask: [B, T] bool, True on sampled tokens, end token included. denominator: see
@@ -324,7 +347,7 @@ def policy_loss(
     if normalize == "sequence":
         loss = loss / mask.sum(1, keepdim=True).clamp(min=1)  # 1/|o_i|                          (2)
 
-    # Where the minimum takes the clipped term the gradient is 0: only there a token counts.
+    # `clipped` counts the tokens where min picks the clipped term: their surrogate has no gradient.
     clipped = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
     sums = dict(
         tokens=mask.sum(),

@@ -3,17 +3,17 @@ models.
 
     python model.py                # the default model's parameters, module by module
 
-The idea. A token becomes a vector of D numbers. L blocks each add two corrections to it: attention,
+The idea. A token becomes a vector of D numbers. L blocks each add two updates to it: attention,
 from the tokens before, and an MLP, from the vector alone. The last vector, compared with every row
 of the embedding table, gives the logits of the next token. The parts are those of Qwen2/2.5/3,
 Llama-3 and SmolLM2, switched by config.
 
-1. A block does not know where keys and values are. `forward` takes a function attend(block, q, k,
-   v): training passes `causal_attention`, the sampler one that reads and extends its cache. With
-   one transformer for both, sampler and trainer agree (max |log-prob difference| < 1e-4 in fp32).
+1. `forward` takes a function attend(block, q, k, v): training passes `causal_attention` or one for
+   packed trees, the sampler's prefill one that fills its KV cache. Decoding repeats this forward
+   pass with fused operations (sample.Sampler.decode_step). Tests hold the two together: in fp32
+   log-probabilities differ by less than 1e-4.
 2. Weights are stored in fp32 and cast to the compute type at use. An Adam step at lr 1e-6 is
-smaller
-   than what bf16 weights can hold: most of it would be rounded away.
+   smaller than what bf16 weights can hold: most of it would be rounded away.
 
 Letters: B rows, T tokens, L blocks, D width, N query heads, K key/value heads, C head size, V
 vocabulary, M any number of flattened tokens.
@@ -293,7 +293,7 @@ class GPT(nn.Module):
 
 
 def scaled_logits(hidden, weight, temperature=1.0):
-    """THE way from vectors to logits, for the sampler, the trainer and the reference alike.
+    """Logits of the trainer and the reference. (The sampler applies `scaled`, or its fused form.)
 
     hidden: [..., D]; weight: [V, D] -> fp32 [..., V], divided by the temperature (0 = greedy: left
     as they are).
@@ -310,8 +310,9 @@ class TokenLogprobs(torch.autograd.Function):
     """log π(token) and the entropy of π for M tokens, without ever holding [M, V] logits for more
     than `chunk` tokens.
 
-    forward:  logp = z[token] - logsumexp(z),  z = hidden @ weightᵀ / temperature
-    backward: dz = (onehot(token) - softmax(z)) · dlogp / temperature, from logits computed a second
+    With u = hidden @ weightᵀ and z = u / temperature,
+    forward:  logp = z[token] - logsumexp(z)
+    backward: du = (onehot(token) - softmax(z)) · dlogp / temperature, from logits computed a second
     time. At V = 151,936 the logits of 16 rows of 2,048 tokens are 20 GB in fp32, those of a chunk
     of 1,024 tokens 0.6 GB. The entropy is a diagnostic: no gradient flows through it.
     """
@@ -334,10 +335,10 @@ class TokenLogprobs(torch.autograd.Function):
         dweight, dhidden = torch.zeros_like(weight), torch.empty_like(hidden)
         cast = weight.to(hidden.dtype)
         for h, token, d, dh in zip(*(x.split(ctx.chunk) for x in (hidden, tokens, dlogp, dhidden))):
-            dz = TokenLogprobs._backward_chunk(h, cast, token, d, ctx.temperature)  # [chunk, V]
-            torch.mm(dz, cast, out=dh)
-            dweight += dz.mT @ h
-            del dz  # before the next chunk's is allocated
+            du = TokenLogprobs._backward_chunk(h, cast, token, d, ctx.temperature)  # [chunk, V]
+            torch.mm(du, cast, out=dh)
+            dweight += du.mT @ h
+            del du  # before the next chunk's is allocated
         return dhidden, dweight, None, None, None
 
     @staticmethod
@@ -348,9 +349,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def _backward_chunk(h, weight, token, d, temperature):
-        """dlogp / dz · d of a chunk, in the type of h."""
-        dz = scaled_logits(h, weight, temperature).softmax(-1).mul_(-d[:, None])
-        return dz.scatter_add_(-1, token[:, None], d[:, None]).div_(temperature).to(h.dtype)
+        """du of a chunk, in the type of h."""
+        du = scaled_logits(h, weight, temperature).softmax(-1).mul_(-d[:, None])
+        return du.scatter_add_(-1, token[:, None], d[:, None]).div_(temperature).to(h.dtype)
 
 
 def token_logprobs(hidden, weight, tokens, temperature=1.0, chunk=CHUNK):

@@ -3,14 +3,15 @@ r"""Turns a response into a reward: finds the answer, compares it with the gold 
     python reward.py "<think>6*7</think><answer>42</answer>" 42       # -> accuracy 1, format 1
     python reward.py "so \boxed{\frac12}" 0.5
 
-The idea. MGRPO has no reward model: a rule checks the final answer and gives 1 or 0, in every
-layer. The policy learns whatever this rule pays for, so every hole in it will be learned.
+The idea. MGRPO has no reward model: a rule checks the final answer and gives 1 or 0 in every layer
+(plus `--format-weight` for the form, off by default). The policy learns whatever this rule pays
+for, so every hole in it will be learned.
 
 - The LAST complete <answer>...</answer> or \boxed{...} is the answer, else the text behind the last
   `#### ` (GSM8K's form). A number elsewhere in the response is not an answer.
 - Model text is hostile. It is never evaluated by Python, and a text longer than a real answer is
   wrong unread.
-- If the verifier fails, the reward is 0 and `failed` is 1, so that a run can count the failures.
+- If the verifier fails, the accuracy is 0 and `failed` is 1, so that a run can count the failures.
 - The format term is smaller than the accuracy term: a wrong answer never beats a right one.
 """
 
@@ -20,7 +21,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from verifier.answers import VerifierFailed, equal, two_arguments
+from verifier.answers import equal, two_arguments
 
 
 class Reward(NamedTuple):
@@ -150,14 +151,6 @@ def arithmetic_value(node, numbers):
         left, right = arithmetic_value(node.left, numbers), arithmetic_value(node.right, numbers)
         return OPERATORS[type(node.op)](left, right)
     raise ValueError("not a sum, difference, product or quotient of numbers")
-
-
-def agree(answer, other):
-    """Whether two extracted answers count as one vote; without a verdict they are two."""
-    try:
-        return equal(answer, other)
-    except VerifierFailed:
-        return False
 
 
 # ---- score ---------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ cache that grows as a tree.
 The physics. Prefill runs all tokens of a prompt through the model at once: every weight that is
 read serves many tokens, and arithmetic is the limit. Decode adds one token to each row: a step
 reads every weight for two operations per row, and every visible key and value for a few, so memory
-is the limit. The default model has 0.8 M parameters: 1.6 MB in bf16, and 512 bytes of KV cache a
-token (4 blocks x key and value x 32 numbers). A step of 256 rows of 100 tokens reads 1.6 MB of
-weights and 13 MB of cache for 0.4 GFLOP. These are 28 operations a byte, and a GPU can do hundreds.
-A prefill of 64 prompts of 32 tokens does 3.3 GFLOP on 1.6 MB of weights: 2,000 operations a byte.
+is the limit. (A prefix that rows share is read once for all of them.) The default model has 0.8 M
+parameters: 1.6 MB in bf16, and 512 bytes of KV cache a token (4 blocks x key and value x 32
+numbers). A step of 256 rows of 100 tokens, none shared, reads 1.6 MB of weights and 13 MB of cache
+for 0.4 GFLOP. These are 28 operations a byte, and a GPU can do hundreds. A prefill of 64 prompts of
+32 tokens does 3.3 GFLOP on 1.6 MB of weights: 2,000 operations a byte.
 
 The design follows from that.
 1. Prefixes are shared. `generate` prefills each prompt once and decodes n rows from it. `extend`
@@ -331,8 +332,12 @@ class Sampler:
     # ---- calls and results -----------------------------------------------------------------------
 
     def continued(self, completions, phrases, rows=None):
-        """-> rows [P], and for each of them its prompt and those of its tokens that are not cached.
-        ValueError for rows out of order."""
+        """-> rows [P], and for each of them the prompt of the next layer and those of its tokens that
+        are not cached. ValueError for rows out of order.
+
+        The prompt of the next layer: the row's own prompt, its completion without the end token, the
+        phrase. Token ids are joined, never encoded again.
+        """
         c = completions
         if rows is None:
             rows = torch.arange(len(c), device=self.device)

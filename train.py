@@ -30,7 +30,15 @@ import torch
 
 from engine import packing
 from eval import as_metrics, evaluate, percent, table
-from mgrpo import SamplingParams, credit, loss_denominator, policy_loss, rollout, step_seed
+from mgrpo import (
+    SamplingParams,
+    credit,
+    loss_denominator,
+    loss_inputs,
+    policy_loss,
+    rollout,
+    step_seed,
+)
 from report import page
 from runtime import distributed
 from runtime.flags import Above, AtLeast, BadInput, Between, Maybe, file_name, flat, parse_flags
@@ -52,6 +60,7 @@ class Config:
     resume: Maybe = ""  # continue the newest run (of --name), or the folder or state file given
 
     # The rollout.
+
     tokens: Annotated[int, AtLeast(1)] = 1_260_000  # generated, all layers; then the run ends
     prompts: Annotated[int, AtLeast(1)] = 32  # P, questions a step, of all ranks together
     # g_1,g_2,...: answers to each prompt of a layer. 16 is GRPO, 4,3 MGRPO, 4,3,2 has three layers.
@@ -62,12 +71,14 @@ class Config:
     temperature: Annotated[float, Above(0)] = 1.0  # of sampling and of trained log-probabilities
 
     # Reward and advantages.
+
     format_weight: Annotated[float, Between(0, 0.5)] = 0.0  # reward for <think>..<answer>.. alone
     sources: Literal["all", "wrong"] = "all"  # answers that the next layer continues
     failed: Literal["mask", "keep", "raw"] = "mask"  # failed corrections: mgrpo.py, deviation 3
     siblings: Literal["parent", "question"] = "parent"  # corrections that are compared
 
     # The loss and the optimiser.
+
     layer_weights: tuple[float, ...] = ()  # w_k in J = w_1 J_1 + w_2 J_2 + ...; empty: all 1
     lr: Annotated[float, AtLeast(0)] = 1e-4  # AdamW's at the start; falls to 0 in a straight line
     clip: tuple[float, ...] = (0.2,)  # ε: ratios in [1 - ε, 1 + ε]; 0.2,0.28 is DAPO's clip-higher
@@ -78,7 +89,9 @@ class Config:
     minibatches: Annotated[int, AtLeast(1)] = 2  # optimiser steps a pass; questions are dealt out
 
     # Evaluation.
-    eval_questions: Annotated[int, Between(2, 1 << 24)] = 1024  # held out, of the two tables
+
+    # Held-out questions of the tables before and after training.
+    eval_questions: Annotated[int, Between(2, 1 << 24)] = 1024
     eval_every: Annotated[int, AtLeast(0)] = 0  # steps between quick evaluations; 0: ten a run
 
     puzzle: TaskConfig = TaskConfig()
@@ -147,11 +160,12 @@ def train(config):
 
     saved = settings(config)
     with Run(config, saved, policy, reference, optimizer, opening.save_policy, plan) as run:
+        # A resumed run has just put the weights of its last state into the policy.
         sampler.refresh(distributed.full_tensors(policy, policy.compute))
         if "base" not in run.results:
             run.table("base", held_out_tables("base", run, sampler, task, config))
+        # Ctrl-C and SIGTERM end the loop after the step under way: it is saved, and no table made.
         while run.tokens < config.tokens and not run.stop_asked():
-            # The learning rate falls to 0 in a straight line over the run's tokens.
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 - run.tokens / config.tokens)
             problems, layers, metrics = step(
@@ -161,7 +175,7 @@ def train(config):
             if run.due("eval"):
                 metrics |= quick_evaluation(run, sampler, task, config)
             run.log(metrics, problems, layers, task.encoding)
-            if run.due("save"):
+            if run.due("save"):  # ten times a run, and after its last step
                 run.save()
         if run.tokens >= config.tokens:  # else it was stopped
             run.table(method(config), held_out_tables(method(config), run, sampler, task, config))
@@ -198,14 +212,15 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
             sampler,
             task,
             problems,
-            config.group_sizes,  # MGRPO: more than one
+            config.group_sizes,
             sampling,
             config.sources,
             config.format_weight,
         )
     sampled = time.perf_counter()
 
-    # 3. Credit: every answer is compared with its siblings, the answers to the same prompt.
+    # 3. Credit: every answer is compared with its siblings, by default the answers to the same
+    #    prompt.
     for layer in layers:
         credit(layer, config.siblings, config.failed)
 
@@ -215,6 +230,8 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
         # Denominators count ALL rows of all ranks before the first backward pass: neither how rows
         # are cut into micro-batches and ranks nor which rows carry a gradient changes the result.
         denominators = distributed.sum_over_ranks(loss_denominators(part, config))
+        # Only rows with a gradient go through the model. They share prefixes, so a micro-batch is a
+        # packed tree in which every token stands once; to the loss a row is as if it were alone.
         branches = [
             packing.branch_of(layers, layer.number, row)
             for layer, rows in part
@@ -229,7 +246,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
             batch_loss(
                 policy, reference, pack, denominators, config, sums, first_update=not norms
             ).backward()
-        if not passes:  # no advantage anywhere: AdamW's momentum is no reason to move
+        if not passes:  # no row has a gradient: skip the update, or momentum alone would make one
             continue
         parts += 1
         norm = distributed.clip_gradient(policy, MAX_GRADIENT_NORM)
@@ -269,7 +286,8 @@ def batch_loss(policy, reference, pack, denominators, config, sums, first_update
     """The part of the loss of one micro-batch -> scalar. Adds the metrics of its tokens to `sums`.
 
     Nothing here waits for the device. first_update: the policy is still the one that sampled, so
-    its log-probabilities are compared with the sampler's (the gauge).
+    its log-probabilities are compared with the sampler's (the gauge). On-policy the ratio is 1 and
+    the advantages of a group sum to 0, so the loss is about 0, but its gradient is not.
     """
     logp, entropy = packing.tree_logprobs(policy, pack, config.temperature)  # [B, T] each
     ref_logp = torch.zeros_like(logp)
@@ -279,17 +297,17 @@ def batch_loss(policy, reference, pack, denominators, config, sums, first_update
 
     clip_low, clip_high = config.clip[0], config.clip[-1]
     losses = []
-    for layer, places, rows in pack.layers:
-        old_logp, advantages, mask = packing.targets(layer, rows)  # [b, t], [b], [b, t]
-        here, there = (x[places, : mask.shape[1]] for x in (logp, ref_logp))
+    for layer, places, rows in pack.layers:  # places [b] in this batch, rows [b] in the layer
+        old_logp, advantages, mask = loss_inputs(layer, rows)  # [b, t], [b], [b, t]
+        layer_logp, layer_ref = (x[places, : mask.shape[1]] for x in (logp, ref_logp))
         loss, found = policy_loss(
-            here,
+            layer_logp,
             old_logp,
             advantages,
             mask,
             clip_low=clip_low,
             clip_high=clip_high,
-            ref_logp=there,
+            ref_logp=layer_ref,
             kl_coef=config.kl_coef,
             normalize=config.normalize,
             denominator=denominators[layer.number],
@@ -297,7 +315,7 @@ def batch_loss(policy, reference, pack, denominators, config, sums, first_update
         losses.append(config.layer_weights[layer.number - 1] * loss)  # MGRPO: J = Σ w_k J_k
         sums.add(**found, loss=losses[-1].detach())
         if first_update:
-            gap = ((here.detach() - old_logp) * mask).abs()
+            gap = ((layer_logp.detach() - old_logp) * mask).abs()
             sums.add(gauge=gap.sum(), gauge_tokens=mask.sum())
             sums.largest(gauge_max=gap.max())
     if not losses:  # a pass over nothing
@@ -361,10 +379,21 @@ def layer_sums(layers, number):
     layer = layers[number - 1]
     right = layer.correct
     before = layers[number - 2].correct[layer.parents] if number > 1 else right
-    values = (layer.undecided, layer.rewards, right, layer.lengths, layer.truncated)
-    values += (~before & right, before & ~right)  # fixed and broke what the parent had
-    groups = [len(layer.siblings[rows].unique()) for rows in (slice(None), layer.active(0))]
-    return dict(zip(names, [len(right), *groups, *(x.double().sum().item() for x in values)]))
+    values = dict(
+        undecided=layer.undecided,
+        reward=layer.rewards,
+        accuracy=right,
+        length=layer.lengths,
+        truncated=layer.truncated,
+        fix=~before & right,  # against the parent
+        broke=before & ~right,
+    )
+    return dict(
+        rows=len(right),
+        groups=len(layer.siblings.unique()),
+        with_signal=len(layer.siblings[layer.active(0)].unique()),
+        **{name: value.double().sum().item() for name, value in values.items()},
+    )
 
 
 def loss_metrics(sums, parts):

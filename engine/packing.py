@@ -223,20 +223,6 @@ def rows_by_layer(branches, device):
     ]
 
 
-def targets(layer, rows):
-    """What the loss needs of some rows of a layer besides their log-probabilities.
-
-    -> old_logp [B, T], advantages [B], mask [B, T] (True on sampled tokens), on the sampler's
-    device.
-    """
-    completions, lengths = layer.completions, layer.lengths[rows]
-    device = completions.tokens.device
-    # The mask comes from the lengths, never from token values: a sampled 0 is an action too.
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, T]
-    old_logp = completions.logprobs[to_device(rows, device), : mask.shape[1]]
-    return old_logp, to_device(layer.advantages[rows], device), to_device(mask, device)
-
-
 # ---- attention -----------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from engine.workers import in_parallel
 from huggingface.prompts import RealConfig, model_folder, open_shape, open_weights
 from huggingface.weights import library, save_model
 from mgrpo import longest_phrase
+from model import GPT
 from runtime import distributed, memory
 from runtime.checkpoints import load_checkpoint, save_checkpoint, weights_checksum
 from runtime.device import Hardware as Hardware  # train.py takes all groups of flags from here
@@ -164,7 +165,7 @@ def open_checkpoint(path, device, dtype, max_new_tokens, turns):
             f"{path}: its vocabulary of {policy.config.vocab_size} is not that of the built-in "
             "tasks"
         )
-    policy = with_context(policy, row_tokens(task, turns))
+    policy = with_context(policy, base_shape(task, policy.config.depth, turns).context)
     policy.origin, policy.folder = str(path), path.parent
     policy.prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
     return policy, task
@@ -204,7 +205,11 @@ def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_to
     for task in tasks:
         check_cache(cache_tokens, task, turns)
     library()  # missing? found before the weights are needed
-    policy = open_weights(path, shape, encoding, dtype, device)
+    if weights:
+        policy = open_weights(path, shape, encoding, dtype, device)
+    else:
+        policy = GPT(shape, dtype).to(device)
+        policy.prompt_template, policy.source = encoding.template_name, path
     policy.origin, policy.folder = str(folder), runs[0] if runs else Path("out")
     policy.prefix = "" if runs else f"{folder.resolve().name}-"
     return policy, tasks

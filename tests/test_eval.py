@@ -323,11 +323,14 @@ def test_rows_wait_on_a_cpu_without_room(gpt, monkeypatch):
     """Catches a process that Linux ends without a word: where a batch wants more than half of the
     free memory, the cache gets a limit, never below one row; and none where there is room."""
     monkeypatch.setattr(opening.memory, "available", lambda device: 1_000_000)
+    monkeypatch.setattr(opening, "row_tokens", lambda task, turns: task)
+    monkeypatch.setattr(opening, "EVALUATED_ROWS", 1)
+    monkeypatch.setattr(opening, "in_parallel", lambda sampler: sampler)
     tokens = 500_000 // (2 * 2 * 3 * 2 * 16 * 4)
     for row, wanted, limit in ((100, 10**6, tokens), (10**5, 10**6, 10**5), (100, tokens, None)):
-        assert make_sampler(gpt, 0, row, wanted).pool.limit == limit
+        assert make_sampler(gpt, [row], 2, 0, wanted).pool.limit == limit
     with pytest.raises(BadInput, match="a row may need 100"):
-        make_sampler(gpt, 99, 100)
+        opening.check_cache(99, 100, 2)
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,9 @@ from engine.packing import (
     padded_logprobs,
     path_places,
     place_segments,
-    targets,
     tree_logprobs,
 )
-from mgrpo import policy_loss
+from mgrpo import loss_inputs, policy_loss
 from model import GPT, ModelConfig
 
 WITHOUT_LIMIT = 10**9
@@ -224,7 +223,7 @@ def test_loss_is_on_sampled_tokens_alone(encoding, gpt, shape):
     assert [layer.number for layer, _, _ in pack.layers] == [1, 2, 3][: len(shape)]
     loss, masks = 0, torch.zeros(logp.shape, dtype=torch.bool)
     for layer, places, rows in pack.layers:
-        old, advantages, mask = targets(layer, rows)
+        old, advantages, mask = loss_inputs(layer, rows)
         T = mask.shape[1]
         assert mask.sum(1).tolist() == layer.lengths[rows].tolist()
         for place, row in zip(places.tolist(), rows.tolist()):
@@ -254,7 +253,7 @@ def test_targets_keep_the_samplers_numbers(encoding):
     branches = [branch_of([first, second], 2, row) for row in (6, 0, 2)]
     (layer, places, rows), *others = pack_trees(branches).layers
     assert rows.tolist() == [6, 0, 2] and places.tolist() == [0, 1, 2] and not others
-    old, advantages, _ = targets(layer, rows)
+    old, advantages, _ = loss_inputs(layer, rows)
     assert old[:, 0].tolist() == [6, 0, 2]
     assert advantages.tolist() == second.advantages[[6, 0, 2]].tolist()
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from reward import Makes, Reward, agree, extract_answer, is_correct, score
+from eval import agree
+from reward import Makes, Reward, extract_answer, is_correct, score
 from verifier import algebra, answers
 from verifier.answers import LONGEST, VerifierFailed, parse_number
 

@@ -35,7 +35,7 @@ import torch
 import train
 from engine import packing
 from engine.workers import in_parallel
-from mgrpo import Layer, policy_loss
+from mgrpo import Layer, loss_inputs, policy_loss
 from reward import score
 from runtime import memory
 from runtime.flags import AtLeast, guarded, parse_flags
@@ -186,7 +186,7 @@ class Bench:
         logp, _ = packing.padded_logprobs(self.model, rows)  # [B, T]
         losses = []
         for layer, places, numbers in packing.rows_by_layer(batch, self.device):
-            old_logp, advantages, mask = packing.targets(layer, numbers)
+            old_logp, advantages, mask = loss_inputs(layer, numbers)
             loss, _ = policy_loss(
                 logp[places, : mask.shape[1]],
                 old_logp,
