@@ -30,8 +30,8 @@ without official code. Phrases and settings come from public re-implementations.
  3. "Failed corrections are discarded", read literally, gives no gradient: what is left of a group
     has equal rewards, so (1) is 0. Default (`--failed mask`): normalise over all siblings, THEN
     discard: a failed correction counts in its siblings' mean and std and in the denominator, but
-    has no gradient. So rare fixes weigh most. `keep` is plain GRPO in layer 2. `raw` takes the reward
-    itself as advantage, so confirmations in all-right groups count too.
+    has no gradient. So rare fixes weigh most. `keep` is plain GRPO in layer 2. `raw` takes the
+    reward itself as advantage, so confirmations in all-right groups count too.
  4. H, the temperature, the optimiser and the epochs are unknown: see the defaults of train.py.
  5. Whether right answers enter layer 2 is unknown. By default all do (`--sources`): with wrong
     ones only, no example teaches the policy to leave a right answer alone.
@@ -42,7 +42,8 @@ without official code. Phrases and settings come from public re-implementations.
  8. Rows whose advantage is 0 (and KL off) are left out of the forward pass. They count in every
     denominator, so loss and gradient are what they would be.
  9. π_old is the sampler's own log-probability, in bf16 where compute is bf16. The log's `gauge`
-    is |log π_θ - log π_old| before the first update. A rollout makes two optimiser steps by default, each on half of the questions.
+    is |log π_θ - log π_old| before the first update. A rollout makes two optimiser steps by
+    default, each on half of the questions.
 
 Words: a completion is what the policy samples; it is called an answer in layer 1, a correction from
 layer 2 on. A row is a completion by its number in a layer; siblings are the rows that are compared.

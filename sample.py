@@ -332,11 +332,11 @@ class Sampler:
     # ---- calls and results -----------------------------------------------------------------------
 
     def continued(self, completions, phrases, rows=None):
-        """-> rows [P], and for each of them the prompt of the next layer and those of its tokens that
-        are not cached. ValueError for rows out of order.
+        """-> rows [P], and for each of them the prompt of the next layer and those of its tokens
+        that are not cached. ValueError for rows out of order.
 
-        The prompt of the next layer: the row's own prompt, its completion without the end token, the
-        phrase. Token ids are joined, never encoded again.
+        The prompt of the next layer: the row's own prompt, its completion without the end token,
+        the phrase. Token ids are joined, never encoded again.
         """
         c = completions
         if rows is None:

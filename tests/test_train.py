@@ -365,10 +365,11 @@ def test_the_line_of_a_step_has_a_column_for_each_layer(layers, capsys):
 def begun(gpt, tmp_path, monkeypatch):
     """A Run of two layers in a folder of its own that has not made a step."""
     monkeypatch.chdir(tmp_path)
-    gpt.origin = "base"
+    gpt.origin, gpt.seconds = "base", 0.0
     config = dataclasses.replace(config_of((3, 2)), name="r")
     optimizer = torch.optim.AdamW(gpt.parameters(), 0.0)
-    return run.Run(config, train.settings(config), gpt, optimizer, lambda *args: None)
+    save_model = lambda *args: None
+    return run.Run(config, train.settings(config), gpt, None, optimizer, save_model, plan={})
 
 
 def test_five_gradients_that_are_not_finite_end_the_run(encoding, begun, capsys):
@@ -410,7 +411,7 @@ def test_no_half_made_run_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     text = re.escape("config.json could not be written (No space left on device)")
     with pytest.raises(OSError, match=text):
-        run.run_folder("run", dict(seed=0), "", 0.0)
+        run.run_folder("run", dict(seed=0), Namespace(origin="", seconds=0.0))
     assert not list((tmp_path / "out").iterdir())
 
 
