@@ -212,7 +212,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
             sampler,
             task,
             problems,
-            config.group_sizes,
+            config.group_sizes,  # MGRPO: a number for each layer
             sampling,
             config.sources,
             config.format_weight,

@@ -12,6 +12,8 @@ import shutil
 import statistics
 import subprocess
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, command, script
@@ -411,7 +413,7 @@ def test_no_half_made_run_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     text = re.escape("config.json could not be written (No space left on device)")
     with pytest.raises(OSError, match=text):
-        run.run_folder("run", dict(seed=0), Namespace(origin="", seconds=0.0))
+        run.run_folder("run", dict(seed=0), SimpleNamespace(origin="", seconds=0.0))
     assert not list((tmp_path / "out").iterdir())
 
 
