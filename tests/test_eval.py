@@ -342,8 +342,6 @@ def test_rows_wait_on_a_cpu_without_room(gpt, monkeypatch):
         ("x.pt", dict(), "is not a checkpoint of this project"),
         ("x.pt", dict(sets=[((), ("x.jsonl",))]), "--data: x.pt was trained on a built-in task"),
         ("x.pt", dict(real=RealConfig(verifier="math-verify")), "--verifier: x.pt was trained on"),
-        ("", dict(sets=[((), ("x.jsonl",))]), "--data: without a model there is a built-in task"),
-        ("", dict(real=RealConfig(template="chatml")), "--template: without a model there is"),
         ("run", dict(sets=[((), ("x.jsonl",))]), "has not saved a model yet"),
     ],
 )

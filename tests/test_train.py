@@ -11,7 +11,6 @@ import resource
 import shutil
 import statistics
 import subprocess
-
 from types import SimpleNamespace
 
 import pytest
