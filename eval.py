@@ -75,7 +75,8 @@ def evaluate(
     """
     distributed.agree("questions to be asked", [problem.question for problem in problems])
     share, at_once = distributed.share(len(problems)), max(1, EVALUATED_ROWS // samples)
-    parts, votes, undecided = [], [], 0
+    right, truncated, lengths = [], [], []  # a tensor [questions, samples, turns] of each batch
+    votes, undecided = [], 0
     with bar_of_rows(sampler, len(share) * samples * turns, name):
         for start in range(share.start, share.stop, at_once):
             batch = problems[start : min(start + at_once, share.stop)]
@@ -84,18 +85,18 @@ def evaluate(
             )
             # One correction of every answer: the rows of all layers correspond.
             layers = rollout(sampler, task, batch, (samples, *[1] * (turns - 1)), sampling)
-            columns = zip(*[(layer.correct, layer.truncated, layer.lengths) for layer in layers])
-            shape = len(batch), samples
-            parts.append([torch.stack([x.view(shape).float() for x in c], -1) for c in columns])
+            right.append(by_turn([layer.correct for layer in layers], samples))
+            truncated.append(by_turn([layer.truncated for layer in layers], samples))
+            lengths.append(by_turn([layer.lengths for layer in layers], samples))
             undecided += sum(int(layer.undecided.sum()) for layer in layers)
             votes += majorities(layers, samples) if samples > 1 else []
             if record:
                 record(batch, layers, sampling)
 
     # What all ranks found, in the order of the questions.
-    found = zip(*distributed.gather_objects((parts, votes, undecided)))
-    parts, votes, undecided = (sum(lists, type(lists[0])()) for lists in found)
-    right, truncated, lengths = (torch.cat(c) for c in zip(*parts))  # [Q, samples, turns] each
+    ranks = distributed.gather_objects((right, truncated, lengths, votes, undecided))
+    right, truncated, lengths = (torch.cat([x for r in ranks for x in r[i]]) for i in range(3))
+    votes, undecided = [vote for r in ranks for vote in r[3]], sum(r[4] for r in ranks)
     return {
         **summarise(right),
         **several_samples(right, votes),
@@ -107,6 +108,11 @@ def evaluate(
         "samples": samples,
         "temperature": temperature,
     }
+
+
+def by_turn(rows, samples):
+    """[B] of each turn -> [B / samples, samples, turns] fp32."""
+    return torch.stack([x.view(-1, samples).float() for x in rows], -1)
 
 
 def summarise(right):

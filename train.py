@@ -225,16 +225,16 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
         credit(layer, config.siblings, config.failed)
 
     # 4. Learn. Each optimiser step sees its share of the questions, in micro-batches.
-    sums, norms, skipped, parts = Metrics(), [], 0, 0
-    for part in minibatches(layers, share.start, config):
+    sums, norms, skipped, tried = Metrics(), [], 0, 0
+    for minibatch in minibatches(layers, share.start, config):
         # Denominators count ALL rows of all ranks before the first backward pass: neither how rows
         # are cut into micro-batches and ranks nor which rows carry a gradient changes the result.
-        denominators = distributed.sum_over_ranks(loss_denominators(part, config))
+        denominators = distributed.sum_over_ranks(loss_denominators(minibatch, config))
         # Only rows with a gradient go through the model. They share prefixes, so a micro-batch is a
         # packed tree in which every token stands once; to the loss a row is as if it were alone.
         branches = [
             packing.branch_of(layers, layer.number, row)
-            for layer, rows in part
+            for layer, rows in minibatch
             for row in rows[layer.active(config.kl_coef)[rows]].tolist()
         ]
         batches = packing.microbatches(branches, config.hardware.tokens_per_microbatch)
@@ -248,7 +248,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
             ).backward()
         if not passes:  # no row has a gradient: skip the update, or momentum alone would make one
             continue
-        parts += 1
+        tried += 1
         norm = distributed.clip_gradient(policy, MAX_GRADIENT_NORM)
         if math.isfinite(norm):
             optimizer.step()
@@ -270,7 +270,7 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
             "step": number + 1,
             "generated": generated + new,
             **rollout_metrics(layers, len(config.group_sizes)),
-            **loss_metrics(sums, parts),
+            **loss_metrics(sums, tried),
             "grad_norm": sum(norms) / max(len(norms), 1),
             "updates": len(norms),
             "skipped": skipped,
@@ -333,17 +333,17 @@ def minibatches(layers, first_question, config):
     """
     for _ in range(config.epochs):
         for m in range(config.minibatches):
-            part = []
+            minibatch = []
             for layer in layers:
                 slots = layer.questions + first_question  # numbers of the questions in the step
-                part.append((layer, (slots % config.minibatches == m).nonzero()[:, 0]))
-            yield part
+                minibatch.append((layer, (slots % config.minibatches == m).nonzero()[:, 0]))
+            yield minibatch
 
 
-def loss_denominators(part, config):
+def loss_denominators(minibatch, config):
     """-> {layer's number: this rank's part of its denominator}, of all layers of the run."""
     denominators = dict.fromkeys(range(1, len(config.group_sizes) + 1), 0)
-    for layer, rows in part:
+    for layer, rows in minibatch:
         denominators[layer.number] = loss_denominator(
             layer.lengths[rows], config.normalize, config.max_new_tokens
         )
@@ -396,7 +396,7 @@ def layer_sums(layers, number):
     )
 
 
-def loss_metrics(sums, parts):
+def loss_metrics(sums, tried):
     """Means over the trained tokens of all ranks; of the loss over the optimiser steps."""
     names = ("tokens", "clipped", "kl", "ratio", "loss", "entropy")
     names += ("gauge", "gauge_tokens", "packed", "padding")
@@ -404,7 +404,7 @@ def loss_metrics(sums, parts):
     sums = distributed.sum_over_ranks({name: float(sums.get(name, 0.0)) for name in names})
     tokens = max(sums["tokens"], 1)
     return dict(
-        loss=sums["loss"] / max(parts, 1),
+        loss=sums["loss"] / max(tried, 1),
         **{name: sums[name] / tokens for name in ("clipped", "entropy", "kl", "ratio")},
         gauge_max=gauge_max,
         gauge_mean=sums["gauge"] / max(sums["gauge_tokens"], 1),

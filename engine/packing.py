@@ -227,10 +227,10 @@ def rows_by_layer(branches, device):
 
 
 def flex_attention_for(pack, attention=flex_attention):
-    """attend(layer, q, k, v) of model.py on CUDA. attention: flex_attention, compiled or not."""
+    """attend(block, q, k, v) of model.py on CUDA. attention: flex_attention, compiled or not."""
     mask = block_mask(pack)
 
-    def attend(layer, q, k, v):
+    def attend(block, q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -306,7 +306,7 @@ def path_places(segment):
 
 
 def level_attention_for(pack):
-    """attend(layer, q, k, v) of model.py on a CPU, chunk by chunk.
+    """attend(block, q, k, v) of model.py on a CPU, chunk by chunk.
 
     The queries of n segments meet the keys of their paths and their own keys.
     """
@@ -315,7 +315,7 @@ def level_attention_for(pack):
     # [S] of each token: its number among all tokens of the chunks
     place = torch.zeros(S + 1, dtype=torch.long).index_copy_(0, own, torch.arange(len(own)))[:S]
 
-    def attend(layer, q, k, v):
+    def attend(block, q, k, v):
         N, C, K = *q.shape[2:], k.shape[2]
         n, outputs = N // K, []
         if not biases:  # the same for all blocks
