@@ -185,7 +185,7 @@ class Sampler:
 
     def _sample(self, prompts, new_tokens, above, n, limits, keys, temperature, filters):
         """Prefills, then decodes -> tokens, logprobs [B, most + 1], lengths [B], CachedTree or
-        None.
+        None. most: the longest limit; the last column is for rows that have ended.
 
         new_tokens: what is not cached of each prompt. above: None, or (cache, rows [P]).
         """
@@ -194,31 +194,33 @@ class Sampler:
             self.pool.limit = measured_limit(self.model, prompts[0], self.reserved)
         limits = torch.tensor(limits, device=self.device)  # [B]
         if above and self.pool.holds(above[0]) and self.pool.fits(P, longest, n, most):
-            turns = [(0, P)]
+            parts = [(0, P)]
         else:
             new_tokens, above = prompts, None
-            turns = self.pool.turns(P, longest, n, most)  # one turn, unless memory is short
+            # All prompts together, unless the cache has no room for their rows.
+            parts = self.pool.turns(P, longest, n, most)
         filters = filters if filtering(**filters) else {}
         results = []
         with torch.inference_mode():
-            for first, last in turns:
-                turn, rows = slice(first, last), slice(first * n, last * n)
+            for first, last in parts:
+                part, rows = slice(first, last), slice(first * n, last * n)
                 request = self.prefill(
-                    prompts[turn], new_tokens[turn], above, n, limits[rows], keys[rows]
+                    prompts[part], new_tokens[part], above, n, limits[rows], keys[rows]
                 )
                 flight = self.decode(request, most, temperature, filters)
                 results.append((flight.tokens, flight.logprobs, flight.lengths))
                 segments = flight.finish()
-        keep = segments is not None and len(turns) == 1
+        keep = segments is not None and len(parts) == 1
         cache = CachedTree(self.pool.tree, request.path, segments) if keep else None
-        return *(torch.cat(parts) for parts in zip(*results)), cache
+        return *(torch.cat(tensors) for tensors in zip(*results)), cache
 
     def prefill(self, prompts, new_tokens, above, n, limits, keys):
         """Runs the new tokens of each prompt through the model, behind what is cached of it ->
         Request of n rows per prompt."""
         new = torch.tensor([len(tokens) for tokens in new_tokens], device=self.device)  # [P]
-        filled = torch.zeros_like(new)  # [P] slots that the last layer's rows bring with them
-        path = []  # [(Segments, node [P])]
+        filled = torch.zeros_like(new)  # [P] slots copied from the row that is continued
+        # [(Segments, node [P])], from the question down: a prompt's prefix is one segment of each.
+        path = []
         if above is None:
             self.pool.reset()
         else:
