@@ -17,7 +17,7 @@ from conftest import PATIENCE, ROOT, command
 
 import eval as evaluation
 import train
-from report import page
+from report import page, trees
 from runtime.flags import (
     Above,
     AtLeast,
@@ -38,25 +38,38 @@ from runtime.flags import (
     writing,
 )
 from tasks import base, catalog
-from tools import bench, chat, compare, memory_table
+from tools import (
+    bench_kernels,
+    bench_sampler,
+    bench_training,
+    bench_verifier,
+    chat,
+    compare,
+    machine,
+    memory_table,
+    pictures,
+    tiny_qwen,
+)
 
 # name of a script, as `command` starts it: its module
 SCRIPTS = {
     "train.py": train,
     "eval.py": evaluation,
     "report": page,
+    "report.trees": trees,
     "tasks.base": base,
     "tasks.catalog": catalog,
-    "tools.bench": bench,
+    "tools.bench_kernels": bench_kernels,
+    "tools.bench_sampler": bench_sampler,
+    "tools.bench_training": bench_training,
+    "tools.bench_verifier": bench_verifier,
     "tools.chat": chat,
     "tools.compare": compare,
+    "tools.machine": machine,
     "tools.memory_table": memory_table,
+    "tools.pictures": pictures,
+    "tools.tiny_qwen": tiny_qwen,
 }
-
-
-def config_of(name):
-    """The dataclass of the flags of a script."""
-    return getattr(SCRIPTS[name], "Script", SCRIPTS[name].Config)
 
 
 @dataclass(frozen=True)
@@ -244,8 +257,8 @@ def test_every_flag_is_used_and_explained(name):
     of help."""
     sources = [path for path in ROOT.glob("**/*.py") if path.parent.name != "tests"]
     source = "".join(path.read_text() for path in sources)
-    text = help_text(config_of(name), "")
-    for flag, about in flags_of(config_of(name)).items():
+    text = help_text(SCRIPTS[name].Config, "")
+    for flag, about in flags_of(SCRIPTS[name].Config).items():
         assert re.search(rf"\w\.{flag}\b|[\"']{flag}[\"']", source), f"--{flag} is read nowhere"
         assert len(about.note) > 5, f"--{flag} of {name} has no comment, so no help"
         assert f"  --{flag.replace('_', '-')}" in text
@@ -264,19 +277,24 @@ def test_help_starts_no_work(name, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["train.py", "--correction", "3"], "did you mean --corrections?"),
-        (["train.py", "--corrections", "1"], "no siblings"),
-        (["train.py", "--layers", "3"], "1 is GRPO, 2 is MGRPO"),
-        (["train.py", "--layers", "1", "--attempts", "1"], "no siblings"),
+        (["train.py", "--group-size", "3"], "did you mean --group-sizes?"),
+        (["train.py", "--group-sizes", "4,1"], "no siblings"),
+        (["train.py", "--group-sizes", "1"], "no siblings"),
+        (["train.py", "--group-sizes", "4,0"], "each must be a number of at least 1"),
+        (["train.py", "--group-sizes", "9999,9999"], "too many rows a step"),
+        (["train.py", "--layer-weights", "1,1,1"], "give one for each"),
+        (["train.py", "--layer-weights", "1,-1"], "would unlearn its layer"),
         (["train.py", "--prompts", "3"], "--minibatches 2"),
-        (["train.py", "--temperature", "0"], "must be sampled"),
-        (["train.py", "--format-weight", "0.9"], "pay better than being right"),
-        (["train.py", "--clip-low", "1"], "must lie in (0, 1)"),
+        (["train.py", "--temperature", "0"], "--temperature 0: must be a number above 0"),
+        (["train.py", "--format-weight", "0.9"], "must be a number from 0 to 0.5"),
+        (["train.py", "--clip", "1"], "give ε in (0, 1)"),
+        (["train.py", "--clip", "0.2,0.3,0.4"], "give ε in (0, 1)"),
         (["train.py", "--tokens-per-microbatch", "0"], "at least 1"),
-        (["train.py", "--modulus", "98"], "choose 3 to 97"),
+        (["train.py", "--modulus", "98"], "must be a number from 3 to 97"),
         (["train.py", "--eval-questions", "1"], "--eval-questions 1"),
-        (["train.py", "--failed", "raw", "--group", "question"], "would change nothing"),
+        (["train.py", "--failed", "raw", "--siblings", "question"], "would change nothing"),
         (["train.py", "--top-p", "0.9"], "the gradient is biased"),
+        (["train.py", "--attempts", "4"], "the first number of --group-sizes"),
         (["train.py", "--device", "cuda"], "sees no CUDA device"),
         (["train.py", "--depth", "0"], "--depth 0"),
         (
@@ -285,15 +303,28 @@ def test_help_starts_no_work(name, monkeypatch, capsys):
         ),
         (["train.py", "--task", "chain", "--candidates", "7"], "set by --modulus and --operations"),
         (["train.py", "--preset", "smoke", "--max-new-tokens", "500"], "--max-new-tokens 500"),
-        (["eval.py"], "--checkpoint is missing"),
-        (["eval.py", "--checkpoint", "nowhere.pt"], "nowhere.pt: there is no such file"),
-        (["eval.py", "--checkpoint", "README.md"], "README.md is not a checkpoint"),
-        (["eval.py", "--checkpoint", "x.pt", "--questions", "1"], "--questions must be at least 2"),
-        (["eval.py", "--checkpoint", "x.pt", "--top-p", "0"], "--top-p above 0"),
-        (["tools.bench", "--rows", "9"], "multiple of --group 8"),
-        (["tasks.catalog", "--candidates", "99"], "choose 1 to 11"),
+        (["train.py", "--name", "a/b"], "--name"),
+        (["eval.py"], "no model is named"),
+        (["eval.py", "--checkpoint", "x.pt"], "name the model first: python eval.py out/run"),
+        (["eval.py", "nowhere.pt"], "nowhere.pt"),
+        (["eval.py", "README.md"], "README.md is not a checkpoint"),
+        (["eval.py", "--model", "README.md"], "README.md is not a checkpoint"),
+        (["eval.py", "x.pt", "--questions", "1"], "--questions 1: "),
+        (["eval.py", "x.pt", "--top-p", "0"], "--top-p 0: must be a number above 0"),
+        (["eval.py", "x.pt", "--temperature", "0", "--samples", "2"], "the same answer every time"),
+        (["tasks.catalog", "--candidates", "99"], "--candidates 99"),
+        (["tasks.catalog", "--candidates", "12"], "only 11 different numbers"),
         (["tools.compare", "--arms", "grpo,nothing"], "'nothing'"),
-        (["tools.bench", "--what", "nothing"], "choose one of"),
+        (["tools.bench_sampler", "--rows", "9"], "--prompts and --group-size make the rows"),
+        (["tools.bench_sampler", "--ladder", "nothing"], "choose one of all, last, none"),
+        (["tools.bench_sampler", "--threads", "9999"], "the cores of this machine"),
+        (["tools.bench_training", "--corrections", "4"], "the second number of --group-sizes"),
+        (["tools.bench_kernels", "--group", "8"], "--group-size 8"),
+        (["tools.bench_verifier", "--rounds", "0"], "--rounds 0: must be a number of at least 1"),
+        (["tools.machine", "--threads", "9999"], "the cores of this machine"),
+        (["tools.memory_table", "--ranks", "0"], "--ranks 0: must be a number of at least 1"),
+        (["tools.tiny_qwen"], "--data, --tokenizer and --save belong together"),
+        (["report", "nowhere"], "nowhere is no run"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_code_2_and_no_files(
@@ -317,7 +348,6 @@ def test_bad_input_is_one_sentence_exit_code_2_and_no_files(
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
-@pytest.mark.slow
 def test_a_small_script_prints_its_usage():
     """Catches a script that stands outside of `guarded`: without words it is bad input."""
     done = subprocess.run(
@@ -419,7 +449,6 @@ def test_every_script_imports_flags_before_torch(name):
     assert "torch" not in ours or ours[0].startswith("runtime"), ours
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "body, code, message",
     [
@@ -471,14 +500,14 @@ def test_a_reader_that_leaves():
     "closed, code, says",
     [
         ("<&-", 2, "error: standard input is closed"),
-        (">&-", 2, "error: --ckpt nowhere"),
+        (">&-", 2, "error: nowhere"),
         ("2>&-", 2, ""),
     ],
 )
 def test_closed_streams(closed, code, says):
     """Catches a traceback (AttributeError of None) where the shell has closed a stream."""
     done = subprocess.run(
-        f"{sys.executable} -m tools.chat --ckpt nowhere {closed}",
+        f"{sys.executable} -m tools.chat nowhere {closed}",
         cwd=ROOT,
         shell=True,
         capture_output=True,

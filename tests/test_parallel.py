@@ -1,5 +1,5 @@
-"""Two processes on this machine, by gloo, against one: the step, the rollouts, the tables, the states;
-and how all of them end when one fails."""
+"""Two ranks on this machine, by gloo, against one: the step, the rollouts, the tables, the states; and
+how all of them end when one fails."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT
 
-from model import load_checkpoint
+import train
+from report.trees import lines_of
 from runtime import distributed
-from runtime.checkpoints import load_state, saved
+from runtime.checkpoints import load_checkpoint, load_state, saved
 from runtime.device import pick_device
 from runtime.flags import BadInput
-from runtime.transcripts import lines_of
 from verifier.math_verify import MathVerify
 
 RUN = (
@@ -169,10 +169,9 @@ def test_the_same_trees_are_kept(runs, name):
 
 def nodes(tree):
     """All answers of a tree as it is on disk."""
-    for name in ("answers", "attempts", "corrections"):
-        for node in tree.get(name, ()):
-            yield node
-            yield from nodes(node)
+    for node in tree["answers"]:
+        yield node
+        yield from nodes(node)
 
 
 @pytest.mark.slow
@@ -191,38 +190,50 @@ def test_whole_runs_are_those_of_one_process(runs, name):
 
 
 @pytest.mark.slow
-def test_the_same_rollouts_are_drawn(runs):
-    """Catches random numbers or questions that depend on the rank that samples: token by token, in
-    both layers."""
+@pytest.mark.parametrize("group_sizes", [(4, 3), (3, 2, 2)])
+def test_the_same_rollouts_are_drawn(runs, group_sizes):
+    """Catches random numbers, phrases or questions that depend on the rank that samples: token by
+    token, in all layers."""
+    script, text = write(runs, "rollouts.py", ROLLOUTS), ",".join(map(str, group_sizes))
     drawn = []
     for processes in (1, 2):
-        finished(start(runs, [write(runs, "rollouts.py", ROLLOUTS), str(processes)], processes))
-        drawn.append(
-            [
-                tuple(row)
-                for rank in range(processes)
-                for row in json.loads((runs / f"rollouts-{processes}-{rank}.json").read_text())
-            ]
-        )
-    assert len(drawn[0]) == 16 * 4 * (1 + 3) and sorted(drawn[0]) == sorted(drawn[1])
+        finished(start(runs, [script, text, str(processes)], processes))
+        paths = [runs / f"rollouts-{text}-{processes}-{rank}.json" for rank in range(processes)]
+        drawn.append(sorted(row for path in paths for row in json.loads(path.read_text())))
+    rows = 16 * sum(train.rows_per_question(group_sizes))
+    assert len(drawn[0]) == rows and drawn[0] == drawn[1]
 
 
 ROLLOUTS = """
 import json, sys
-import train
-from eval import make_sampler
+from mgrpo import SamplingParams, credit, rollout, step_seed
 from runtime import distributed
-from tasks import opening
+from tasks.opening import BaseConfig, TaskConfig, make_sampler, open_model_and_task
 def main():
-    c = train.Config(**(train.PRESETS["smoke"] | dict(base_tokens=300000, dtype="float32", device="cpu")))
-    setup = opening.prepare(c)
-    sampler = make_sampler(setup.load()[0], 0, 300)
+    group_sizes = tuple(map(int, sys.argv[1].split(",")))
+    policy, task = open_model_and_task(
+        puzzle=TaskConfig(candidates=2, operations=2, modulus=5),      # as in the preset smoke
+        base=BaseConfig(depth=2, base_tokens=300_000),
+        dtype="float32",
+        device="cpu",
+        turns=len(group_sizes),
+    )
+    share = distributed.share(16)
+    problems = task.train_problems(0, 3, 16)[share.start : share.stop]
+    sampling = SamplingParams(
+        task.max_new_tokens, 1.0, seed=step_seed(0, 3), first_row=share.start * group_sizes[0]
+    )
+    sampler = make_sampler(policy, [task], len(group_sizes), cache_tokens=300)
     rows = []
-    for tree in train.rollout(sampler, setup, 3):
-        for layer in tree.layers:
-            c = layer.completions
-            rows += [(c.depth, int(tree.slots[layer.questions[i]]), int(c.numbers[i]), c.prompts[i // c.n], c.sampled[i], float(layer.advantages[i])) for i in range(len(c))]
-    json.dump(rows, open(f"rollouts-{sys.argv[1]}-{distributed.rank()}.json", "w"))
+    for layer in rollout(sampler, task, problems, group_sizes, sampling):
+        credit(layer)
+        c = layer.completions
+        for i in range(len(layer.texts)):
+            question, phrase = layer.questions[i] + share.start, layer.phrases and layer.phrases[i]
+            place = [layer.number, int(question), int(c.numbers[i]), phrase, c.prompts[i // c.n]]
+            rows.append([*place, c.sampled[i], float(layer.advantages[i])])
+    with open(f"rollouts-{sys.argv[1]}-{sys.argv[2]}-{distributed.rank()}.json", "w") as file:
+        json.dump(rows, file)
 distributed.run(main)
 """
 
@@ -377,19 +388,20 @@ import os, signal, sys, time
 import train
 from runtime import distributed
 from runtime.flags import BadInput
-how, real = sys.argv.pop(1), train.one_step
-def one_step(*args):
+how, real = sys.argv.pop(1), train.step
+def step(*args):
     found = real(*args)
-    if found[0]["step"] == 2 and distributed.rank() == 1:
+    number = found[2]["step"]
+    if number == 2 and distributed.rank() == 1:
         if how == "raise":
             raise ValueError("the cat sat on the cable")
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise BadInput("rank 1 has no disk")
-    if found[0]["step"] == 2 and how == "sleep":
+    if number == 2 and how == "sleep":
         time.sleep(1000)
     return found
-train.one_step = one_step
+train.step = step
 distributed.run(train.main)
 """
 
@@ -435,17 +447,17 @@ def test_a_rank_that_fails_takes_the_others_down(runs, how):
         (
             3,
             RUN,
-            "error: --prompts 16 does not divide into --minibatches 2 on each of 3 processes: "
+            "error: --prompts 16 does not divide into --minibatches 2 on each of 3 ranks: "
             "choose a multiple of 6",
         ),
         (
             2,
             [*RUN, "--prompts", "6"],
-            "error: --prompts 6 does not divide into --minibatches 2 on each of 2 processes: "
+            "error: --prompts 6 does not divide into --minibatches 2 on each of 2 ranks: "
             "choose a multiple of 4",
         ),
         (2, ["tools/memory_table.py"], "error: this script runs without torchrun"),
-        (2, ["train.py", "--attemps", "3"], "did you mean --attempts?"),
+        (2, ["train.py", "--group-size", "4,3"], "did you mean --group-sizes?"),
         (2, ["train.py", "--resume", "nowhere"], "nowhere holds no state to go on from"),
         (2, ["train.py", "--init", "nowhere", "--data", "nothing.jsonl"], "nothing is downloaded"),
     ],
@@ -499,8 +511,7 @@ def test_evaluation_is_shared(runs):
     what one does, and every transcript is somewhere."""
     words = [
         "eval.py",
-        "--checkpoint",
-        "out/few1/checkpoint.pt",
+        "out/few1",
         "--questions",
         "33",
         "--samples",
