@@ -37,6 +37,8 @@ RUN = (
 )
 # all that makes ranks differ in what they have to do
 HARD = (
+    "--group-sizes",
+    "3,2,2",
     "--kl-coef",
     "0.05",
     "--recompute",
@@ -438,6 +440,26 @@ def test_a_rank_that_fails_takes_the_others_down(runs, how):
     assert "Traceback" not in own and ("a fault of this code" in own) == (how == "raise"), wrong
     assert "SIGKILL" in wrong or how not in ("kill", "sleep"), wrong
     assert saved(runs / f"out/{name}/state")[0][0] >= 1
+
+
+DIFFERENT = """
+import os, sys, train
+from runtime import distributed
+if os.environ["RANK"] == "1":
+    sys.argv += ["--lr", "0.5"]
+distributed.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_settings_that_differ_are_refused(runs):
+    """Catches two runs in one: a rank with another flag than the others ends the run before it has
+    a folder."""
+    script = write(runs, "different.py", DIFFERENT)
+    _, wrong = finished(start(runs, [script, *RUN[1:], "--name", "different"], 2), code=1)
+    says = "error: the processes of this run do not have the same settings: all machines need"
+    assert wrong.count("error: ") == wrong.count(says) == 1, wrong
+    assert not (runs / "out/different").exists()
 
 
 @pytest.mark.slow
