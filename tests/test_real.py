@@ -331,6 +331,7 @@ def test_flags_that_do_not_go_together(words, says, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_safetensors_is_asked_for_before_the_work(tmp_path):
     """Catches minutes of work that end at a missing package: it is asked for first."""
     make_folder(tmp_path / "tokenizer", TOKENS["chatml"], dict(eos_token_id=256))
