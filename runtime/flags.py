@@ -276,8 +276,10 @@ def parse(config, argv, refused=(), renamed=(), first_word=""):
         if name in renamed and word.startswith("--"):
             raise BadInput(f"{flag} is not a flag any more: {renamed[name]}")
         if not word.startswith("--") or name not in flags:
-            near = difflib.get_close_matches(name, flags, 1, 0.5)
+            near = difflib.get_close_matches(name, [*flags, *renamed], 1, 0.5)
             guess = f"did you mean {flag_name(near[0])}?" if near else "--help lists the flags"
+            if near and near[0] in renamed:
+                guess += f" It is not a flag any more: {renamed[near[0]]}"
             what = "flag" if word.startswith("-") else "argument"
             raise BadInput(f"unknown {what} {flag!r}: {guess}")
         kind = flags[name].kind

@@ -156,6 +156,7 @@ def test_a_flag_sets_a_field_of_its_group():
         ("solve", "unknown argument 'solve'"),
         ("--top-k 3", "--top-k is not for this script: the gradient would be biased"),
         ("--attempts 3", "--attempts is not a flag any more: use --group-sizes 4,3"),
+        ("--attemps 3", "--attempts? It is not a flag any more: use --group-sizes 4,3"),
     ],
 )
 def test_bad_flags_name_flag_value_and_remedy(words, message):
