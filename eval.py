@@ -356,7 +356,7 @@ def measure(config, policy, task, sampler):
         shown = "no table: interrupted"
         if rows:
             shown = f"{table(rows, task.unit)}\n{details(rows, config.real.verifier)}"
-        print(f"\n{shown}\n{', '.join(map(str, dialogues.paths))}: every dialogue")
+        print(f"\n{task.name}\n{shown}\n{', '.join(map(str, dialogues.paths))}: every dialogue")
     return rows
 
 
