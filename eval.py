@@ -121,9 +121,11 @@ def summarise(right):
     columns = {f"t{k}": right[..., k - 1] for k in range(1, turns + 1)}
     if turns > 1:
         columns["delta"] = columns[f"t{turns}"] - columns["t1"]
+    # Sample s of turn k corrects sample s of turn k - 1, so products of 0/1 are transitions.
     for k in range(2, turns + 1):
         before, after = columns[f"t{k - 1}"], columns[f"t{k}"]
         columns |= {f"fix{k}": (1 - before) * after, f"broke{k}": before * (1 - after)}
+    # Over the samples first: what is left is one number a question, and questions are independent.
     return {name: mean_and_error(x.mean(1)) for name, x in columns.items()}
 
 

@@ -159,6 +159,7 @@ def rollout(sampler, task, problems, group_sizes, sampling, sources="all", forma
     grow = functools.partial(
         expand, sampler, task, problems, sampling=sampling, format_weight=format_weight
     )
+    # Layer 1 has P g_1 rows, layer 2 (if all its answers go on) P g_1 g_2, and so on.
     layers = [grow(n=group_sizes[0])]
     for number, n in enumerate(group_sizes[1:], 2):  # MGRPO: the same, one level down
         above = layers[-1]
@@ -227,10 +228,13 @@ def group_advantages(rewards, groups, std=True, eps=1e-4):
     Exactly 0 where all siblings have the same reward, found by max == min: their std as computed
     may be 1e-9. std=False leaves R - mean (Dr. GRPO, arXiv 2503.20783).
     """
+    # Groups may differ in size, and rows of a group need not lie side by side: sums go by number.
     rewards, n = rewards.float(), int(groups.max()) + 1
     count = torch.zeros(n).index_add_(0, groups, torch.ones_like(rewards))
     mean = torch.zeros(n).index_add_(0, groups, rewards) / count.clamp(min=1)
     centred = rewards - mean[groups]
+    # A group without a signal has one reward. In fp32 the mean of seven times 0.1 is not 0.1: its
+    # rows would have tiny advantages, and go through the model for nothing.
     least = torch.zeros(n).scatter_reduce(0, groups, rewards, "amin", include_self=False)
     most = torch.zeros(n).scatter_reduce(0, groups, rewards, "amax", include_self=False)
     centred = centred.masked_fill((least == most)[groups], 0.0)
@@ -337,9 +341,12 @@ def policy_loss(
     `loss_denominator`; by default that of this batch alone, T being the constant.
     -> loss, sums over the masked tokens {tokens, clipped, kl, ratio}.
     """
+    # One ratio a token. On the first update it is 1 up to rounding, and min and clamp do nothing.
     log_ratio = (logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()  # [B, T]                                                            (3)
     A = advantages[:, None]  # [B, 1]
+    # min takes the worse of the two: a token that has moved far enough in the direction of its
+    # advantage gains nothing more, one that has moved the wrong way keeps its full gradient.
     surrogate = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [B, T]     (2)
     divergence = kl_estimate(logp, ref_logp, kl) if kl_coef else torch.zeros_like(logp)
     loss = (kl_coef * divergence - surrogate) * mask

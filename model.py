@@ -148,6 +148,8 @@ def rope_tables(context, head_size, theta, scaling=None):
     and a sum. scaling: Llama-3.1's. Turns that the original context saw less than once slow down by
     a factor, fast ones stay, and those between are blended.
     """
+    # The first pair turns by one radian a token, the last one 1/theta as fast: near and far
+    # distances each have pairs that tell them apart.
     frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)  # [C/2]
     if scaling:
         factor, low, high, original = scaling
@@ -181,6 +183,7 @@ def causal_attention(block, q, k, v):
     B, T, N, C = q.shape
     K, G = k.shape[2], N // k.shape[2]
     q = q.view(B, T, K, G, C).transpose(1, 2).reshape(B, K, T * G, C)
+    # [T * G, T]: 0 where a query may look, -inf above the diagonal; each row G times, once a head.
     bias = torch.full((T, T), -math.inf, device=q.device).triu(1).repeat_interleave(G, 0)
     scores = q @ k.transpose(1, 2).mT  # [B, K, T * G, T]
     weights = torch.add(bias, scores, alpha=C**-0.5).softmax(-1).to(q.dtype)  # softmax in fp32
@@ -205,7 +208,9 @@ class Block(nn.Module):
             self.k_norm = RMSNorm(c.head_size, c.norm_eps)
 
     def forward(self, x, cos, sin, attend):
+        """x: [B, T, D], the residual stream -> [B, T, D]. cos, sin: [B or 1, T, 1, C]."""
         c, (B, T, _) = self.config, x.shape
+        # Attention. One product makes q, k and v: three small ones would each read the input.
         qkv = self.qkv(self.norm1(x)).view(B, T, -1, c.head_size)  # [B, T, N + 2K, C]
         qk, v = qkv.split([c.heads + c.kv_heads, c.kv_heads], 2)
         if c.qk_norm:  # q_norm(q) and k_norm(k) in one pass over both
@@ -217,7 +222,8 @@ class Block(nn.Module):
         q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], 2)
         attended = attend(self.index, q, k, v)  # [B, T, N, C]
         x = x + self.out(attended.flatten(2))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        # The MLP is SwiGLU (arXiv 2002.05202): one half of the hidden numbers gates the other.
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)  # [B, T, hidden] each
         return x + self.down(F.silu(gate) * up)
 
 
@@ -264,8 +270,8 @@ class GPT(nn.Module):
                 )
 
     def forward(self, tokens, positions=None, attend=causal_attention):
-        """tokens: [B, T] integers -> [B, T, D], the vectors that `logits` turns into logits of the
-        NEXT token.
+        """tokens: [B, T] integers -> [B, T, D], the vectors that `scaled_logits` turns into logits
+        of the NEXT token.
 
         positions: [B, T] or [1, T]; 0..T-1 if omitted. attend: see the top of this file.
         Raises ValueError when a row of omitted positions is longer than the context.
@@ -277,6 +283,7 @@ class GPT(nn.Module):
                     f"{self.config.context}"
                 )
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        # Rows are looked up in fp32 and then cast: casting first would cast the whole table.
         x = F.embedding(tokens, self.embed.weight).to(self.compute)  # [B, T, D]
         cos = self.cos[positions][:, :, None].to(self.compute)  # [B or 1, T, 1, C]
         sin = self.sin[positions][:, :, None].to(self.compute)
@@ -334,6 +341,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, tokens = ctx.saved_tensors
         dweight, dhidden = torch.zeros_like(weight), torch.empty_like(hidden)
         cast = weight.to(hidden.dtype)
+        # Chunk by chunk, as forward: the logits of one chunk exist, never those of two.
         for h, token, d, dh in zip(*(x.split(ctx.chunk) for x in (hidden, tokens, dlogp, dhidden))):
             du = TokenLogprobs._backward_chunk(h, cast, token, d, ctx.temperature)  # [chunk, V]
             torch.mm(du, cast, out=dh)

@@ -234,14 +234,16 @@ class Sampler:
         if above is not None:
             segments.copy_from(cache.segments, rows)
 
+        # The new tokens as one matrix [P, S], with pads on the right. A token's position counts the
+        # tokens before it on its path.
         S = int(new.max())
-        # pads on the right
         tokens = torch.tensor(
             [ids + [0] * (S - len(ids)) for ids in new_tokens], device=self.device
         )
         start = sum((layer.lengths[node] for layer, node in path), filled)  # [P]
         positions = start[:, None] + torch.arange(S, device=self.device)  # [P, S]
         positions.clamp_(max=self.model.config.context - 1)  # a pad may lie beyond it
+        # Scores are [prompts, N, S, visible]: as many prompts at once as MAX_SCORES of them allow.
         visible = S + T + sum(layer.T for layer, _ in path)
         at_once = max(1, MAX_SCORES // (S * visible * self.model.config.heads))
         last = []  # [(prompts at once, D)], the vectors of each prompt's last token
@@ -259,6 +261,7 @@ class Sampler:
             last.append(hidden[torch.arange(len(nodes), device=self.device), new[nodes] - 1])
         logits = F.linear(torch.cat(last), self.model.head.weight)  # [P, V]
 
+        # From here on a row, not a prompt, is the unit: row i belongs to prompt i // n.
         node = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # [B]
         path = [(layer, layer_node[node]) for layer, layer_node in path] + [(segments, node)]
         starts = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -296,9 +299,11 @@ class Sampler:
         x, delta = F.embedding(rows.token, model.embed.weight), None  # [R, D]
         cos, sin = self.cos[rows.position], self.sin[rows.position]  # [R, C]
         for i, block in enumerate(model.blocks):
+            # x + delta, the last block's MLP, is added here, in the operation that reads it anyway.
             x, h = ops.add_norm(x, delta, block.norm1.weight, c.norm_eps)
             qkv = F.linear(h, block.qkv.weight, block.qkv.bias)  # [R, (N + 2K) C]
             k, v, norms = cache.k[i], cache.v[i], self.norms[i]
+            # Turns q and k by the rows' positions; k and v go straight into the rows' cache slots.
             q = ops.rope_store(qkv, norms, cos, sin, rows.slot, k, v, c.heads, c.norm_eps)
             delta = F.linear(cache.attend(i, q).flatten(1), block.out.weight)  # q: [R, N, C]
             x, h = ops.add_norm(x, delta, block.norm2.weight, c.norm_eps)
@@ -349,6 +354,7 @@ class Sampler:
                 f"rows must be numbers of the {len(c)} rows, in ascending order: siblings lie side "
                 "by side"
             )
+        # Lists, not tensors: rows are of any length, and a prompt is checked and joined once.
         prompts, new_tokens = [], []
         for row, phrase in zip(rows.tolist(), phrases, strict=True):
             prompts.append(c.prompts[row // c.n] + c.ids[row] + phrase)

@@ -430,6 +430,7 @@ def origin_of(config):
 
 
 def find_run(resume, name):
+    """As resumed_run, on one rank. BadInput when there is no such run, or none with a state."""
     if resume == "newest":
         paths = Path("out").glob("*/state/step-*.pt")
         states = sorted((path.stat().st_mtime, path.parents[1]) for path in paths)
