@@ -101,11 +101,14 @@ class SlotPool:
 
     def forget(self):
         """Invalidates all that is cached, for instance after new weights."""
+        # A CachedTree holds the object of its time. A new one makes `holds` refuse all of them.
         self.tree = object()
 
     def reset(self):
         """A new tree begins: all slots are free."""
         self.top = 0
+        # The slots are given out again, so what is cached there is lost. Without the common pair
+        # each CachedTree keeps tensors of its own, which stay valid.
         if self.shared:
             self.forget()
 
@@ -134,6 +137,8 @@ class SlotPool:
         CUDA graphs captured on it stay valid.
         """
         size = self.k.shape[1]
+        # At least a quarter longer: growing by what is missing would copy the whole cache in every
+        # call.
         target = min(max(slots, size * 5 // 4), math.inf if self.limit is None else self.limit)
         if not self.shared or slots <= size or target <= size:
             return
@@ -142,6 +147,7 @@ class SlotPool:
             self.k = self.v = None
             self.k, self.v = self.blank(target), self.blank(target)
         else:
+            # Keys and values take turns, so only one of the two exists twice at a time.
             self.k = F.pad(self.k, (0, 0, 0, 0, 0, target - size))
             self.v = F.pad(self.v, (0, 0, 0, 0, 0, target - size))
 
@@ -160,6 +166,7 @@ class SlotPool:
         self.reset()
         if self.fits(prompts, longest, n, most):
             return [(0, prompts)]
+        # Half for prompts, half for rows. With all slots given to prompts no row could be decoded.
         at_once = int(min(prompts, max(1, self.free() / 2 / longest)))
         if at_once * longest + most > self.free():
             kind = ValueError if self.limit_given else MemoryError
@@ -181,17 +188,21 @@ class SharedPrefix:
     """
 
     def __init__(self, segments, node):
+        # Nodes without a row cost nothing: those in use are renumbered 0, 1, ...
         used, self.node = node.unique(return_inverse=True)
         self.lengths, (k, v) = segments.lengths[used], segments.views()  # [L, nodes, T, K, C]
         if len(used) < k.shape[1]:
             k, v = k.index_select(1, used), v.index_select(1, used)
         self.T = segments.T
+        # bmm's batch is a pair of node and key/value head.
         k, v = (x.transpose(2, 3).flatten(1, 2) for x in (k, v))  # [L, nodes * K, T, C]
         self.k, self.v = k.mT.unbind(0), v.unbind(0)  # of each block; views where K = 1
         count = self.node.bincount()
         self.nodes, self.width = len(count), int(count.max())
+        # While every node has equally many rows, regrouping is a reshape.
         self.place = None
         if int(count.min()) != self.width:  # rows have left: every node is padded to the widest
+            # With nodes 0 0 1 the width is 2: the rows take places 0 1 2, and place 3 is padding.
             first = count.cumsum(0) - count
             index = torch.arange(len(node), device=node.device) - first[self.node]
             self.place = self.node * self.width + index
@@ -203,6 +214,7 @@ class SharedPrefix:
         if K == 1 and self.place is None:
             return x.view(self.nodes, self.width * Q, size)
         if self.place is not None:
+            # `ungroup` drops what is computed for the places of padding.
             padded = x.new_zeros(self.nodes * self.width, K * Q * size)
             x = padded.index_copy_(0, self.place, x.view(len(self.node), -1))
         x = x.view(self.nodes, self.width, K, Q, size).transpose(1, 2)
@@ -240,9 +252,11 @@ def grouped_attention(block, q, k, v, bias, prefixes):
     model.causal_attention on a CPU. In bf16 the sums over layers round apart, by about 0.01 nats a
     token.
     """
+    # [R * K, Q, slots]: the slots of each prefix, root first, then the row's own.
     scores = torch.cat([*(p.scores(block, q) for p in prefixes), torch.bmm(q, k.mT)], -1)
     # softmax in fp32
     weights = torch.add(bias, scores, alpha=q.shape[2] ** -0.5).softmax(-1).to(q.dtype)
+    # Joined values would be a copy of every prefix for every row: each part has its own product.
     *shared, own = weights.split([*(p.T for p in prefixes), k.shape[1]], -1)
     out = torch.bmm(own, v)
     for prefix, weight in zip(prefixes, shared):
@@ -261,14 +275,19 @@ class PrefillAttention:
     def __init__(self, config, path, segments, nodes, filled, new):
         self.segments, (R, S), device = segments, (len(nodes), int(new.max())), nodes.device
         self.prefixes = [SharedPrefix(*step) for step in path]
+        # From layer 2 on the first slots of these segments hold the copied answer. For the new
+        # tokens that is one more prefix, with a single row to each node.
         if bool(filled.any()):
             lengths = torch.zeros_like(segments.lengths).index_copy_(0, nodes, filled)
             self.prefixes.append(SharedPrefix(replace(segments, lengths=lengths), nodes))
         column = torch.arange(S, device=device)
         self.real = column < new[:, None]  # [R, S]: not a pad
+        # New token j of a row goes into slot start + filled + j; pads go nowhere.
         self.slots = (segments.starts()[nodes][:, None] + filled[:, None] + column)[self.real]
         if device.type == "cuda" and not self.prefixes:
             return  # attend needs no bias: torch's kernel knows the causal triangle
+        # [R, S, slots], True where a token must not look: behind the end of a prefix, and at new
+        # tokens later than itself. Pads stand last, so the second part covers them.
         masked = [
             *(p.is_padding()[:, None].expand(R, S, -1) for p in self.prefixes),
             (column > column[:, None]).expand(R, S, S),
@@ -284,6 +303,8 @@ class PrefillAttention:
         self.segments.store.v[block].index_copy_(0, self.slots, v[self.real])
         if q.is_cuda and not self.prefixes:
             return causal_attention(block, q, k, v)
+        # The keys and values of prefixes come from the cache, those of the new tokens from this
+        # pass.
         (R, S, N, C), K = q.shape, k.shape[2]
         k, v = (x.transpose(1, 2).reshape(R * K, S, C) for x in (k, v))
         q = q.reshape(R, S, K, N // K, C).transpose(1, 2).reshape(R * K, -1, C)  # [R * K, S * G, C]
@@ -317,6 +338,7 @@ class CpuCache:
         """stay: [R] bool, the rows that remain; they have closed up already. numbers: [R], the row
         numbers from before that."""
         k, v = (x.unflatten(1, (len(stay), self.T)) for x in (self.k, self.v))
+        # All leave at once: their segments are kept as they are, without a copy.
         if not stay.any():
             if self.keep:
                 self.left.append((numbers, k, v))
@@ -335,6 +357,9 @@ class CpuCache:
                 for segments, node in zip(self.path, self.rows.nodes)
             ]
         length = self.rows.length[:R]
+        # Off by one: the token chosen last is number length - 1 of its row, and goes into that
+        # slot. A new row (length 0) points before its segment; the first `advance` moves it to slot
+        # 0.
         self.rows.slot[:R] = self.T * torch.arange(R, device=self.pool.device) + length - 1
         own = torch.arange(self.T, device=self.pool.device) >= length[:, None]  # [R, T]
         masked = torch.cat([*(p.is_padding() for p in self.prefixes), own], -1)
@@ -348,11 +373,14 @@ class CpuCache:
         self.longest = min(self.longest + 1, self.most)
         if self.longest > self.T:
             self.k, self.v = (
+                # [L, R, T, K, C]: GROWTH slots behind those of every row.
                 F.pad(x.unflatten(1, (R, self.T)), (0, 0, 0, 0, 0, GROWTH)).flatten(1, 2)
                 for x in (self.k, self.v)
             )
             self.T += GROWTH
             self._arrange(R, path_changed=False)
+        # The own slots are the last T columns of the bias; of these, column length - 1 is new. One
+        # entry of each row changes, and building the bias anew would write all of them.
         newest = self.bias.shape[2] - self.T - 1 + self.rows.length[:R]
         self.bias.scatter_(2, newest.repeat_interleave(self.k.shape[2])[:, None, None], 0.0)
 
@@ -374,6 +402,7 @@ class CpuCache:
             return Segments(
                 SimpleNamespace(k=k.flatten(1, 2), v=v.flatten(1, 2)), 0, self.T, lengths
             )
+        # Rows left at different times: what each group left is put in order of row numbers.
         segments = self.pool.take(len(lengths), max(1, int(lengths.max())), lengths)
         k, v = segments.views()
         for numbers, left_k, left_v in self.left:

@@ -32,6 +32,7 @@ def measured_limit(model, prompt, reserved):
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     free = max(0, torch.cuda.mem_get_info(device)[0] - reserved)
+    # Keys and values of one token in all blocks.
     bytes_per_slot = 2 * c.depth * c.kv_heads * c.head_size * model.compute.itemsize
     return int(CACHE_SHARE_OF_FREE_MEMORY * free) // bytes_per_slot
 
@@ -60,10 +61,14 @@ class CudaCache:
         old one (or None), if it is large enough and the pool is where it was. The graphs captured
         on it then stay valid."""
         unused = torch.zeros(capacity, dtype=torch.long, device=pool.device)
+        # Each row gets all the slots that it may ever need: a captured graph cannot allocate, and a
+        # segment that moved would leave its address.
         own = pool.take(capacity, most, unused)  # lengths are those of the rows
         places, layers = bucket_for(capacity), max(2, len(path))
         if old is not None:  # never smaller than before: a large call would capture all graphs anew
             places, layers = max(places, len(old.index)), max(layers, len(old.tables))
+        # The old cache serves again if nothing has moved: graphs captured on it still read the
+        # right addresses.
         cache = old
         if (
             old is None
@@ -95,6 +100,7 @@ class CudaCache:
         """`count` new rows take the places behind the first R, and a vacant segment each."""
         seats, self.vacant = self.vacant[:count], self.vacant[count:]
         self.seats += seats
+        # The slot before the first one: the first `advance` moves it to the start of the segment.
         offsets = self.own.T * torch.tensor(seats, device=self.pool.device)
         self.rows.start[R : R + count] = self.own.base + offsets
         self.rows.slot[R : R + count] = self.rows.start[R : R + count] - 1
@@ -117,11 +123,15 @@ class CudaCache:
         for segments, node, (members, starts, lengths) in zip(
             self.path, self.rows.nodes, self.tables
         ):
+            # sibling: a row's number among the rows of its node. The running maximum of "first row
+            # of a node" gives each row the number that its siblings begin with.
             node = node[:R]
             first_of_node = torch.ones_like(node, dtype=torch.bool)
             first_of_node[1:] = node[1:] != node[:-1]
             sibling = index - torch.where(first_of_node, index, 0).cummax(0)[0]  # 0, 1, 2, 0, ...
+            # A line begins with every node, and again after `members` siblings.
             line = (sibling % self.members == 0).cumsum(0) - 1
+            # Emptied first: lines behind the last one could still name rows of an earlier step.
             members.fill_(-1)[line, sibling % self.members] = index
             starts[line] = segments.starts()[node]
             lengths.zero_()[line] = segments.lengths[node]
@@ -132,6 +142,8 @@ class CudaCache:
     def attend(self, block, q):
         """q: [R, N, C] -> [R, N, C]."""
         R, K = len(q), self.k.shape[2]
+        # R rows need at most R lines. The last group is the rows' own segments, a line each with
+        # one member.
         groups = [tuple(x[:R] for x in table) for table in self.tables[: len(self.path)]]
         groups.append((self.index[:R, None], self.rows.start[:R], self.rows.length[:R]))
         return kernels.attend(

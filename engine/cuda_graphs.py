@@ -11,6 +11,8 @@ empty and write nothing.
 
 import torch
 
+# Rows of a graph. From 16 on each is at most half as large again as the one before, so less than a
+# third of the rows of a step are empty places.
 BUCKETS = (
     *(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
     *(384, 512, 768, 1024, 1536, 2048, 3072, 4096),
@@ -41,6 +43,7 @@ class StepGraphs:
     def replay(self, step, R):
         """-> logits [R, V] of a step of the R rows in flight, valid until the next call."""
         layers = len(self.cache.path)
+        # The smallest graph with room. Its places beyond R are empty.
         bucket = next((b for b in BUCKETS if R <= b <= self.places), self.places)
         if (bucket, layers) not in self.graphs:
             self._capture_all(step, R, layers)
@@ -51,6 +54,7 @@ class StepGraphs:
         """Captures a graph for every bucket, from the largest down: the smaller ones then find room
         in the memory of the largest."""
         rows = self.cache.rows
+        # Rows are in flight at the first replay: what the warm-up hides is put back behind it.
         slot = rows.slot.clone()
         self.cache.close()  # the warm-up steps must neither write nor read anything
         sizes = {self.places, *(bucket for bucket in BUCKETS if bucket < self.places)}
@@ -70,6 +74,7 @@ class StepGraphs:
             step(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # All graphs work in the same memory, since no two run at the same time.
         memory = next((other.pool() for other in self.graphs.values()), None)
         # thread_local: NCCL's watchdog, another thread, may call CUDA meanwhile
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
@@ -94,12 +99,16 @@ class AliveMirror:
         no copy."""
         if self.event is None:
             return alive
+        # Most steps ask nothing.
         self.steps += 1
         if self.steps % POLL_EVERY:
             return None
+        # The copy began POLL_EVERY steps ago, so waiting for it is short, and newer steps stay
+        # queued.
         finished = self.copy
         if finished is not None:
             self.event.synchronize()
+        # Pinned: a copy into ordinary memory would make the host wait.
         pinned = torch.empty(len(alive), dtype=torch.bool, pin_memory=True)
         self.copy = pinned.copy_(alive, non_blocking=True)
         self.event.record()

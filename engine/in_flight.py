@@ -14,6 +14,7 @@ import torch
 
 from engine.cuda_graphs import AliveMirror
 
+# The fields of RowState with an entry for each place, besides the list `nodes`.
 PER_ROW = ("token", "position", "length", "slot", "start", "limit", "key", "row", "alive")
 
 
@@ -80,6 +81,7 @@ class RowState:
     def close_up(self, stay):
         """stay: [R] bool. Those of the first R rows take the lowest places, in order."""
         index = stay.nonzero()[:, 0].to(self.token.device)
+        # x[index] is a copy, so a row may take a place whose own row moves too.
         for x in (*(getattr(self, name) for name in PER_ROW), *self.nodes):
             x[: len(index)] = x[index]
         self.part(len(index), len(stay)).clear()
@@ -93,8 +95,10 @@ class RowState:
         self.tokens[self.row, self.length] = token
         self.logprobs[self.row, self.length] = logp
         self.token.copy_(token)
+        # alive is 0 or 1: a row that has ended stays where it is.
         for x in (self.position, self.length, self.slot):
             x += self.alive
+        # length counts the new token already. The token that ends a row is part of the completion.
         self.alive &= ~torch.isin(token, self.ends) & (self.length < self.limit)
 
 
@@ -133,6 +137,8 @@ class InFlight:
         count = min(self.waiting, self.capacity - self.rows)
         numbers = torch.arange(first, first + count, device=request.keys.device)
         new = self.state.part(self.rows, self.rows + count)
+        # Off by one: the first token belongs at `starts`. The position before it is set here, since
+        # `advance` adds 1 with the token.
         new.position.copy_(request.starts[request.node[numbers]] - 1)
         new.limit.copy_(request.limits[numbers])
         new.key.copy_(request.keys[numbers])
@@ -153,11 +159,13 @@ class InFlight:
         """Ends a round: rows that have ended leave with their cache, if they are enough."""
         self.round += 1
         R, device = self.rows, self.lengths.device
+        # By now every row has reached its limit.
         if self.round == self.last_round:
             alive = torch.zeros(R, dtype=torch.bool)
         else:
             alive = self.mirror.read(self.active.alive)  # [R] on the CPU; None: not known yet
         ended = 0 if alive is None else R - int(alive.sum())
+        # All rows have ended, or at least an eighth of them.
         leaving = ended == R or (self.leave and 0 < ended and R <= 8 * ended)
         if self.observer:
             self.observer(self.active, ended if leaving else 0)
@@ -165,6 +173,7 @@ class InFlight:
             return
         # Copies: both may be views of the state, which close_up overwrites.
         stay, numbers = alive.clone(), self.state.row[:R].clone()
+        # The result takes their lengths before other rows move into their places.
         gone = (~stay).nonzero()[:, 0].to(device)
         self.lengths[numbers[gone]] = self.state.length[gone]
         self.state.close_up(stay)

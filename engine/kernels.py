@@ -64,7 +64,9 @@ def _add_norm(
     x, delta, weight, total, normed, D, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    # BLOCK is a power of two. Columns beyond D read as 0 and are not written.
     inside = column < D
+    # 64 bits: R x D may exceed 2^31.
     at = row.to(tl.int64) * D + column
     value = tl.load(x + at, inside, 0.0).to(tl.float32)
     if HAS_DELTA:
@@ -117,6 +119,7 @@ def swiglu_torch(gate_up):
 
 @jit
 def _swiglu(gate_up, out, size, BLOCK: tl.constexpr):
+    # A row of gate_up is 2F long: gate, then up.
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     gate = tl.load(gate_up + row * 2 * size + column, inside, 0.0).to(tl.float32)
@@ -179,25 +182,30 @@ def _rope_store(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
 ):
+    # Heads 0 .. N - 1 are queries, the next K keys, the last K values.
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
     inside, other = c < C, (c + C // 2) % C  # the partner that RoPE turns c with
     at = qkv + row * (N + 2 * K) * C + head * C
+    # x: the head's numbers; y: of each the partner.
     x, y = (
         tl.load(at + c, inside, 0.0).to(tl.float32),
         tl.load(at + other, inside, 0.0).to(tl.float32),
     )
     to = tl.load(slot + row)
     if head < N + K:
+        # Both are normalised by the head's one scale, each with the weight of its own column.
         if NORM:
             scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / C + eps)
             x *= scale * tl.load(norms + head * C + c, inside, 0.0).to(tl.float32)
             y *= scale * tl.load(norms + head * C + other, inside, 0.0).to(tl.float32)
+        # The minus sign of the rotation is in sin (model.rope_tables).
         turn = row * C + c
         x = x * tl.load(cos + turn, inside, 0.0).to(tl.float32) + y * tl.load(
             sin + turn, inside, 0.0
         ).to(tl.float32)
     x = x.to(q.dtype.element_ty)
+    # A query goes to q, a key or value into its slot. Slot -1, an empty place, masks every column.
     if head < N:
         tl.store(q + (row * N + head) * C + c, x, inside)
     elif head < N + K:
@@ -315,17 +323,21 @@ def _attend(
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    # item: a segment and its rows; head: of keys and values; split: a part of the segment's keys.
     item, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     m, n, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     # query m: member m // G, head m % G
     row = tl.load(rows + item * MEMBERS + m // G, m // G < MEMBERS, -1).to(tl.int64)
     live = (row >= 0) & (row < R)
     length, start = tl.load(lengths + item), tl.load(starts + item)
+    # 100 keys in blocks of 32 are 4 blocks: 2 splits take keys 0..63 and 64..99.
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N  # keys of a split, whole blocks
     begin = split * share
     end = tl.minimum(begin + share, length)
     at_q = (row * N + head * G + m % G) * C
     tile = tl.load(q + at_q[:, None] + c[None, :], live[:, None] & (c < C)[None, :], 0.0)  # [M, C]
+    # Online softmax (arXiv 1805.02867): one pass over the keys. Sums so far are relative to the
+    # largest score so far, and fade when a larger one comes.
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # running maximum, sum, weighted values
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -340,10 +352,12 @@ def _attend(
             tile, keys, values = tile.to(tl.float32), keys.to(tl.float32), values.to(tl.float32)
         score = tl.dot(tile, keys, input_precision="ieee") * scale
         score = tl.where(inside[None, :], score, -float("inf"))
+        # In the first block top is -inf, so fade is 0.
         higher = tl.maximum(top, tl.max(score, 1))
         weight, fade = tl.exp(score - higher[:, None]), tl.exp(top - higher)
         acc = acc * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         total, top = total * fade + tl.sum(weight, 1), higher
+    # lse, the logarithm of the sum of exponentials, is what this part weighs in _merge.
     part = (row * N + head * G + m % G) * PARTS + first_part + split
     tl.store(lse + part, top + tl.log(total), live & (total > 0))
     tl.store(lse + part, top, live & (total == 0))  # -inf: no key
@@ -357,6 +371,7 @@ def _attend(
 @jit
 def _merge(parts, lse, out, C, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     at, p, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    # A part without keys has lse -inf and weighs 0.
     size = tl.load(lse + at * PARTS + p, p < PARTS, -float("inf"))
     top = tl.max(size, 0)
     weight = tl.where(size > -float("inf"), tl.exp(size - top), 0.0)
@@ -392,8 +407,10 @@ def attend(q, k, v, groups, splits=1):
     block = (64 if C <= 64 else 32) // (2 if wide else 1)  # keys at a time, as registers allow
     # Without a limit ptxas spills 8 or 16 bytes in fp32.
     registers = 128 if wide else None
+    # In fp32: the parts are summed once more.
     partial = torch.empty(R, N, parts, C, device=q.device)
     lse = torch.empty(R, N, parts, device=q.device)
+    # Launch g fills parts g x splits .. (g + 1) x splits - 1 of every row.
     for rows, starts, lengths in groups:
         check(
             rows.dim() == 2 and len(rows) == len(starts) == len(lengths),
@@ -482,7 +499,9 @@ def _choose(
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
+    # A row that has ended stays as it is.
     if tl.load(alive + r):
+        # The token's number in its row: it seeds the noise, and is its column in the result.
         t = tl.load(length + r)
         row_key = tl.load(key + r).to(tl.uint32, bitcast=True)
         position_key = _mix(row_key ^ _mix((t + 1).to(tl.uint32)))
@@ -497,16 +516,21 @@ def _choose(
             safe = tl.where(higher == -float("inf"), 0.0, higher)
             weight, fade = tl.exp(z - safe), tl.exp(top - safe)  # p, but for a factor
             total, best, top = total * fade + tl.sum(weight, 0), best * fade, higher
+            # The largest p / E wins: the same token as the smallest E / p.
             race = weight if GREEDY else weight / _exponential_noise(row_key, position_key, v)
+            # z_high is the winner's logit, picked out of the block by a sum with one term.
             winner = tl.argmax(race, 0)
             high = tl.max(race, 0)
             z_high = tl.sum(tl.where(v == first + winner, z, 0.0), 0)
+            # `best` has faded to this block's maximum, so the two compare.
             choice = tl.where(high > best, first + winner, choice)
             best_z = tl.where(high > best, z_high, best_z)
             best = tl.maximum(best, high)
+        # most: columns of the result.
         out = tl.load(row + r) * most + t
         tl.store(tokens + out, choice.to(tl.int64))
         tl.store(logprobs + out, best_z - top - tl.log(total))
+        # The state of the row moves on, as in RowState.advance.
         tl.store(token + r, choice.to(tl.int64))
         tl.store(position + r, tl.load(position + r) + 1)
         tl.store(slot + r, tl.load(slot + r) + 1)

@@ -81,6 +81,7 @@ def hash_seed(*integers):
 
 def row_keys(seed, rows):
     """rows: [R] row numbers -> int32 [R], a key for each."""
+    # int32 has no numbers from 2^31 on: the key becomes the signed number with the same bits.
     key = hash_seed(seed)
     return mix(rows.to(torch.int32) ^ (key - (1 << 32) if key >= 1 << 31 else key))
 
@@ -133,6 +134,7 @@ def exponential_from_bits(bits, keys):
 def _exponential_from_bits(bits, key):
     """`exponential_from_bits`. log(1 - v) has too few digits at small v, and Triton has no log1p:
     below 1/64 four terms of its series, exact to 2⁻²⁶."""
+    # bitcast: the signed number with the same bits, as torch has it.
     r = key.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283053e-10 + 0.5  # TO_HALF, in fp32
     v = tl.abs(bits.to(tl.int32, bitcast=True).to(tl.float32) + r) * 4.6566126e-10  # TO_UNIT
     return tl.where(

@@ -69,9 +69,13 @@ def branch_of(layers, number, row):
     layer = layers[number - 1]
     completions = layer.completions
     prompt = completions.prompts[row // completions.n]
+    # Off by one: of the completion c d END only c and d go through the model, as END predicts
+    # nothing.
     own = ((number, row), completions.sampled[row][:-1])
     if number == 1:
         return Branch(layer, row, (((0, row // completions.n), prompt), own))
+    # The segments above the parent stay as they are. The parent's own segment becomes all that this
+    # prompt has beyond them: the whole answer and the phrase.
     *above, (key, _) = branch_of(layers, number - 1, int(layer.parents[row])).path
     start = sum(len(tokens) for _, tokens in above)
     return Branch(layer, row, (*above, (key, prompt[start:]), own))
@@ -84,8 +88,14 @@ def microbatches(branches, limit):
     those of its segments that are not in the micro-batch yet. A tree that is too large is cut into
     several, each with the trunk that its rows need.
     """
+    # lengths: tokens of each segment in the micro-batch under way. `size` begins at the limit, so
+    # the first branch opens the first micro-batch.
     batches, lengths, size = [], {}, limit
+    # Sorted by path, branches with a common trunk are neighbours. In the order of rows each
+    # micro-batch would compute the trunks of many trees again.
     for branch in sorted(branches, key=lambda branch: [key for key, _ in branch.path]):
+        # An answer that a correction continues is the longer segment under the same key: only the
+        # difference is paid for.
         price = sum(max(0, len(tokens) - lengths.get(key, 0)) for key, tokens in branch.path)
         if size + price > limit:
             batches.append([])
@@ -136,6 +146,7 @@ class Chunk(NamedTuple):
 def place_segments(branches):
     """Branches, depth first -> {key: Segment}, in the order of the pack."""
     segments, start = {}, 0
+    # Branches come depth first, so the order in which segments are met is the order of the pack.
     for branch in branches:
         above = None
         for key, tokens in branch.path:
@@ -143,6 +154,8 @@ def place_segments(branches):
             segment = segments.setdefault(key, Segment(tokens, above, depth=depth))
             segment.tokens = max(segment.tokens, tokens, key=len)  # as long as it is continued
             above = segment
+    # All lengths are known now. A segment starts behind the one before it in the pack; its
+    # positions go on from the segment above, wherever that lies.
     for segment in segments.values():
         segment.start, start = start, start + len(segment.tokens)
         if segment.above:
@@ -162,8 +175,10 @@ def pack_trees(branches, device="cpu"):
     by_key = place_segments(branches)
     segments = list(by_key.values())
     S = sum(len(segment.tokens) for segment in segments)
+    # 1,000 tokens have 10 bits, so sizes are multiples of 2^(10 - 4) = 64, and S becomes 1,024.
     padding = -S % max(1 << max(0, S.bit_length() - 4), BLOCK if on_cuda else 1)
 
+    # One entry for each token of the pack, segment by segment.
     tokens, positions, visible_until = [], [], []
     for segment, end in zip(segments, subtree_ends(segments, S)):
         tokens += segment.tokens
@@ -171,6 +186,7 @@ def pack_trees(branches, device="cpu"):
         visible_until += [end] * len(segment.tokens)
     tokens += [0] * padding
     positions += [0] * padding
+    # Padding token i is visible until i + 1, to itself alone: no query is without a key.
     visible_until += range(S + 1, S + padding + 1)
 
     # Off by one. With prompt a b and completion c d, the segments are [a b] and [c], and
@@ -195,6 +211,8 @@ def pack_trees(branches, device="cpu"):
     )
 
 
+# The prompt [0], and the completion [0], which the prompt's only vector predicts. A last token has
+# no vector, so the completion's segment is empty.
 NO_BRANCH = Branch(
     SimpleNamespace(completions=SimpleNamespace(sampled=[[0]])), 0, (((0, 0), [0]), ((1, 0), []))
 )
@@ -203,6 +221,8 @@ NO_BRANCH = Branch(
 def subtree_ends(segments, S):
     """Where the tree below each segment ends: where the next segment begins that is no deeper."""
     ends, next_start = [], {}  # depth -> start of the next segment at that depth
+    # From the back, next_start has the nearest later segment of every depth. In the tree of this
+    # file's docstring: b ends with the pack (13), y where b starts (11), x where y starts (8).
     for segment in reversed(segments):
         later = (start for depth, start in next_start.items() if depth <= segment.depth)
         ends.append(min(later, default=S))
@@ -231,6 +251,8 @@ def flex_attention_for(pack, attention=flex_attention):
     mask = block_mask(pack)
 
     def attend(block, q, k, v):
+        """q: [1, S, N, C]; k, v: [1, S, K, C] -> [1, S, N, C]."""
+        # FlexAttention takes heads before tokens.
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -246,11 +268,16 @@ def block_mask(pack):
     """
     until, device = pack.visible_until, pack.visible_until.device
     blocks = len(until) // BLOCK
+    # Rows of the grids below are blocks of queries, columns blocks of keys. A block's largest and
+    # smallest visible_until decide for its 128 x 128 pairs at once.
     reach = until.view(blocks, BLOCK)
     begin = torch.arange(blocks, device=device)[:, None] * BLOCK
     before = begin > begin.T
     some, full = before & (reach.amax(1) > begin), before & (reach.amin(1) >= begin + BLOCK)
+    # Inside a block on the diagonal `key <= i` always cuts, so it is compared pair by pair.
     partial = (some & ~full) | torch.eye(blocks, dtype=torch.bool, device=device)
+    # BlockMask takes, for each block of queries, how many blocks of keys it meets and their
+    # numbers, listed first. A stable sort of ones before zeros lists them in ascending order.
     order = lambda grid: grid.int().argsort(dim=1, descending=True, stable=True).int()
     listed = lambda grid: (grid.sum(1, dtype=torch.int32)[None, None], order(grid)[None, None])
     return BlockMask.from_kv_blocks(
@@ -278,15 +305,21 @@ def same_depth_chunks(segments, S):
             (segment for segment in segments if segment.depth == depth and segment.tokens),
             key=lambda segment: segment.position + len(segment.tokens),
         )
+        # Takes segments from the front as long as their scores stay below SCORES. They are sorted
+        # by where they end, so a chunk has little padding. A segment that is too large goes alone.
         while waiting:
             count, T, P = 0, 0, 0
             for count, segment in enumerate(waiting):
                 wider = max(T, len(segment.tokens)), max(P, segment.position)
+                # count + 1 segments, each with T queries and P + T keys.
                 if count and (count + 1) * wider[0] * sum(wider) > SCORES:
                     break
                 (T, P), count = wider, count + 1
             chosen, waiting = waiting[:count], waiting[count:]
             T, P = T + -T % 8, P + -P % 8
+            # Padding points at place S, a row of zeros. Behind a segment's own tokens the causal
+            # triangle masks it. Paths are padded before, so that own keys begin at column P in
+            # every row.
             own = [places_of(segment) + [S] * (T - len(segment.tokens)) for segment in chosen]
             above = [path_places(segment) for segment in chosen]
             above = [[S] * (P - len(path)) + path for path in above]
@@ -311,28 +344,36 @@ def level_attention_for(pack):
     The queries of n segments meet the keys of their paths and their own keys.
     """
     S, biases = len(pack.tokens), []
+    # [segments x T of all chunks], place S where it is padding: entry S of the next line takes
+    # that, and is cut off.
     own = torch.cat([chunk.own.flatten() for chunk in pack.chunks])
     # [S] of each token: its number among all tokens of the chunks
     place = torch.zeros(S + 1, dtype=torch.long).index_copy_(0, own, torch.arange(len(own)))[:S]
 
     def attend(block, q, k, v):
+        """q: [1, S, N, C]; k, v: [1, S, K, C] -> [1, S, N, C]."""
         N, C, K = *q.shape[2:], k.shape[2]
         n, outputs = N // K, []
         if not biases:  # the same for all blocks
             biases.extend(attention_bias(chunk, S, n) for chunk in pack.chunks)
         with_padding = lambda x: F.pad(x, (0, 0, 0, 1))  # row S: zeros
         q = with_padding(q.reshape(S, N * C))
+        # [S + 1, 2 K C]: keys and values side by side, so that one gather fetches both.
         kv = with_padding(torch.cat([k.reshape(S, K * C), v.reshape(S, K * C)], 1))
         for chunk, bias in zip(pack.chunks, biases):
             B, T = chunk.own.shape
+            # [B, K, T n, C]: the n query heads of a key/value head form one tall matrix.
             queries = F.embedding(chunk.own, q).view(B, T, K, n, C)
             queries = queries.transpose(1, 2).reshape(B, K, T * n, C)
+            # The keys of the path, then the segment's own.
             pairs = F.embedding(torch.cat([chunk.above, chunk.own], 1), kv).view(B, -1, 2, K, C)
             keys, values = pairs.transpose(1, 3).unbind(2)  # [B, K, P + T, C]
             scores = torch.add(bias, queries @ keys.mT, alpha=C**-0.5)  # fp32
             weights = scores.softmax(-1).to(q.dtype)
             out = (weights @ values).view(B, K, T, n, C)
             outputs.append(out.transpose(1, 2).reshape(B * T, N * C))
+        # From the order of the chunks back to that of the pack. Tokens that pad the pack are in no
+        # chunk: they take output 0, and nothing reads it.
         return F.embedding(place, torch.cat(outputs)).view(1, S, N, C)
 
     return attend
@@ -341,9 +382,11 @@ def level_attention_for(pack):
 def attention_bias(chunk, S, n):
     """[segments, 1, T n, P + T] fp32: 0 where a query sees a key, else -inf."""
     T, P = chunk.own.shape[1], chunk.above.shape[1]
+    # [segments, P] for the path, [segments, T, T] for the own tokens, side by side.
     padding = torch.zeros(chunk.above.shape).masked_fill_(chunk.above == S, -math.inf)
     later = torch.full((T, T), -math.inf).triu(1).expand(len(padding), T, T)
     bias = torch.cat([padding[:, None].expand(-1, T, P), later], 2)
+    # Query t n + j is token t with head j, so each line stands n times.
     return bias.repeat_interleave(n, 1)[:, None]
 
 
@@ -357,8 +400,10 @@ def tree_logprobs(model, pack, temperature=1.0):
     """
     on_cuda = pack.tokens.is_cuda
     attend = flex_attention_for(pack, compiled_flex()) if on_cuda else level_attention_for(pack)
+    # Of the S vectors only the M that predict a sampled token meet the vocabulary.
     hidden = model(pack.tokens[None], pack.positions[None], attend)[0, pack.source]  # [M, D]
     logp, entropy = token_logprobs(hidden, model.head.weight, pack.target, temperature)
+    # From [M] to the padded [B, T] of the loss.
     zeros, index = torch.zeros(pack.size, device=logp.device), (pack.row, pack.column)
     return zeros.index_put(index, logp), zeros.index_put(index, entropy)
 

@@ -97,15 +97,19 @@ class ParallelSampler:
         sampler = self.sampler
         if not sampler.share:
             prompts, n = [prompt for prompt in prompts for _ in range(n)], 1
+        # At most a process for each prompt, and enough rows for each process.
         count = min(self.workers, len(prompts), len(prompts) * n // MIN_ROWS_PER_WORKER)
         if count < 2:
             return sampler.generate(
                 prompts, n, max_new_tokens, temperature, seed, first_row, **filters
             )
         limits = sampler.checked_limits(prompts, prompts, n, max_new_tokens, temperature, filters)
+        # Process i samples prompts cuts[i] .. cuts[i + 1] - 1. The shares are contiguous, so the
+        # rows of the results are in order.
         cuts = [len(prompts) * i // count for i in range(count + 1)]
         orders = []
         for a, b in itertools.pairwise(cuts):
+            # A row keeps its number, which seeds its noise.
             limits_of_part, first_of_part = limits[a * n : b * n], first_row + a * n
             arguments = prompts[a:b], n, limits_of_part, temperature, seed, first_of_part
             orders.append((None, arguments, filters))
@@ -125,9 +129,13 @@ class ParallelSampler:
         limits = sampler.checked_limits(
             prompts, new_tokens, n, max_new_tokens, temperature, filters
         )
+        # Each row goes to the process with its cache. rows are ascending, so those of process i are
+        # rows[cuts[i] : cuts[i + 1]].
         cuts = torch.searchsorted(rows, torch.tensor(cache.cuts)).tolist()
         orders = []
         for first, a, b in zip(cache.cuts, cuts, cuts[1:]):
+            # A process counts its rows from 0. numpy: a tensor in a pipe would become a
+            # shared-memory file.
             own = (rows[a:b] - first).numpy()
             arguments = phrases[a:b], n, limits[a * n : b * n], temperature, seed, own
             orders.append((cache.call, arguments, filters) if a < b else None)
@@ -144,6 +152,8 @@ class ParallelSampler:
             pipes = []
             for pipe, dropped, order in zip(team.pipes, team.dropped, orders):
                 if order is not None:
+                    # With every order goes the number of refreshes, since the cache of old weights is
+                    # invalid, and the calls whose cache is not needed any more.
                     pipe.send((self.calls, self.refreshes, list(dropped), *order))
                     dropped.clear()
                     pipes.append(pipe)
@@ -154,10 +164,12 @@ class ParallelSampler:
                 "a sampling process has died, perhaps because memory ran out: use fewer --prompts "
                 "at a time"
             ) from None
+        # Ctrl-C too: an answer left in a pipe would be taken for that of the next call.
         except BaseException:
             self._end()
             raise
         cache = RemoteCache(team, self.calls, cuts)
+        # Once nothing holds this result, the next order tells the processes to drop its cache.
         weakref.finalize(cache, drop_call, team.dropped, self.calls)
         return concatenate(parts, prompts, parents, cache)
 
@@ -166,6 +178,7 @@ class ParallelSampler:
         ended meanwhile."""
         reported = 0
         for pipe in pipes:
+            # Without an observer `recv` waits, and nothing is polled.
             while self.seen and not pipe.poll(POLL_SECONDS):
                 ended = int(self.team.ended.sum())
                 self.seen(None, ended - reported)
@@ -178,6 +191,7 @@ class ParallelSampler:
         """Forks the processes -> Team. They see the weights of the sampler, whatever these
         become."""
         try:
+            # In place: refresh() writes into these tensors, and every process sees the new weights.
             norms = (norm for norm in self.sampler.norms if norm is not None)
             for tensor in (*self.sampler.model.parameters(), *norms):
                 tensor.data.share_memory_()
@@ -197,6 +211,7 @@ class ParallelSampler:
             process = context.Process(target=worker_loop, args=arguments, daemon=True)
             team.processes.append(process)
             process.start()
+            # The parent's copy. While it were open, the pipe of a dead process would not end.
             worker_end.close()
         weakref.finalize(team, kill, team.processes)
         return team
