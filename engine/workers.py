@@ -152,8 +152,8 @@ class ParallelSampler:
             pipes = []
             for pipe, dropped, order in zip(team.pipes, team.dropped, orders):
                 if order is not None:
-                    # With every order goes the number of refreshes, since the cache of old weights is
-                    # invalid, and the calls whose cache is not needed any more.
+                    # With every order goes the number of refreshes, since the cache of old weights
+                    # is invalid, and the calls whose cache is not needed any more.
                     pipe.send((self.calls, self.refreshes, list(dropped), *order))
                     dropped.clear()
                     pipes.append(pipe)
