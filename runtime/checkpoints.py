@@ -35,6 +35,8 @@ def write_file(path, content):
     """Writes tensors and plain values, and behind them their checksum. The file gets its name when
     it is whole and on the disk; OSError if it cannot be written, and the old file is intact."""
     path = Path(path)
+    # In the same folder, since a rename is one move within a file system only. The number of the
+    # process keeps two of them apart.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -42,6 +44,7 @@ def write_file(path, content):
             file.flush()
             file.write(checksum(temporary).encode())  # torch.load ignores what follows its data
             file.flush()
+            # Before the rename: a power cut could otherwise leave the new name on half of a file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -59,10 +62,12 @@ def read_file(path, checked=False):
     the reason for a damaged file or one of another kind. checked: its checksum is known to fit."""
     if not checked:
         with open(path, "rb") as file:
+            # The checksum comes last, so a file that was cut short fails here too.
             file.seek(max(0, os.path.getsize(path) - CHECKSUM))
             if file.read() != checksum(path, but=CHECKSUM).encode():
                 raise ValueError("it does not end with its checksum")
     try:
+        # weights_only: a pickle could run code. mmap: tensors are read when they are used.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, MemoryError):
         raise
@@ -111,6 +116,7 @@ def save_state(folder, step, state, keep=2):
         leftover.unlink()
     path = folder / f"step-{step:07d}.pt"
     write_file(path, state)
+    # After the new state is whole: at any moment there is one to resume from.
     for other, old in saved(folder)[keep:]:
         if other != state.get("best"):
             old.unlink()
@@ -154,6 +160,7 @@ def check_moments(moments, shape, updates):
             x = found[kind]
             fits &= isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.shape == shape
             fits = fits and bool(x.isfinite().all())
+        # exp_avg_sq is a mean of squares: a negative number there is damage.
         if not fits or found["step"] != updates or found["exp_avg_sq"].amin() < 0:
             raise ValueError(f"the moments of {name} are not those after {updates} updates")
 
@@ -193,6 +200,7 @@ def load_checkpoint(path, compute=torch.float32, device="cpu"):
         raise ValueError(
             f"{path} is not a checkpoint of this project, or is damaged ({reason})"
         ) from error
+    # Now the weights are known to fit, so a damaged shape has not taken any memory.
     model = GPT(config, compute)
     model.load_state_dict(found["weights"])
     return model.to(device), found["extra"]

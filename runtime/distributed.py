@@ -96,6 +96,7 @@ def broadcast_object(make):
 def agree(what, thing):
     """BadInput unless all ranks have an equal `thing`: different flags or data on two machines
     would otherwise be trained as one run."""
+    # 64 characters are gathered from each rank, however long the thing is.
     digest = hashlib.sha256(repr(thing).encode()).hexdigest()
     if len(set(gather_objects(digest))) > 1:
         raise BadInput(
@@ -135,6 +136,7 @@ def shard(model):
         precision = MixedPrecisionPolicy(
             param_dtype=model.compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        # One unit for each block: its weights are gathered when it is computed, and freed again.
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=precision)
         fully_shard(model, mesh=mesh)
@@ -201,8 +203,11 @@ def load_full_state(model, optimizer, weights, moments):
     )  # not strict: tied weights are loaded once
     first = {name: weights[name] for name in set(names(model).values()) & weights.keys()}
     set_model_state_dict(model, first if rank() == 0 else {}, options=options)
+    # Only rank 0 has moments, and setting them is a collective: all ranks must take the same
+    # branch.
     if broadcast_object(lambda: bool(moments)):
         names_of = {parameter: name for name, parameter in model.named_parameters()}
+        # torch takes names where the optimizer has tensors.
         groups = [
             group | dict(params=[names_of[parameter] for parameter in group["params"]])
             for group in optimizer.param_groups
@@ -273,6 +278,7 @@ def to_the_end(main):
 def is_first_failure(store):
     """Whether this rank is the first to fail; True as well if the store is gone."""
     try:
+        # The store adds one process at a time, so exactly one of them gets 1.
         return store.add("failed", 1) == 1
     except RuntimeError:
         return True

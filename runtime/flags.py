@@ -94,6 +94,7 @@ def flags_of(config):
     hints, own, grouped = get_type_hints(config, include_extras=True), {}, {}
     for field in dataclasses.fields(config):
         kind = hints[field.name]
+        # A group: its fields are flags, with the defaults of the instance in this field.
         if dataclasses.is_dataclass(kind):
             for name, flag in flags_of(kind).items():
                 # two groups with the same field could not be told apart on the command line
@@ -101,6 +102,7 @@ def flags_of(config):
                 default = getattr(default_of(field), name)
                 grouped[name] = flag._replace(default=default, group=field.name)
         else:
+            # Annotated[int, AtLeast(1)] -> int, [AtLeast(1)].
             kind, *ranges = (kind.__origin__, *kind.__metadata__) if is_annotated(kind) else (kind,)
             note = comments(config).get(field.name, "")
             own[field.name] = Flag(kind, tuple(ranges), default_of(field), note, "")
@@ -127,6 +129,8 @@ def comments(config):
         lines = source.splitlines()
         for field in ast.parse(source).body[0].body:
             if isinstance(field, ast.AnnAssign):
+                # Off by one: lineno counts from 1, so lines[first] is the field itself, and the
+                # line above is lines[first - 1]. `first` moves up over whole lines of comment.
                 first = field.lineno - 1
                 while lines[first - 1].startswith("    # "):
                     first -= 1
@@ -164,6 +168,7 @@ def unflat(config, values):
         raise TypeError(
             f"{config.__module__}.{config.__name__} has no {', '.join(sorted(unknown))}"
         )
+    # Values go to the config itself or to the group that has the field.
     own, groups = {}, {}
     for name, flag in flags.items():
         value = values.get(name, flag.default)
@@ -216,6 +221,7 @@ def is_a(value, kind):
         return value in get_args(kind)
     if element(kind):  # JSON has lists
         return isinstance(value, (tuple, list)) and all(is_a(x, element(kind)) for x in value)
+    # NaN is not below infinity either.
     if kind is float:
         return type(value) in (int, float) and abs(value) < math.inf
     kind = str if kind is Maybe else kind
@@ -240,6 +246,7 @@ def convert(name, text, kind):
     if get_origin(kind) is Literal:
         if text in get_args(kind):
             return text
+        # A close spelling helps more than the list alone.
         near = difflib.get_close_matches(text, get_args(kind), 1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
         raise BadInput(f"--{name} {text!r}: choose one of {', '.join(get_args(kind))}{guess}")
@@ -268,9 +275,11 @@ def parse(config, argv, refused=(), renamed=(), first_word=""):
     if first_word and words and not words[0].startswith("-"):
         words[0] = f"--{first_word}={words[0]}"
     while words:
+        # --name value, or --name=value.
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
+        # Flags with an answer of their own come before the general one.
         if name in refused:
             raise BadInput(f"{flag} is not for this script: {refused[name]}")
         if name in renamed and word.startswith("--"):
@@ -288,6 +297,7 @@ def parse(config, argv, refused=(), renamed=(), first_word=""):
                 raise BadInput(f"{flag} takes no value: it is given or not")
             given[name] = True
             continue
+        # --resume alone: another flag follows, or nothing.
         if kind is Maybe and not equals and (not words or words[0].startswith("--")):
             given[name] = Maybe("newest")
             continue
@@ -311,6 +321,7 @@ def parse_flags(config, doc, presets=None, argv=None, refused=(), renamed=(), fi
         print(help_text(config, doc), flush=True)
         sys.exit(0)
     given = parse(config, argv, refused, renamed, first_word)
+    # The command line wins over the preset, the preset over the defaults.
     return unflat(config, {**(presets(given) if presets else {}), **given})
 
 
@@ -341,6 +352,7 @@ def help_lines(name, flag):
         values = f"{element(kind).__name__},..."
     else:
         values = {bool: "", Maybe: "[str]"}.get(kind, kind.__name__)
+    # Defaults in brackets; an empty one would say nothing.
     if flag.default not in ("", False, ()) or kind in (int, float):
         default = shown(flag.default)
         note += f" [{default}]" if kind in (int, float) or element(kind) else f" [{default!r}]"
@@ -471,12 +483,14 @@ def last_words(error):
         return "interrupted", 130
     if isinstance(error, BrokenPipeError) and reader_has_left():
         return "", 141  # as a program that SIGPIPE ends
+    # Causes outside of this code, which the user can remove: exit code 2.
     if isinstance(error, BadInput):
         return f"error: {error}", 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"error: {error.filename}: {error.strerror}", 2
     if isinstance(error, OSError) and (error.errno in DISK or error.errno is None):
         return f"error: {error}", 2
+    # A missing file of this repository is a bug; a missing package is not.
     if isinstance(error, ModuleNotFoundError) and not any(
         ROOT.glob(f"**/{str(error.name).rpartition('.')[2]}.py")
     ):
@@ -484,6 +498,7 @@ def last_words(error):
     if ran_out(error):
         reason = str(error).split(".")[0]
         return f"error: out of memory ({reason}); lower the sizes that were asked for", 2
+    # Everything else is a bug, and its traceback is kept.
     what = f"{type(error).__name__}: {error} ({place(error)})"
     return f"error: {what}: a fault of this code, not of your input; {evidence(error)}", 70
 
@@ -500,6 +515,7 @@ def reader_has_left():
     process is a bug.) If so, stdout goes to /dev/null from here on: Python flushes it at its end,
     and would complain."""
     try:
+        # A pipe without a reader reports POLLERR, whatever events are asked for: hence 0.
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         if not any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -556,6 +572,7 @@ def guarded(main, first=None):
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
     if signal.getsignal(signal.SIGINT) is stop_at_once:  # the imports are over
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A flag of every script, so it is taken out before the script's own are parsed.
     debug = "--debug" in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
     try:

@@ -85,6 +85,7 @@ def columns(metrics, count):
     shown += [(f"reward{k}", f"R{k}", "{:4.2f}") for k in layers]
     shown += [(f"accuracy{k}", f"acc{k}", "{:4.2f}") for k in layers]
     for k in corrections:
+        # Two layers have one `fix`; of more, each has its number.
         number = k if count > 2 else ""
         shown += [(f"fix{k}", f"fix{number}", "{:4.2f}")]
         shown += [(f"broke{k}", f"broke{number}", "{:5.2f}" if count == 2 else "{:6.2f}")]
@@ -104,6 +105,7 @@ def columns(metrics, count):
         ("seconds_sampling", "t_sample", "{:8.2f}"),
         ("seconds_training", "t_train", "{:7.2f}"),
     ]
+    # Title and value are as wide as the format makes a 0, so that columns stand under each other.
     line = []
     for name, title, form in shown:
         width = len(form.format(0))
@@ -139,6 +141,7 @@ class Metrics(dict):
 
     def add(self, **values):
         for name, value in values.items():
+            # Tensors are added on their device: the host does not wait.
             self[name] = self[name] + value if name in self else value
 
     def largest(self, **values):

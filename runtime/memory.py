@@ -62,6 +62,7 @@ def block_bytes(shape, rows, length, compute, flash=True):
         numbers += 3 * (inner + keys)
     weights = 0
     if not flash:
+        # [heads, length, length] weights a row: the softmax in fp32 and its cast.
         weights = shape.heads * length * (4 + (compute.itemsize if compute.itemsize < 4 else 0))
     return rows * length * (numbers * compute.itemsize + weights)
 
@@ -118,6 +119,7 @@ def cached_tokens(prompts, group_sizes, prompt, completion, phrase):
     twice: as they were decoded, and copied in front of the phrase, to be the prefix of the next.
     """
     rows = [prompts * product for product in itertools.accumulate(group_sizes, operator.mul)]
+    # All layers but the last are extended.
     extended = sum(rows[:-1]) * (completion + phrase)
     return prompts * prompt + sum(rows) * completion + extended
 
@@ -164,6 +166,8 @@ def plan(
     count, flash = parameters(shape), device == "cuda" and compute == torch.bfloat16
     longest = row_tokens(len(group_sizes), prompt, completion, phrase)
     cached = cached_tokens(-(-prompts // ranks), group_sizes, prompt, completion, phrase)
+    # A fraction of a row is meant: the plan counts tokens. A row longer than a micro-batch is
+    # computed whole.
     rows = max(1, tokens_per_microbatch / longest)
     planned = {
         "weights": count * compute.itemsize,
@@ -176,6 +180,7 @@ def plan(
         "logits": logits(shape, compute),
     }
     if total and not cache_tokens:
+        # What everything but the cache leaves.
         left = max(0, total - sum(planned.values()) + planned["KV cache"])
         planned["KV cache"] = min(planned["KV cache"], int(CACHE_SHARE * left))
     return planned
@@ -184,6 +189,8 @@ def plan(
 def reserved(planned):
     """Bytes of a plan that a step takes only after the first rollout, so that the KV cache must
     leave them free: gradients, Adam's moments, activations, logits, gathered blocks."""
+    # Gradients are half of "masters and gradients", and do not exist before the first backward
+    # pass.
     later = ("Adam", "gathered", "activations", "logits")
     return planned["masters and gradients"] // 2 + sum(planned[part] for part in later)
 

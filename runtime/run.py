@@ -93,6 +93,8 @@ class Run:
             self.folder = resumed_run(config.resume, config.name)
             self.lock = alone_in(self.folder)
             state = resumed_state(config.resume, self.folder, settings, policy.config)
+            # A KL term compares with the weights that the run began with: the file must still hold
+            # them.
             if checksum != state["progress"]["reference"]:
                 raise BadInput(
                     f"{policy.origin}: its weights are not those that {self.folder} began with, "
@@ -118,6 +120,7 @@ class Run:
 
     def __enter__(self):
         self.stop.__enter__()
+        # A resumed run goes on counting where it was stopped.
         self.began = time.time() - self.progress.seconds
         self.bar = bar(self.config.tokens, self.config.name, "tok", initial=self.tokens)
         return self
@@ -145,6 +148,7 @@ class Run:
             every = self.config.eval_every
             return not over and (self.step % every == 0 if every else self.tenth)
         every = self.config.logging.save_every
+        # The first step is saved too: from then on the run can be resumed.
         due = over or self.step == 1 or (self.step % every == 0 if every else self.tenth)
         return due or self.stop_asked()
 
@@ -179,8 +183,10 @@ class Run:
     def warn(self, metrics, layers):
         """What must not go unseen: memory, truncated answers, gradients that are not finite."""
         progress, config = self.progress, self.config
+        # Skipped optimiser steps in a row: one step that was made starts the count again.
         progress.updates += metrics["updates"]
         progress.skipped = 0 if metrics["updates"] else progress.skipped + metrics["skipped"]
+        # The last layer's accuracy chooses the best state, in `save`.
         accuracies = [value for name, value in metrics.items() if re.match(r"accuracy\d", name)]
         progress.recent.append(accuracies[-1])
         if self.step == 1:
@@ -196,6 +202,7 @@ class Run:
                 f"{truncated:.0%} of answers are truncated at {config.max_new_tokens} tokens and "
                 "score 0: raise --max-new-tokens"
             )
+        # One skipped step is no reason to stop, several in a row are.
         if metrics["skipped"]:
             keep_rollout(self.folder, self.step, layers)
         if progress.skipped >= MAX_SKIPPED_STEPS:
@@ -218,6 +225,7 @@ class Run:
     def save(self):
         """The state, to resume from, and the model, to use."""
         progress = self.progress
+        # The mean since the state before: the accuracy of a single step is noisy.
         accuracy = sum(progress.recent) / max(len(progress.recent), 1)
         if progress.recent and accuracy >= progress.accuracy:
             progress.best, progress.accuracy = progress.step, accuracy
@@ -253,6 +261,7 @@ class Run:
         self.bar.close()
         self.stop.__exit__()
         resume = f"python train.py --resume {self.folder}"
+        # Asked to stop; stopped at once; memory ran out; a file could not be written.
         if error is None and self.tokens < self.config.tokens:
             if not self.step:  # stopped during the base's table, which need not be made again
                 self.save()
@@ -342,6 +351,8 @@ def new_folder(path):
     for number in itertools.count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}.{number}")
         try:
+            # mkdir fails where the folder exists, so of two processes only one gets it. A look
+            # before would leave a gap.
             folder.mkdir()
             return folder
         except FileExistsError:
@@ -360,6 +371,8 @@ def alone_in(folder):
     """
     file = open(folder / "lock", "w")  # noqa: SIM115 - the lock is let go when the file is closed
     try:
+        # The system's lock ends with the process, even with one that is killed. A file as a lock
+        # would stay.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BadInput(
@@ -432,6 +445,7 @@ def origin_of(config):
 def find_run(resume, name):
     """As resumed_run, on one rank. BadInput when there is no such run, or none with a state."""
     if resume == "newest":
+        # Of all runs of this name (out/name, out/name.2, ...) the one that was saved last.
         paths = Path("out").glob("*/state/step-*.pt")
         states = sorted((path.stat().st_mtime, path.parents[1]) for path in paths)
         numbered = re.compile(re.escape(name) + r"(\.\d+)?")
@@ -449,6 +463,8 @@ def find_run(resume, name):
                 f"--resume {resume} is no state: name a run's folder, or a file state/step-...pt "
                 "of one"
             )
+        # out/run/state/step-0000001.pt -> out/run; a path from within the run's folder has too few
+        # parts.
         folder = folder.parents[1] if len(folder.parts) > 2 else folder.absolute().parents[1]
     if not saved(folder / "state"):
         raise BadInput(
@@ -468,6 +484,7 @@ def resumed_settings(given, kinds):
     stored = read_json(path, "a run has one")
     check_fields(stored, {name: kinds[name] for name in kinds.keys() & stored.keys()}, path)
     for name in sorted(given.keys() - {"resume", "name"}):
+        # A flag may repeat what the run was made with. Only those in FREE may change it.
         flag, was = f"--{name.replace('_', '-')}", stored.get(name)
         was = tuple(was) if isinstance(was, list) else was
         if given[name] != was and name not in FREE:
@@ -484,6 +501,7 @@ def resumed_state(resume, folder, settings, shape):
     """The state to resume from, checked, the same on all ranks -> what save_state was given."""
     states = {}
 
+    # Rank 0 checks the file for all; the other ranks then read it without a check.
     def check():
         if Path(resume).is_file():
             state, path = load_state(resume), resume
@@ -513,6 +531,7 @@ def check_state(state, path, settings, shape):
             "the code that wrote it (config.json names its commit), or start a new run"
         )
     check_fields(state, kinds, path)
+    # Settings that decide the result must be those of config.json; FREE ones may differ.
     names = (state["settings"].keys() | settings.keys()) - {*FREE, "name", "resume"}
     for name in sorted(names, key=str):
         was, now = (values.get(name) for values in (state["settings"], settings))
@@ -542,6 +561,7 @@ def check_progress(values, step, best):
     except BadInput as error:
         raise ValueError(error) from None
     p = Progress(**values)
+    # Numbers that cannot be negative. best and accuracy are -1 until a state is saved.
     counts = {
         name: value
         for name, value in values.items()
@@ -558,6 +578,7 @@ def check_progress(values, step, best):
         named = counts | dict(best=p.best, accuracy=p.accuracy, recent=p.recent)
         shown = ", ".join(f"{name} = {value!r:.40}" for name, value in named.items())
         raise ValueError(f"progress holds what cannot be: {shown}")
+    # The only table at this point: the one after training is made after the last save.
     base = p.results.get("base") if p.results.keys() == {"base"} else None
     if not isinstance(base, dict) or not base or not all(map(is_result, base.values())):
         raise ValueError("progress: results do not hold the table of the base")
@@ -611,6 +632,7 @@ def note_resume(folder, settings, step):
     stored, now = read_json(folder / "config.json", "a run has one"), versions()
     made_by = stored.get("made_by", {})
     earlier = made_by.get("resumed", [])
+    # What this part of the run is compared with: the part before it, which may be a resumed one.
     before = {**made_by, **earlier[-1]} if earlier else made_by
     moved = [
         f"{name} {now[name]} (was {before[name]})"

@@ -38,6 +38,7 @@ def write_trees(path, layers, problems, encoding, count, about, entropies=None):
     [float, ...]}, nats before each sampled token, of the rows for which they are known. Rank 0
     writes. OSError when the file cannot be written.
     """
+    # Found once for each layer. A search for the children of every node would take quadratic time.
     below = [children(layer) for layer in layers]
     lines = []
     for question, problem in enumerate(problems[:count]):
@@ -100,8 +101,10 @@ def pieces(encoding, ids):
     A character whose bytes are split over several tokens stands with the last of them. Bytes that
     never complete a character, and ids without a token, become U+FFFD.
     """
+    # It keeps the bytes of an unfinished character until the next token.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = [decoder.decode(bytes_of(encoding, token)) for token in ids]
+    # Bytes that are left over now complete no character: they become U+FFFD.
     if texts:
         texts[-1] += decoder.decode(b"", final=True)
     return texts
@@ -131,6 +134,7 @@ class Dialogues:
         ranks = [""]
         if distributed.size() > 1:
             ranks = [f"-rank{rank}" for rank in range(distributed.size())]
+        # Each item is the files of all ranks under one number, made when it is asked for.
         names = (
             [folder / f"{name}{rank}{'' if number == 1 else f'.{number}'}.jsonl" for rank in ranks]
             for number in itertools.count(1)
