@@ -126,6 +126,7 @@ def encode_question(question, encoding, name):
     `opening`, the tokens that the original tokenizer puts before every text (Llama-3's
     <|begin_of_text|>), stand before the templates that do not write them out.
     """
+    # A template that begins with a special token writes its opening itself.
     parts = TEMPLATES[name][0](question)
     opening = [] if isinstance(parts[0], Special) else encoding.opening
     return opening + encode_parts(encoding, parts)
@@ -134,6 +135,7 @@ def encode_question(question, encoding, name):
 def choose_template(encoding, ends):
     """-> name of the template of a model whose completions end with the tokens (ids) `ends`."""
     special = encoding.special_tokens_set
+    # The texts of the end tokens: instruct models end turns with their template's token.
     end_texts = {token for token in special if encoding.encode_single_token(token) in ends}
     for name in ("chatml", "llama3"):
         if TEMPLATES[name][1] in end_texts:
@@ -197,6 +199,7 @@ def open_tokenizer(folder, template="auto"):
             f"{', '.join(TEMPLATES)}"
         )
     name = template if template != "auto" else trained_on or choose_template(encoding, ends)
+    # A base model's files do not name the end of a turn, which its template has all the same.
     turn_end = TEMPLATES[name][1]
     if turn_end in encoding.special_tokens_set:
         ends = tuple(dict.fromkeys((*ends, encoding.encode_single_token(turn_end))))
@@ -214,6 +217,7 @@ def open_shape(folder, template="auto"):
     encoding with its `template`. Raises BadInput also for a tokenizer with more ids than the model
     has."""
     config, (encoding, ends) = read_config(folder), open_tokenizer(folder, template)
+    # A larger id would be a row that the embedding table does not have.
     largest = max(encoding.max_token_value, *ends)
     if largest >= config.vocab_size:
         raise BadInput(
@@ -232,6 +236,7 @@ def open_weights(folder, config, encoding, compute, device):
 
 
 def main():
+    """Prints the prompt of a question under a model's template, token by token."""
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(__doc__.strip())
         return

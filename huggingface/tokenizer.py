@@ -49,11 +49,14 @@ class Converted(tiktoken.Encoding):
         self.lacking = bytes(b for b in range(256) if bytes([b]) not in self._mergeable_ranks)
 
     def encode_ordinary(self, text):
+        """Text -> token ids, none special. BadInput for a text that tiktoken cannot encode."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         try:
             if not any(b in self.lacking for b in text.encode("utf-8", "replace")):
                 return super().encode_ordinary(text)
             ids = []
+            # The vocabulary lacks some bytes of this text: they are dropped from each piece, as the
+            # original does.
             for piece in regex.findall(self._pat_str, text):
                 known = piece.encode().translate(None, self.lacking)
                 ids += self._encode_single_piece(known) if known else []
@@ -77,6 +80,7 @@ class Converted(tiktoken.Encoding):
 def byte_of():
     """GPT-2's alphabet -> {character: the byte it stands for}. Printable bytes stand for
     themselves; the others are the characters 256, 257, ..."""
+    # GPT-2 wrote bytes as visible characters, so that its vocabulary is a text file.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
@@ -103,11 +107,13 @@ def convert(folder):
         added |= {
             text: number for text, number in vocabulary.items() if not alphabet.keys() >= set(text)
         }
+        # Back from the alphabet to bytes. The original's id is tiktoken's rank.
         ranks = {
             bytes(alphabet[c] for c in text): number
             for text, number in vocabulary.items()
             if text not in added
         }
+        # Older files have "a b", newer ones ["a", "b"].
         halves = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
         pairs = [tuple(bytes(alphabet[c] for c in part) for part in half) for half in halves]
         check_merges(ranks, pairs, folder, ignore_merges)
@@ -171,6 +177,7 @@ def check_ids(vocabulary, added, folder):
                 f"{folder}: its tokenizer's token {text!r:.60} has the id {number!r:.60}, which is "
                 "not a token id"
             )
+    # In both directions: no id has two texts, and no text two ids.
     texts = {}
     for text, number in [*vocabulary.items(), *added.items()]:
         if texts.setdefault(number, text) != text or vocabulary.get(text, number) != number:
@@ -204,6 +211,7 @@ def tokens_before(steps, folder):
             )
         if step["type"] == "TemplateProcessing":
             single = [piece.popitem() for piece in step["single"]]  # [(kind, {"id": ...}), ...]
+            # The special tokens in front of the first text.
             texts = [i for i, (kind, _) in enumerate(single) if kind == "Sequence"]
             return [token["id"] for kind, token in single[: texts[0]] if kind == "SpecialToken"]
     return []
@@ -224,6 +232,8 @@ def pattern_of(steps, folder):
     """The pre-tokenizer's steps -> one pattern that cuts text in the same places. Raises BadInput
     where there is none."""
     kinds = [step["type"] for step in steps]
+    # The sequences of steps that are one pattern. ByteLevel comes last, and may cut like GPT-2
+    # itself.
     if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
         first, last = steps[0], steps[-1]
         cuts_as_gpt2 = last.get("use_regex", True)
@@ -257,6 +267,7 @@ def check_merges(ranks, pairs, folder, ignore_merges=False):
             raise BadInput(
                 f"{folder}: the merge {a!r} + {b!r} has a part that is no token of its tokenizer"
             )
+        # Ids must rise. With ignore_merges a product may repeat, so they may also stay the same.
         if ranks.get(a + b, -1) < last + (not ignore_merges):
             raise BadInput(
                 f"{folder}: the merge {a!r} + {b!r} has id {ranks.get(a + b)}, after one with id "
@@ -267,6 +278,7 @@ def check_merges(ranks, pairs, folder, ignore_merges=False):
     for token, rank in ranks.items():
         if len(token) == 1:
             continue
+        # With what comes before it, the token must end as the two parts that its merge names.
         parts = tuple(merged(token, ranks, rank))
         unreachable = ignore_merges and token not in cuts and len(parts) > 2
         if parts not in cuts.get(token, ()) and not unreachable:
@@ -282,6 +294,7 @@ def merged(token, ranks, below):
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         pairs = enumerate(itertools.pairwise(parts))
+        # The pair of the lowest rank, and of equal ones the leftmost, as in tiktoken.
         best, i = min((ranks.get(a + b, below), i) for i, (a, b) in pairs)
         if best >= below:
             break

@@ -92,6 +92,7 @@ def our_config(theirs, path="config.json"):
     if kind not in FAMILIES:
         known = f"only {', '.join(FAMILIES)} (SmolLM2 is a llama) are this transformer"
         refuse(path, "model_type", kind, known)
+    # Weights would load under each of these, and the model would compute something else.
     for field, allowed, reason in (
         ("hidden_act", "silu", "the MLP here is SwiGLU"),
         ("quantization_config", None, "weights must not be quantised"),
@@ -106,6 +107,7 @@ def our_config(theirs, path="config.json"):
     if len(ends) > MAX_END_TOKENS:
         reason = f"the sampler knows at most {MAX_END_TOKENS} tokens that end a completion"
         refuse(path, "eos_token_id", theirs["eos_token_id"], reason)
+    # Sizes, for which there is no default.
     needed = (
         "vocab_size",
         "hidden_size",
@@ -123,6 +125,7 @@ def our_config(theirs, path="config.json"):
         rope_theta=float,
         layer_types=list,
     )
+    # null means the same as a missing field.
     given = {name: kind for name, kind in optional.items() if theirs.get(name) is not None}
     check_fields(theirs, dict.fromkeys(needed, int) | dict(rms_norm_eps=float) | given, path)
     if any(layer != "full_attention" for layer in theirs.get("layer_types") or ()):
@@ -163,6 +166,7 @@ def ids_of(theirs, field, path):
 def rope_of(theirs, path):
     """-> theta, and None or Llama-3's scaling: (factor, low frequency factor, high frequency
     factor, original context)."""
+    # Newer files have all of RoPE in rope_parameters, older ones rope_scaling and rope_theta.
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     given = [rope.get("rope_theta"), theirs.get("rope_theta")]
@@ -238,6 +242,7 @@ def pieces(name):
     """Our parameter's name -> the names of theirs that are stacked in it."""
     part = name.split(".")
     if part[0] == "blocks":
+        # blocks.3.qkv.weight -> the entry blocks.{}.qkv.weight, filled with 3.
         pattern = ".".join(["blocks", "{}", *part[2:]])
         return [theirs.format(part[1]) for theirs in NAMES[pattern]]
     return list(NAMES[name])
@@ -262,6 +267,7 @@ class Shards:
                 files = read_json(index, FILES)["weight_map"]
                 self.file_of = {name: folder / file for name, file in files.items()}
         elif single.exists():
+            # Without an index all tensors are in the one file.
             self.file_of = dict.fromkeys(self.open(single).keys(), single)
         else:
             raise BadInput(
@@ -327,11 +333,15 @@ def load_model(folder, compute=torch.float32, device="cpu"):
         model = GPT(config, compute)
     check_tensors(shards, model)
     model = model.to_empty(device=device)
+    # to_empty leaves memory without contents. The tables are in no file, so they are computed
+    # again.
     tables = rope_tables(config.context, config.head_size, config.rope_theta, config.rope_scaling)
     model.cos.copy_(tables[0])
     model.sin.copy_(tables[1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            # One parameter at a time, so there are never two copies of all weights. copy_ casts to
+            # fp32.
             parameter.copy_(torch.cat([shards.read(piece) for piece in pieces(name)]))
     model.source = folder
     return model
@@ -344,6 +354,7 @@ def check_tensors(shards, model):
         used |= set(pieces(name))
         for piece, rows in zip(pieces(name), piece_rows(name, config) or [len(parameter)]):
             shards.check(piece, (rows, *parameter.shape[1:]))
+    # A tensor that is not used means another architecture. (inv_freq: RoPE's table in old files.)
     left = [name for name in shards.file_of if name not in used and not name.endswith("inv_freq")]
     if config.tied and "lm_head.weight" in left:
         left.remove("lm_head.weight")  # some files repeat the embeddings
@@ -376,6 +387,7 @@ def save_model(model, folder, dtype=torch.bfloat16, weights=None):
             "another folder"
         )
     for name, parameter in model.named_parameters():
+        # One of our matrices is split into theirs by rows.
         stacked = (weights[name] if weights else parameter).detach().to("cpu", dtype)
         rows = piece_rows(name, model.config)
         parts = stacked.split(rows) if rows else [stacked]
@@ -398,6 +410,7 @@ def save_model(model, folder, dtype=torch.bfloat16, weights=None):
         theirs = read_json(source / "generation_config.json", FILES)
         texts["generation_config.json"] = theirs | dict(eos_token_id=config["eos_token_id"])
     copied = [name for name in COPIED if (source / name).exists()]
+    # Saved into its own source, the tokenizer is there already.
     if source.resolve() == folder.resolve():
         copied = []
     for name in copied:
@@ -405,6 +418,7 @@ def save_model(model, folder, dtype=torch.bfloat16, weights=None):
     for name, content in texts.items():
         (folder / f"{name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
     # config.json comes last: a folder with it is a model.
+    # Everything is written by now, so what is left is a few renames.
     for name in (*copied, *texts.keys() - {"config.json"}, "model.safetensors", "config.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
     return folder

@@ -107,6 +107,8 @@ def evaluate(tree, field):
         return field.number(operands[0])
     if operation == "name":
         return field.name(operands[0])
+    # Calls and powers evaluate their operands themselves: an exponent is an exact number in every
+    # field but the floats.
     if operation == "call":
         return field.call(operands[0], operands[1:])
     if operation == "^":
@@ -127,6 +129,7 @@ class Exact:
         raise Unfit
 
     def sum(self, *values):
+        # The size is checked after every term, so no sum grows beyond BITS on the way.
         total = Fraction(0)
         for value in values:
             total = self.number(total + value)
@@ -148,6 +151,7 @@ class Exact:
 
     def power(self, base, exponent):
         base, exponent = evaluate(base, self), evaluate(exponent, self)
+        # base^exponent has about size x |exponent| bits: refused before it is computed.
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
         if exponent.denominator != 1 or size * abs(exponent) > BITS:
             raise Unfit
@@ -156,10 +160,12 @@ class Exact:
         return base ** int(exponent)
 
     def call(self, name, operands):
+        """A function of rational numbers. Unfit if its value is not a rational number."""
         values = [evaluate(operand, self) for operand in operands]
         if name in EXACT_FUNCTIONS:
             return EXACT_FUNCTIONS[name](*values)
         if name == "sqrt" and values[0] >= 0:
+            # The root of a fraction in lowest terms is exact if the roots of both of its parts are.
             roots = [math.isqrt(part) for part in values[0].as_integer_ratio()]
             if roots[0] ** 2 == values[0].numerator and roots[1] ** 2 == values[0].denominator:
                 return Fraction(*roots)
@@ -204,6 +210,7 @@ def drawn_prime(seed):
 
     Fermat's test is enough for numbers that nobody chose.
     """
+    # 128 - 28 = 100 bits with the highest one set, then made 1 modulo 4.
     candidate = (hash_number(seed, "prime") >> 28 | 1 << 99) // 4 * 4 + 1
     while math.gcd(candidate, SMALL_PRIMES) > 1 or pow(2, candidate - 1, candidate) != 1:
         candidate += 4
@@ -213,6 +220,7 @@ def drawn_prime(seed):
 @functools.lru_cache(64)
 def root_of_minus_one(prime):
     """A number whose square is -1 modulo the prime: the value of i."""
+    # For half of all bases b, b^((p - 1) / 2) is -1, and b^((p - 1) / 4) is a root of it.
     candidates = (pow(base, prime // 4, prime) for base in range(2, 100))
     return next(root for root in candidates if root * root % prime == prime - 1)
 
@@ -226,6 +234,7 @@ class Modular:
         self.proves = True  # no reach was above REACH
 
     def name(self, name):
+        # These are no fractions, and have no residue.
         if name in ("pi", "e", "degree"):
             raise Unfit
         if name == "i":
@@ -256,6 +265,7 @@ class Modular:
         exponent, reach = evaluate(exponent, EXACT), self.reach
         if exponent.denominator != 1:
             raise Unfit
+        # Exponents multiply: in ((x^a)^b)^c the x has the reach a b c.
         self.reach *= max(1, abs(exponent))
         self.proves = self.proves and self.reach <= REACH
         base, self.reach = evaluate(base, self), reach
@@ -265,6 +275,7 @@ class Modular:
         return pow(base, int(exponent) % (self.prime - 1), self.prime) if base else 0
 
     def call(self, name, operands):
+        """A function of constants: worked out exactly, then taken as a residue."""
         return self.number(EXACT.call(name, operands))
 
 
@@ -341,11 +352,13 @@ class Floating:
         return self.checked(base**exponent, base)
 
     def call(self, name, operands):
+        """A function of complex floats. Undefined where it has no value (or no real one)."""
         values = [evaluate(operand, self) for operand in operands]
         x = values[0]
         if name in EXACT_FUNCTIONS:
             return self.exact_function(name, values)
         if name == "root":
+            # An odd root of a negative number is real, as in school; the principal value is not.
             degree = values[1]
             if x.real < 0 and not x.imag and degree.real % 2 == 1:
                 return -((-x) ** (1 / degree))  # \sqrt[3]{-8} is -2
@@ -357,6 +370,7 @@ class Floating:
                 raise Undefined
             if name in ("arcsin", "arccos") and abs(x.real) > 1:
                 raise Undefined
+        # An error of the angle is an error of the value, and a large angle has a large one.
         if name in ("sin", "cos", "tan", "sec", "csc", "cot"):
             self.noise = max(self.noise, self.rounding * abs(x))
         value = getattr(self.library, LIBRARY[name])(x)
@@ -430,6 +444,7 @@ def equal(first, second):
     """
     if first.names - {"i"} != second.names - {"i"}:
         return False
+    # Constants: exactly, where that is possible.
     if not first.names and not second.names:
         try:
             return evaluate(first.tree, EXACT) == evaluate(second.tree, EXACT)
@@ -437,6 +452,7 @@ def equal(first, second):
             pass
         except Undefined:
             return False
+    # Otherwise at points: one difference refutes, and a few agreements decide.
     agreed = 0
     for x, y, tolerance in values_at_points(first, second):
         if abs(x - y) > tolerance:
@@ -455,6 +471,7 @@ def proportional(first, second, positive=False):
     triples = list(values_at_points(first, second, modular=not positive, refuting=False))
     if len(triples) < POINTS or not all(x and y for x, y, _ in triples):
         return False
+    # x / y must be the same at all points. Cross-multiplied, so that residues need no division.
     (x0, y0, _), prime = triples[0], drawn_prime(seed_of(first, second))
     if positive and (x0 / y0).real <= 0:
         return False
@@ -486,6 +503,7 @@ def values_at_points(first, second, modular=True, refuting=True):
     Undecided when the values are too close to 0 for floats: e^{-1000} is not 0.
     """
     seed, variables = seed_of(first, second), (first.names | second.names) - {"i"}
+    # Residues, if both expressions have them. The first point, modulo PRIME, only refutes.
     if modular:
         try:
             for point in range(POINTS):
@@ -500,6 +518,8 @@ def values_at_points(first, second, modular=True, refuting=True):
         except Undefined:
             yield 0, 1, 0  # no value: not equal to anything
             return
+    # Floats. Points that plain floats hold equal are evaluated again with 400 digits, POINTS times;
+    # the rest can only refute.
     found, underflow = 0, False
     allow_complex = not variables or "i" in first.names | second.names
     # The twenty more points are integers, for \binom{n}{k}, which is defined at few of the dozen.
@@ -570,6 +590,7 @@ def is_unfinished(tree, number=False):
         return False
     if operation == "*":
         parts = flat_factors(parts)
+    # Constants of the sum or product, and those that are divided by.
     above = [part for part in parts if part[0] != "/" and not has_variables(part)]
     below = [part for part in parts if part[0] == "/" and not has_variables(part)]
     if len(above) == len(below) == 1:  # one quotient
@@ -577,6 +598,7 @@ def is_unfinished(tree, number=False):
             return False
         value = constant_value((operation, *above, *below), number)
         return value is not None and (value.denominator == 1 or exact_value(above[0]) is None)
+    # Left to do are numbers above the line, numbers below it, or constants that together make one.
     groups = [
         [part for part in above if exact_value(part) is not None],
         [part for part in below if exact_value(part) is not None],
@@ -643,6 +665,7 @@ def constant_value(tree, number):
         return value if is_short(value) or number or all(map(is_literal, tree[1:])) else None
     try:
         found = evaluate(tree, Floating("", (0, 0), allow_complex=True))
+        # Irrational factors may cancel: \sqrt2\sqrt8 is 4.
         value = Fraction(found.real).limit_denominator(1000)
         if abs(found - complex(value)) <= 1e-12 * abs(found):
             return value

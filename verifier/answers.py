@@ -83,6 +83,7 @@ def parse_number(text):
 
     A number is an integer, a decimal, thousands with commas, a/b or \\frac{a}{b}.
     """
+    # Dollars around it, the minus sign of Unicode, a full stop behind.
     text = text.strip().strip("$").strip().replace("\u2212", "-").removesuffix(".")
     fraction = re.fullmatch(r"([+-]?)\s*\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", text)
     if fraction:
@@ -113,6 +114,7 @@ def without_idle_spaces(text):
 
 def leaves_more_undone(answer, gold):
     """Whether the answer has arithmetic left to do (algebra.is_unfinished), unlike the gold."""
+    # Where the gold is a number that is written out, so must the answer be.
     parts, gold_parts = list(expressions_in(answer)), list(expressions_in(gold))
     gold_values = (algebra.exact_value(part.tree) for part in gold_parts)
     is_number = gold_parts != [] and all(
@@ -223,9 +225,11 @@ def read(text, depth=0):
     text = next(filter(None, split(text, {r"\approx"})[0]), text)
     text = MEMBER.sub("", text, count=1)  # x \in [1,2] is [1,2]
     text = re.sub(r"^\\text ?\{\s*([0-9$\\(][^{}]*)\}$", r"\1", text).strip()
+    # In brackets a comma separates: (1,234) may be a pair.
     if depth == 0 and not re.search(r"[(\[]|\\\{", text):
         text = THOUSANDS.sub(lambda run: run[0].replace(",", ""), text)
     if depth <= MAX_DEPTH and len(text) > 0:
+        # The loosest separator first: "x = 1, y = 2" is a list of equations.
         for rule in (read_list, read_union, read_relation, read_brackets, read_matrix, read_scalar):
             value = rule(text, depth + 1)
             if value is not None:
@@ -257,6 +261,7 @@ def read_list(text, depth):
     r"""1, 2 and 3; x<1 or x>2; \pm 2, which is 2,-2."""
     alternatives = OR.sub(",", text)
     parts, _ = split(AND.sub(",", alternatives), {",", ";"})
+    # a \pm b is a list of two. \mp has the signs the other way round.
     if len(parts) == 1 and not parts[0].startswith(r"\begin") and PLUS_MINUS.search(parts[0]):
         signs = {r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"}
         parts = [
@@ -299,6 +304,7 @@ def read_relation(text, depth):
         values, parts = values[::-1], parts[::-1]
     if len(parts) == 2:
         return read_inequality(relations[0], parts, values)
+    # 1 < x \leq 3.
     if all(relation[0] == "<" for relation in relations) and NAME.fullmatch(parts[1]):
         brackets = ("(" if relations[0] == "<" else "[") + (")" if relations[1] == "<" else "]")
         return Interval((values[0], values[2]), brackets, parts[1])
@@ -322,6 +328,7 @@ def read_inequality(relation, parts, values):
 
 def read_equation(parts, depth):
     """x = 5, f(x) = 2x, x = 10/2 = 5, x^2 + y^2 = 4; None for a chain of different values."""
+    # A name at either end is what the equation defines. In a chain all values behind it must agree.
     if NAME.fullmatch(parts[0]):
         name, parts = parts[0], parts[1:]
     elif len(parts) == 2 and NAME.fullmatch(parts[1]):
@@ -350,6 +357,7 @@ def read_brackets(text, depth):
     if not opening or not closing or len(text) < len(opening + closing) or not encloses(text):
         return None
     inner = text[len(opening) : -len(closing)].strip()
+    # (5) is 5 in brackets: only braces make a sequence of one item.
     parts, _ = split(inner, {","}) if inner else ([], [])
     if len(parts) > MAX_ITEMS or (len(parts) < 2 and opening != r"\{"):
         return None
@@ -387,6 +395,7 @@ def read_matrix(text, depth):
     # vmatrix is a determinant
     if after.strip() or r"\begin" in cells or kind in ("vmatrix", "Vmatrix"):
         return None
+    # \\ ends a row, perhaps with a distance: \\[2mm].
     lines = re.split(r"\\\\(?:\[[^\]]*\])?", cells.replace(r"\hline", ""))
     lines = [line for line in lines if line.strip()]
     rows = tuple(
@@ -456,6 +465,7 @@ def match(answer, gold):
     algebra.deadline.check()
     if isinstance(answer, Equation) or isinstance(gold, Equation):
         return match_equation(answer, gold)
+    # Each takes the form of the other as it was written.
     answer, gold = adapted(answer, gold), adapted(gold, answer)
     if type(answer) is not type(gold):
         return Words in (type(answer), type(gold)) and spelling(answer) == spelling(gold) != ""
@@ -519,6 +529,7 @@ def match_scalar(answer, gold):
     if ":" in answer.text and ":" in gold.text and re.search(r":\s*[0-9]{2}\b", texts):
         # times, not ratios: 3:30 is not 1:10
         return a.text == b.text and (None in (answer.unit, gold.unit) or answer.unit == gold.unit)
+    # Counts (million, percent) always apply; sizes only where both sides have a dimension.
     first, second = answer.unit or NO_UNIT, gold.unit or NO_UNIT
     x, y = first.count, second.count
     if first.dimension and second.dimension:
@@ -627,6 +638,7 @@ def two_arguments(doc, usage):
 
 
 def main():
+    """Prints how the two answers of the command line are read, and the verdict."""
     answer, gold = two_arguments(__doc__, "python -m verifier.answers ANSWER GOLD")
     try:
         verdict = "equal" if equal(answer, gold) else "different"

@@ -85,6 +85,8 @@ def clean(text):
     """
     text = text if text.isascii() else plain_glyphs(text)
     if "\\" in text or "{,}" in text:
+        # The order matters: thousands while their \, stands, colours, upright functions, then all
+        # macros.
         text = UPRIGHT.sub(r"\1 ", COLOR.sub("", GROUP.sub("", text)))
         text = MACRO.sub(lambda macro: MACROS.get(macro[0], macro[0]), text)
     text = DOLLAR.sub("", text).replace("~", " ")
@@ -161,6 +163,7 @@ def number_tree(text):
     if "\\" in text:
         head, period = text.rstrip("}").split(r"\overline{")
         whole, _, fixed = head.partition(".")
+        # 0.1\overline{6}: period 6 / 9, behind one fixed digit 6 / 90; 0.1 + 6 / 90 is 1 / 6.
         repeating = Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fixed))
         return ("num", Fraction(f"{whole or 0}.{fixed or 0}") + repeating)
     mantissa, _, exponent = text.lower().partition("e")
@@ -245,6 +248,7 @@ class Parser:
         before = factors[-1]
         if before[0] == "num" and factor[0] == "num":
             raise Unreadable("two numbers side by side")
+        # The tree of \frac{a}{b}, with numbers in both places.
         is_fraction = (
             factor[0] == "*"
             and len(factor) == 3
@@ -254,6 +258,7 @@ class Parser:
         )
         if before[0] == "num" and is_fraction:
             whole, above, below = before[1], factor[1][1], factor[2][1][1]
+            # A proper fraction behind a whole number: a mixed number.
             if above < below and whole.denominator == above.denominator == below.denominator == 1:
                 factors[-1] = ("num", whole + above / below)
                 return
@@ -299,6 +304,7 @@ class Parser:
         """What a macro takes: a group or a single token; of 12 in \\frac12 only the 1."""
         token = self.peek()
         if token.isdigit() and len(token) > 1:
+            # \frac12: the 2 stays, and is the next argument.
             self.tokens[self.at] = token[1:]
             return number_tree(token[0])
         return self.atom()
@@ -323,6 +329,7 @@ class Parser:
     def atom(self):
         """A number, a variable, a group in brackets, or a macro with its arguments."""
         token = self.take()
+        # np.sin, math.sin, \sin and sin are one function.
         bare = token.split(".")[-1].lstrip("\\")
         if token[0].isdigit() or token[0] == ".":
             if not any(map(str.isdigit, token)):
@@ -382,6 +389,7 @@ class Parser:
             tree = self.atom()
         else:
             factors = [self.power()]
+            # \sin 2x is \sin(2x), and \sin x\cos y ends before \cos.
             while self.starts_factor(self.peek()) and self.peek().lstrip("\\") not in FUNCTIONS:
                 factors.append(self.power())
             tree = factors[0] if len(factors) == 1 else ("*", *factors)

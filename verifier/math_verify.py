@@ -90,6 +90,7 @@ class MathVerify:
         """-> the worker's next line, parsed. Kills the worker if the line is late or not JSON."""
         end, line, output = time.monotonic() + seconds, b"", self.worker.stdout.fileno()
         while not line.endswith(b"\n"):
+            # A reply may come in pieces: each wait gets what is left of the time.
             ready, _, _ = select.select([output], [], [], max(0, end - time.monotonic()))
             chunk = os.read(output, 65_536) if ready else b""
             if not chunk:
@@ -154,6 +155,7 @@ def compare(math_verify, answer, gold):
 
 
 def main():
+    """Compares the two answers of the command line; with --worker, serves a MathVerify."""
     if sys.argv[1:2] == ["--worker"]:
         worker_loop(float(sys.argv[2]))
         return

@@ -142,6 +142,7 @@ def split_unit_behind(text):
     match = DEGREES.fullmatch(text)
     if match and not FUNCTION.search(text):  # in \sin 30^\circ the degrees are not a unit
         return match[1], Unit(Fraction(1), (("degree", 1),))
+    # Words in \text: 5\text{ cm}.
     at = text.find("\\text", 1)
     if at > 0:
         head = text[:at].removesuffix("\\cdot").rstrip("/ ")
@@ -199,6 +200,8 @@ def unit_of(text, number=""):
     last = None  # (size, base) that a ^2 raises
     has_noun = False  # on this side of "per"
     describing = 0  # words like red and flour in "5 red marbles", "5 cups of flour"
+    # From left to right. A word of the tables adds its size and dimension, "per" and "/" turn the
+    # sign, a power raises the unit before it, an unknown noun is a dimension of its own.
     for piece in pieces:
         word = piece[3] or ""
         base = stem(word.lower())
@@ -231,6 +234,8 @@ def unit_of(text, number=""):
         elif word and word.lower() not in JOINING:
             if power != 1 or len(word) < 3 or is_refused(word.lower()):
                 return None
+            # An unknown noun counts in the plural, behind a 1 or behind "per": 5 apples, 1 apple,
+            # 5 cm per apple. All other unknown words describe: 5 red marbles.
             is_plural = re.search(r"[^siu]s$", word)
             if not has_noun and (sign < 0 or number == "1" or is_plural):
                 last, has_noun = None, True
