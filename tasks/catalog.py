@@ -77,6 +77,7 @@ class Config(TaskConfig):
 
 
 def main():
+    """Prints a problem of each task, with an attempt and its review."""
     config = parse_flags(Config, __doc__)
     chosen = {field.name: getattr(config, field.name) for field in fields(TaskConfig)}
     for name in TASKS if config.task == "all" else (config.task,):

@@ -62,6 +62,7 @@ class Chain:
         values = []
         for op, b in operations:
             if rng.random() < self.slip:
+                # Any value: one slip in `modulus` draws the right one.
                 value = rng.randrange(self.modulus)
             else:
                 value = apply(op, value, b) % self.modulus

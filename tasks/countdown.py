@@ -37,6 +37,7 @@ class Countdown:
         gold: reward.Makes, since many other expressions are right too."""
         numbers = tuple(rng.randint(1, 9) for _ in range(self.numbers))
         first, operations, values = self.expression(numbers, rng)
+        # In another order than the expression uses them.
         listed = ", ".join(map(str, rng.sample(numbers, len(numbers))))
         gold = Makes(values[-1], tuple(sorted(numbers)))
         return Problem(f"make {values[-1]} from {listed}", gold, (first, operations, values))
@@ -52,6 +53,8 @@ class Countdown:
     def expression(self, numbers, rng):
         """-> first number, operations and values of a random left-to-right expression over all of
         `numbers`, whose values lie in 0..LARGEST."""
+        # Drawn anew until all values are in range: every order with signs that stays in range is
+        # equally likely.
         while True:
             first, *rest = rng.sample(numbers, len(numbers))
             operations = [(rng.choice("+-*"), b) for b in rest]

@@ -62,6 +62,8 @@ def read_problem(line):
     if isinstance(context, str) and context.strip():
         question = f"{context.strip()}\n\n{question}"
     try:
+        # JSON can hold half of a surrogate pair. A transcript could not be written with it, hours
+        # later.
         f"{question}{gold}{unit}".encode()
     except UnicodeEncodeError:
         raise ValueError("it holds half of a character (a lone surrogate)") from None
@@ -93,6 +95,7 @@ def read_object(line):
 def form_of(row):
     """A line's fields -> name of its form, field of its question, gold. Raises ValueError for
     fields of no known set."""
+    # The most particular fields first: GSM8K's line is also a question with an answer.
     if {"question", "final_answer"} <= row.keys():
         return "OlympiadBench", "question", olympiad_gold(row["final_answer"])
     answer = row.get("answer")
@@ -238,6 +241,7 @@ class DataSet:
         self.name = label(tuple(held_out) or self.paths)
         train = load(paths, encoding, prompt_tokens, say)
         asked = load(held_out, encoding, prompt_tokens, say)
+        # A model of a run: it has seen some of these questions.
         if known and asked:
             new = [problem for problem in asked if self.canonical(problem) not in known]
             if len(new) < len(asked):
@@ -246,6 +250,7 @@ class DataSet:
                     "trained on by this run, and are left out"
                 )
             asked = new
+        # Files to evaluate on are given. A question in both is only evaluated on.
         if held_out:
             questions = {self.canonical(problem) for problem in asked}
             kept = [problem for problem in train if self.canonical(problem) not in questions]
@@ -255,6 +260,8 @@ class DataSet:
                     "evaluation data too, and are not trained on"
                 )
         else:
+            # By a hash of the question: its side does not depend on the file or the line it stands
+            # in.
             is_held_out = [digest(self.canonical(problem)) % HELD_OUT == 0 for problem in train]
             kept = [problem for problem, held in zip(train, is_held_out) if not held]
             asked = [problem for problem, held in zip(train, is_held_out) if held]
@@ -288,6 +295,7 @@ class DataSet:
         """-> `count` held-out problems (0: all of them) in the order of the files. A part is chosen
         at random by `seed`."""
         problems = self.splits["held out"]
+        # Chosen at random, then put back into the order of the files.
         chosen = permutation(len(problems), f"held out/{seed}")[: count or len(problems)]
         return [problems[i] for i in sorted(chosen)]
 
@@ -298,6 +306,7 @@ class DataSet:
     def draw(self, split, seed, index):
         """Problem `index` of an endless stream over a split -> Problem."""
         problems = self.splits[split]
+        # With 5 problems, index 12 is place 2 of epoch 2.
         epoch, place = divmod(index, len(problems))
         return problems[permutation(len(problems), f"{split}/{seed}/{epoch}")[place]]
 
@@ -333,6 +342,7 @@ def make_verifier(name):
 
 
 def main():
+    """Prints what each file holds, and its first problem."""
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(__doc__.strip())
         return

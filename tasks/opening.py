@@ -84,6 +84,7 @@ def open_model_and_tasks(
     measured = dtype == "auto" and device == "cpu"
     dtype = distributed.broadcast_object(lambda: compute_dtype(dtype, device))
     path = Path(model)
+    # A run's folder stands for its model.
     if (path / "checkpoint.pt").exists():
         path = path / "checkpoint.pt"
     if not model:
@@ -103,6 +104,7 @@ def open_model_and_tasks(
     note = " (measured to be the faster here)" if measured else ""
     say(f"{device}, {str(dtype).removeprefix('torch.')} compute over float32 masters{note}")
     for task in tasks:
+        # Other files or other code on a machine show in the first questions.
         distributed.agree("questions", [p.question for p in task.held_out(16)])
         say(str(task))
     policy.seconds = time.time() - clock
@@ -127,6 +129,7 @@ def open_base(task, puzzle, base, device, dtype, turns, weights, say):
     name = str(dtype).removeprefix("torch.")
     make_folder("out")  # not writable? found before the base is made
     path = base_path(puzzle, base, device, name)
+    # The other ranks make an empty model of the same shape, and `broadcast` fills it.
     if weights and distributed.rank() == 0:
         policy, _, path = base_model(puzzle, base, device, name, say, turns)
     else:
@@ -156,6 +159,7 @@ def open_checkpoint(path, device, dtype, max_new_tokens, turns):
     try:
         puzzle = TaskConfig(**settings)
         longest = make_task(puzzle).max_new_tokens
+        # As long as in training, unless the flag asks for another length.
         trained = min(extra["config"]["max_new_tokens"], longest)
         task = make_task(puzzle, max_new_tokens or max(trained, 0))
     except BadInput as error:
@@ -165,6 +169,7 @@ def open_checkpoint(path, device, dtype, max_new_tokens, turns):
             f"{path}: its vocabulary of {policy.config.vocab_size} is not that of the built-in "
             "tasks"
         )
+    # More turns than it was trained with need a longer context.
     policy = with_context(policy, base_shape(task, policy.config.depth, turns).context)
     policy.origin, policy.folder = str(path), path.parent
     policy.prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
@@ -177,6 +182,7 @@ def open_real(folder, sets, real, device, dtype, max_new_tokens, turns, cache_to
     # out/run and out/run/model: a run knows its own prompts and completions.
     runs = [parent for parent in (path.parent, folder) if (parent / "metrics.jsonl").exists()]
     trained = run_settings(runs[0]) if runs else {}
+    # Flags, tokenizer and data first: weights of gigabytes are read when all else fits.
     shape, encoding = open_shape(path, real.template)
     prompt_tokens = real.prompt_tokens or trained.get("prompt_tokens", PROMPT_TOKENS)
     new_tokens = fitting_new_tokens(
@@ -250,6 +256,8 @@ def fitting_new_tokens(shape, prompt_tokens, phrase, asked, turns):
 
     -> `asked` if that fits; what fits, at most NEW_TOKENS, for 0. BadInput if it does not fit.
     """
+    # A context of 4,096, a prompt of 512, two turns with a phrase of 24 between them leave
+    # (4096 - 512 - 24) // 2 = 1,780 tokens for each completion.
     room = (shape.context - prompt_tokens - (turns - 1) * phrase) // turns
     if room < max(asked, 1):
         raise BadInput(
@@ -289,6 +297,7 @@ def make_sampler(policy, tasks, turns, cache_tokens=0, rollout_tokens=0, reserve
     if not cache_tokens and policy.cos.device.type == "cpu":
         room = memory.cache_room(policy.config, policy.compute)
         wanted = max(rollout_tokens, EVALUATED_ROWS * longest)
+        # A row must fit whole, even where that is more than the room.
         cache_tokens = max(room, longest) if wanted > room else 0
     return in_parallel(Sampler(policy, cache_tokens=cache_tokens, reserved=reserved))
 
@@ -319,6 +328,7 @@ def training_sampler(config, policy, task, turns):
         **lengths,
     )
     say(memory.plan_text(plan, total))
+    # The rollout of this rank alone.
     share = len(distributed.share(config.prompts))
     rollout_tokens = memory.cached_tokens(share, **lengths)
     # What a step takes besides comes after the sampler has measured how much memory is free.

@@ -117,6 +117,8 @@ class GeneratedTask:
 @functools.lru_cache(4)  # training evaluates on the same questions again and again
 def different_problems(puzzle, count, seed):
     """-> tuple of `count` different held-out problems, or fewer after 20 x count draws."""
+    # Draws repeat, and the first of equal problems is kept. After 20 draws a problem the puzzle has
+    # hardly more.
     problems = {}
     for index in range(20 * count):
         problem = draw(puzzle, "held out", seed, index)
@@ -138,6 +140,8 @@ def draw(puzzle, split, seed, index):
     until a problem of the wanted split comes, eight times on average for a held-out one. Raises
     BadInput for a puzzle with too few different questions.
     """
+    # A generator for each problem, named by a string: Random hashes strings in the same way in
+    # every process.
     rng = random.Random(f"{split}/{seed}/{index}")
     for _ in range(10_000):
         problem = puzzle.sample(rng)
@@ -161,6 +165,7 @@ def is_held_out(puzzle, problem):
     hash of the beginning sets the offset. One hash of everything is simpler but leaves a small task
     to luck: of the 49 computations of `--preset smoke` such a hash held out 3.
     """
+    # If the hash of the beginning is 3 mod 8, the last numbers 5, 13, 21, ... are held out.
     *first, last = puzzle.computation(problem)
     return (hashlib.sha256(str(first).encode()).digest()[0] + last) % HELD_OUT == 0
 
@@ -217,6 +222,7 @@ def draw_operations(rng, count, modulus):
     for _ in range(count):
         op = rng.choice("*+-")
         least = 2 if op == "*" and modulus > 2 else 1  # times 1 is no operation
+        # No 0: adding it changes nothing, and times 0 makes all x equal.
         operands = range(least, modulus)
         if op == "*":
             operands = [b for b in operands if math.gcd(b, modulus) == 1]
@@ -246,8 +252,11 @@ def compare_and_review(attempt, target, difference, another, rng):
     confirms the attempt or makes `another`. another: a function without arguments that returns an
     Attempt; a "yes" never calls it, so that it draws no random numbers.
     """
+    # The comparison stands in the text before the verdict, so that the model works it out first.
     opening = f"off by {target}-{attempt.reached}={difference}"
     doubt = DOUBTS_RIGHT if attempt.reached == target else DOUBTS_WRONG
+    # "no": the comparison goes in front of the new attempt. "yes": the old answer is stated again,
+    # without its work.
     if rng.random() < doubt:
         return another().text.replace("<think>", f"<think>{opening}: no. ", 1)
     return f"<think>{opening}: yes</think>" + attempt.text.partition("</think>")[2]

@@ -58,6 +58,7 @@ def build_encoding():
 
 
 def main():
+    """Prints the tokens of the text on the command line."""
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(__doc__.strip())
         return
