@@ -162,6 +162,7 @@ def series(templates, metrics):
         if "{k}" not in template:
             chosen += [Series(template, label, LINES[colour])] if template in names else []
             continue
+        # accuracy{k} stands for accuracy1, accuracy2, ..., as many as these lines have.
         pattern = re.compile(template.replace("{k}", r"([1-9]\d{0,2})"), re.ASCII)
         layers = sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
         for place, k in enumerate(layers):
@@ -217,11 +218,13 @@ def new_figure(size):
 
 def fill(axes, chart, metrics, style, behind):
     """Draws what a Chart shows of one run into axes. behind: goes behind every label."""
+    # Training: curves.
     for field, label, colour in series(chart.fields, metrics):
         x, y, _ = column(metrics, field)
         if len(x):
             y = thinned(y, np.max if field.endswith("_max") else np.mean)
             steps_of_training(axes, thinned(x), y, colour, style, label + behind)
+    # Evaluations: points with standard errors, joined where the chart has no curve.
     for field, label, colour in series(chart.held_out, metrics):
         x, y, error = map(evenly_spaced, column(metrics, field))
         axes.errorbar(
@@ -272,6 +275,7 @@ def thinned(values, combine=np.mean):
 
 def running_mean(y, width):
     """The mean over `width` values around each, fewer at the ends."""
+    # A window at an end holds fewer values: the second convolution counts them.
     kernel = np.ones(width)
     return np.convolve(y, kernel, "same") / np.convolve(np.ones_like(y), kernel, "same")
 
@@ -285,6 +289,7 @@ def finish(axes, chart, metrics):
     )
     axes.locator_params(axis="x", nbins=6)
     drawn = [line.get_ydata() for line in axes.lines if len(line.get_ydata())]
+    # A logarithmic axis needs something above 0.
     if chart.log and max((y.max() for y in drawn), default=0) > 0:
         axes.set_yscale("log")
     elif chart.share:
@@ -326,6 +331,7 @@ def svg(figure, salt):
         figure.savefig(
             file, format="svg", metadata=dict(Date=None, Creator=None, Format=None, Type=None)
         )
+    # Without date and version, and with the ids of a fixed salt: the same figure is the same bytes.
     text = file.getvalue()
     # figure_1, axes_1, ...: nothing refers to them
     text = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", text[text.index("<svg") :])
@@ -340,6 +346,7 @@ def in_page(figure, salt):
     text = re.sub(r"<style.*?</style>\s*", "", svg(figure, salt), flags=re.S)
     for mark, variable in VARIABLES.items():
         text = text.replace(mark, f"var({variable})")
+    # Without a size of its own the picture takes the width of its place.
     start, end = text.index("<svg"), text.index(">") + 1
     return re.sub(r' (width|height)="[\d.]+pt"', "", text[start:end]) + text[end:]
 

@@ -15,7 +15,7 @@ the script inserts it as text nodes. The page's policy names the one script that
 hash, and allows no source to load anything from.
 """
 
-from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import base64
@@ -119,6 +119,7 @@ def tables_part(run):
         ]
         if rows:
             parts.append(table(f"Held-out questions, {label}", rows))
+    # The table of the base is there, the one after training is not.
     if len(run.result) == 1:
         parts.append(
             f"<p>{html.escape(run.name)} has not finished, so there is no table for after training "
@@ -155,10 +156,10 @@ def cell(row, column):
 
 def so_far(run):
     """The last held-out evaluation of a run's log, as a sentence; empty when there was none."""
-    looks = [line for line in run.metrics if line.get("heldout1") is not None]
-    if not looks:
+    quick_evaluations = [line for line in run.metrics if line.get("heldout1") is not None]
+    if not quick_evaluations:
         return ""
-    last, accuracies = looks[-1], []
+    last, accuracies = quick_evaluations[-1], []
     for k in itertools.count(1):
         if last.get(f"heldout{k}") is None:
             break
@@ -173,6 +174,7 @@ def so_far(run):
 def evaluated(paths):
     """Files of dialogues -> {title: row of the table}, computed from the verdicts. A last question
     that lacks samples, because the evaluation was killed, is left out."""
+    # The files of all ranks come under one title: they are parts of one evaluation.
     rights = defaultdict(list)  # [question][sample][turn] of each evaluation
     for path in paths:
         with reading(path):
@@ -228,6 +230,7 @@ def chosen_trees(run):
     for path in sources:
         with reading(path):
             count, wanted = 0, None
+            # Count first, then read those in the middle of each stretch of `every` trees.
             if every > 1:
                 lines = open_lines(path) if path in run.rollouts else dialogues(path)
                 count = sum(1 for _ in lines)
@@ -309,6 +312,7 @@ def phases(run):
         phase: sum(line.get(field) or 0.0 for line in run.metrics)
         for phase, field in fields.items()
     }
+    # What is left of the wall time.
     spent["the table before, saving and the rest"] = total - sum(spent.values())
     shown = {}
     before = run.config.get("made_by", {}).get("seconds_base")
@@ -347,6 +351,7 @@ def page(run):
     """Run -> the text of its page."""
     kept, answers, total = chosen_trees(run)
     text = TEMPLATE.read_text(encoding="utf-8")
+    # The policy allows the one script with this hash, so the text of a model cannot bring another.
     script = text.rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = dict(

@@ -14,7 +14,7 @@
 A node's answers continue that node, to any depth. A dialogue is a tree without branches.
 """
 
-from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import functools
@@ -106,6 +106,7 @@ def dialogues(path):
     the first of which has number 0."""
     samples = []
     for line in lines_of(path):
+        # Sample 0 begins the next question.
         if line["sample"] == 0 and samples:
             yield samples
             samples = []
@@ -118,6 +119,7 @@ def chain(turns):
     """The turns of a dialogue -> [node] of the first; each node's only answer is the next turn."""
     if not turns:
         return []
+    # The rest of a turn (its answer, its tokens) is for other readers of the file.
     kept = {name: turns[0][name] for name in OF_A_TURN if name in turns[0]}
     return [kept | dict(answers=chain(turns[1:]))]
 
@@ -164,6 +166,7 @@ def tree_text(tree):
 
 def branches(answers, indent):
     """The lines of sibling answers, which share their phrase, and of all that continues them."""
+    # Siblings continue one answer with one phrase, so it is shown once.
     lines = [f"{indent}{node['phrase']}" for node in answers[:1] if "phrase" in node]
     for node in answers:
         verdict = "undecided" if node["undecided"] else "right" if node["right"] else "WRONG"

@@ -10,7 +10,7 @@ memory. A spilled register is traffic that nobody counted. Bytes and flops are c
 those of both together.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import itertools
@@ -66,6 +66,8 @@ def launches_of(m, dtype, rows, prompt, own, group):
 
     m: ModelConfig. rows: in flight; prompt: tokens that `group` rows share; own: tokens of a row.
     """
+    # A wrapper finds its kernel by its name in the module: a recorder under that name gets the
+    # launch.
     launches, originals = [], {name: getattr(kernels, name) for name in KERNELS}
     try:
         for name in KERNELS:
@@ -137,6 +139,8 @@ def compiled(launch, capability):
     names = [parameter.name for parameter in kernel.params]
     given = {name: value for name, value in options.items() if name in names}
     values = dict(zip(names, args)) | given
+    # What a kernel is compiled for has upper-case names. Lower-case options (num_warps) are the
+    # compiler's.
     constants = {name: value for name, value in given.items() if name.isupper()}
     signature = {
         name: "constexpr" if name in constants else triton_type(value)
@@ -158,6 +162,7 @@ def compiled(launch, capability):
         path.write_bytes(binary.asm["cubin"])
         words = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
         printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    # "REG:32 STACK:0 SHARED:0 LOCAL:0 ..."
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
     return dict(
         registers=used["REG"], spills=used["STACK"] + used["LOCAL"], shared=binary.metadata.shared
@@ -178,6 +183,7 @@ def is_aligned(value):
 
 
 def main():
+    """Prints the table: a line for each kernel of each model shape and type."""
     config = parse_flags(Config, __doc__, renamed=RENAMED)
     if keys.triton is None:
         raise BadInput(
@@ -188,6 +194,7 @@ def main():
         raise BadInput(
             "bench_kernels compiles kernels, and TRITON_INTERPRET=1 interprets them: unset it"
         )
+    # Bytes and flops by hand, registers and spills from the compiler, a line for each launch.
     load, group_size = config.load, config.group_size
     rows, prompt, own = load.prompts * group_size, load.prompt_tokens, load.new_tokens
     print(

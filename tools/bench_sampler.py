@@ -11,7 +11,7 @@ the second table all rows have the full length, and nothing is compared but the 
 side runs in whichever of float32 and bfloat16 is faster for it.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import statistics
@@ -70,6 +70,7 @@ def make_model(config, dtype, device):
 @torch.inference_mode()
 def recompute(model, prompts, n, limits):
     """The naive sampler: every step runs every row through the model from its first token on."""
+    # [B, T], a column longer with every step.
     tokens = torch.tensor(prompts, device=model.embed.weight.device).repeat_interleave(n, 0)
     for _ in range(max(limits)):
         logits = F.linear(model(tokens)[:, -1], model.head.weight.to(model.compute))
@@ -129,6 +130,7 @@ def print_speeds(title, seconds, lengths, config, device):
         volume, flops = machine.decode_work(
             shape, dtype, config.load.prompt_tokens, config.group_size, lengths
         )
+        # Bytes and arithmetic can overlap, so the larger of the two is the floor.
         floor, middle = max(volume / bandwidth, flops / peak), statistics.median(times)
         steps = max(lengths)
         print(
@@ -143,6 +145,7 @@ def print_speeds(title, seconds, lengths, config, device):
 def bench_ladder(config, types, device, prompts, lengths):
     """-> {(line, type): [seconds]}, empty where a line does not run."""
     variants, absent = {}, {}
+    # The sampler as it is used on this device.
     last = [name for name in LADDER if name not in ABSENT[device]][-1]
     for dtype in types:
         model = make_model(config, dtype, device)
@@ -178,6 +181,7 @@ def bench_peers(config, types, device, prompts):
     seconds = machine.in_turns(variants, config.measuring.rounds, device)
     title = "Against transformers' generate: every row of full length"
     print_speeds(title, seconds, lengths, config, device)
+    # Each side is shown in its faster type: a fixed one would favour the side that is tuned for it.
     best = {
         name: min(types, key=lambda dtype: statistics.median(seconds[name, dtype]))
         for name in makers
@@ -189,6 +193,7 @@ def bench_peers(config, types, device, prompts):
 
 
 def main():
+    """Prints both tables: the ladder, and our sampler beside transformers'."""
     config = parse_flags(Config, __doc__, renamed=machine.RENAMED)
     device, load = machine.prepare(config.measuring), config.load
     types, generator = machine.types_on(device), torch.Generator().manual_seed(0)

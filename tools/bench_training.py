@@ -16,7 +16,7 @@ Every row has an advantage, so that none is left out (in a real run many have no
 Letters: N query heads, C head size, L blocks.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import contextlib
@@ -139,6 +139,8 @@ class Bench:
                     phrases = [PHRASE] * len(above)
                     completions = self.sampler.extend(above, phrases, n, limits, seed=seed)
             with clock.phase("reward"):
+                # The shape's vocabulary may be larger than this encoding: tokens become bytes, so
+                # that there is text to score.
                 ids = [[token % 256 for token in row] for row in completions.ids]  # bytes
                 texts = self.encoding.decode_batch(ids)
                 rewards = torch.tensor([score(text, "7").total for text in texts])
@@ -180,6 +182,7 @@ class Bench:
             return train.batch_loss(
                 self.model, None, pack, denominators, self.settings, Metrics(), first_update=True
             )
+        # Padded rows: each row repeats the prompt and all that is above it.
         prompts = [[t for _, tokens in branch.path[:-1] for t in tokens] for branch in batch]
         sampled = [branch.layer.completions.sampled[branch.row] for branch in batch]
         rows = packing.pad_rows(prompts, sampled, self.device)
@@ -257,6 +260,7 @@ def train_work(m, layers):
     """-> FLOPs of a forward and a backward pass over the tree, its tokens. m: ModelConfig."""
     (batch,) = packing.microbatches(branches_of(layers), ALL)
     pack = packing.pack_trees(batch)
+    # The token at position p sees p + 1 tokens, itself included.
     pairs = int((pack.positions[: pack.real_tokens] + 1).sum())
     flops = 6 * memory.parameters(m) * pack.real_tokens
     return flops + 12 * m.heads * m.head_size * m.depth * pairs, pack.real_tokens
@@ -276,6 +280,7 @@ def print_phases(config, device, types):
     )
     benches = {dtype: Bench(config, dtype, device) for dtype in types}
     clocks = {key: [] for key in itertools.product(types, KINDS)}
+    # In turns, so that a machine that is slow for a while is slow for all.
     for number in range(measuring.rounds + 1):
         for dtype, kind in clocks:
             clock = benches[dtype].step(kind)
@@ -322,6 +327,7 @@ def print_floors(bench, clocks):
     layers = bench.rollout(bench.clock())
     flops, tree = train_work(m, layers)
     parameters, sampled = memory.parameters(m), [sum(limits) for limits in bench.limits]
+    # Sampling: tools/machine.py counts what each layer must read and compute.
     floors, tokens, above = {}, {}, config.load.prompt_tokens
     for number, (n, limits) in enumerate(zip(config.group_sizes, bench.limits), 1):
         volume, operations = machine.decode_work(m, dtype, above, n, limits)
@@ -330,6 +336,7 @@ def print_floors(bench, clocks):
         above += sum(limits) // len(limits) + len(
             PHRASE
         )  # what the next layer continues, on average
+    # A forward pass is a third of the arithmetic, a backward pass two thirds.
     floors |= dict(
         forward=flops / 3 / peak,
         backward=2 * flops / 3 / peak,
@@ -374,6 +381,7 @@ def print_growth(config, device, dtype):
                 clocks.append(bench.clock())
                 bench.learn(layers, "tree", clocks[-1])
             took.append(statistics.median(c["forward"] + c["backward"] for c in clocks[1:]))
+        # time = c x value^exponent is a straight line in logarithms: its slope is the exponent.
         logs = [math.log(v) for v in values], [math.log(t) for t in took]
         exponent = statistics.linear_regression(*logs).slope
         cells = "".join(f"{v:6}: {seconds:7.3f} s" for v, seconds in zip(values, took))
@@ -428,6 +436,7 @@ def trl_steps(config, dtype, device, between, seconds):
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL uses
     load, (rows,) = config.load, config.rows
     model = machine.their_model(config.measuring.shape, torch.float32, device)
+    # TRL starts from texts. Here a word is a token, so that prompts have exactly the wanted length.
     vocabulary = {f"w{i}": i for i in range(model.config.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -477,6 +486,7 @@ def trl_steps(config, dtype, device, between, seconds):
         trainer.remove_callback(transformers.PrinterCallback)
         # Without an end token every completion has its full length.
         generation = trainer.generation_config, trainer.model.generation_config
+        # In every place where TRL or transformers may look for it.
         for settings in (*generation, trainer.model.config):
             settings.eos_token_id = None
         trainer.eos_token_ids = [-1]
@@ -489,6 +499,7 @@ RENAMED = machine.RENAMED | dict(
 
 
 def main():
+    """Prints all tables: phases, floors, growth, and TRL's step beside ours."""
     config = parse_flags(Config, __doc__, renamed=RENAMED)
     device = machine.prepare(config.measuring)
     types = machine.types_on(device)

@@ -7,7 +7,7 @@ with the gold before it: right and wrong ones. "new" forgets every text that was
 training most golds are compared many times, and that is "again". One core; medians.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import platform
@@ -91,10 +91,12 @@ def verdict_seconds(response, gold, forget):
 
 
 def main():
+    """Prints comparisons per second of each kind of gold answer."""
     config = parse_flags(Config, __doc__)
     print(f"{platform.machine()}, one core; {config.rounds} rounds, medians")
     print(f"{'':20}{'new a second':>16}{'again':>12}{'slowest, ms':>14}")
     for kind, golds in GOLDS.items():
+        # "new" and "again" take turns within a round.
         pairs, rates, slowest = pairs_of(golds), {"new": [], "again": []}, 0.0
         for _ in range(config.rounds):
             for name in rates:

@@ -14,7 +14,7 @@ The sampler calls `Stream` after every token. A character whose bytes are split 
 printed when it is complete. Control characters in a model's text are shown and have no effect.
 """
 
-from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import codecs
@@ -75,6 +75,7 @@ class Stream:
     def __call__(self, rows, ended):
         """rows: the rows in flight. On CUDA the host waits for the device here: a dialogue does not
         show it."""
+        # One token, or none: on CUDA a row's end is noticed some steps late.
         new = rows.tokens[rows.row[0], self.count : int(rows.length[0])].tolist()
         self.count += len(new)
         visible = (token for token in new if token not in self.end_tokens)
@@ -152,6 +153,7 @@ class Dialogue:
     def ask(self, problem):
         """Answer, phrase, correction."""
         phrase = longest_phrase(self.task.encoding)
+        # Room for the answer and its correction, before anything is sampled.
         self.fit(len(self.task.prompt_ids(problem)), 2, phrase)
         self.problem, self.layer = problem, None
         config, limit = self.config, self.task.max_new_tokens
@@ -166,6 +168,7 @@ class Dialogue:
         if above is None:
             raise BadInput("there is no answer to continue yet: ask a question first")
         numbers = above.completions.numbers.tolist()
+        # As in a rollout: the phrase depends on seed, layer and number alone.
         phrases = draw_phrases(self.sampling.seed, above.number + 1, numbers)
         ids = self.task.encoding.encode_ordinary(phrase_text(phrases[0]))
         self.fit(len(above.completions.prompts[0] + above.completions.ids[0] + ids), 1)
@@ -213,6 +216,7 @@ def talk(dialogue, typed):
     """Takes lines from stdin until it ends. typed: at a terminal, where Ctrl-C stops an answer; in
     a pipe it ends the script."""
     while True:
+        # Ctrl-C while a line is typed and Ctrl-C in an answer get different replies.
         line = None
         try:
             line = input(PROMPT if typed else "")

@@ -13,7 +13,7 @@ run. `decode_work` counts the bytes and flops that no sampler can leave out.
 Letters: D width, N query heads, K key/value heads, C head size, L blocks.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import gc
@@ -125,6 +125,7 @@ def median_ratio(a, b):
 def limits_of_machine(dtype, device):
     """-> FLOP/s of a large matrix product in this type, bytes/s of reading and writing a large
     buffer, both measured now."""
+    # Large enough to be bound by arithmetic (the product) and by memory (the copy).
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     x = torch.ones((1 << 30) if device == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
@@ -214,11 +215,14 @@ def decode_work(m, dtype, prompt_tokens, group_size, lengths):
         flops = 2 x parameters a token + 4 N C L for every key that a token sees
     """
     inner, keys = m.heads * m.head_size, m.kv_heads * m.head_size
+    # q, k and v; the output projection; the three matrices of the MLP. Norms and biases are left
+    # out.
     block = m.width * (inner + 2 * keys) + inner * m.width + 3 * m.width * m.hidden
     parameters = m.depth * block + m.vocab_size * m.width
     cached = 2 * m.depth * keys * dtype.itemsize  # bytes of a token's keys and values
     own = sum(length * (length + 1) // 2 for length in lengths)  # keys of its row that a token sees
     groups = (lengths[i : i + group_size] for i in range(0, len(lengths), group_size))
+    # A prefix is read in every step in which one of its rows is still sampled.
     prefixes = prompt_tokens * sum(map(max, groups))
     volume = dtype.itemsize * parameters * max(lengths) + cached * (own + prefixes)
     tokens = sum(lengths)
@@ -246,6 +250,7 @@ class Config:
 
 
 def main():
+    """Prints this machine's limits in each compute type."""
     config = parse_flags(Config, __doc__)
     device = prepare(config)
     print(f"{machine_name(device)}, torch {torch.__version__}")

@@ -7,7 +7,7 @@
 Nothing is loaded or measured: runtime/memory.py computes the parts from the models' shapes.
 """
 
-from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 from dataclasses import dataclass
@@ -95,6 +95,7 @@ def row(name, shape, completion, group_sizes, config):
         recompute=config.recompute == "yes",
         ranks=config.ranks,
     )
+    # What belongs together in the table's columns, in the order of TITLES.
     sizes = (
         planned["weights"] + planned["reference"],
         planned["masters and gradients"] + planned["Adam"],
@@ -109,6 +110,7 @@ def row(name, shape, completion, group_sizes, config):
 
 
 def main():
+    """Prints the table in Markdown, a line for each model, length and group sizes."""
     config = parse_flags(Config, __doc__)
     print(f"| {' | '.join(TITLES)} |\n{'|---' * len(TITLES)}|")
     choices = [config.group_sizes] if config.group_sizes else [(8, 4), (16, 4)]

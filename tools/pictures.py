@@ -8,7 +8,7 @@ run and an MGRPO run from the same base, and the comparison over seeds (tools/co
 matplotlib draws the same bytes, and a test compares them with the committed pictures.
 """
 
-from runtime import flags  # noqa: F401 - first, so that Ctrl-C while torch is imported is one sentence too
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import html
@@ -61,6 +61,7 @@ def tree_picture(tree):
 def grow(answers, depth, above, lines, joints):
     """Appends sibling answers, which share their phrase, and all that continues them to the lines
     of the picture, and the branches to them from line `above` to joints."""
+    # The phrase once, above the siblings that follow it.
     for phrase in (node["phrase"] for node in answers[:1] if "phrase" in node):
         lines.append(text_line(len(lines), depth, "#666666", phrase, ' font-style="italic"'))
     for node in answers:
@@ -123,6 +124,7 @@ def arms_picture(results, path):
         figure, axes = curves.new_figure((6.4, 2.8))
         for mark, label in enumerate(("greedy", "temperature 1")):
             means, errors = zip(*(over_seeds(runs, arm, label) for arm in ARMS))
+            # The two marks of an arm stand side by side.
             places = [i + 0.15 * (mark - 0.5) for i in range(len(ARMS))]
             axes.errorbar(
                 places,
@@ -134,6 +136,7 @@ def arms_picture(results, path):
                 capsize=3,
                 label=f"Acc@t2, {label}",
             )
+        # What a second answer has to beat.
         once = statistics.mean(
             run["result"]["greedy"]["t1"][0] for run in runs if run["arm"] == "grpo"
         )
@@ -162,6 +165,7 @@ def main():
     if not curves.available():
         raise BadInput("the pictures are drawn with matplotlib: pip install matplotlib")
     trees = list(read_trees(results / RUNS[1] / "rollouts.jsonl"))
+    # Where answers are all right, or all wrong, layer 1 has no advantages to show.
     mixed = [tree for tree in trees if len({node["right"] for node in tree["answers"]}) == 2]
     if not mixed:
         raise BadInput(

@@ -71,6 +71,7 @@ def solution_pair(encoding, problem, rng, review):
     right = f"<think>{steps}</think><answer>{problem.gold}</answer>"
     prompt = encoding.template(problem.question)
     if review:
+        # Half of the first solutions state a wrong answer: there is something to find.
         answer = problem.gold if rng.random() < 0.5 else rng.randint(1, 99)
         first = f"<think>{steps}</think><answer>{answer}</answer>"
         prompt += encoding.encode_ordinary(first)
@@ -108,10 +109,12 @@ def train(config, encoding, problems, device, dtype, say=print):
         end_tokens=(encoding.eot_token,),
         rope_theta=1e6,
     )
+    # A wider model takes a smaller learning rate.
     model, peak = new_model(shape, config.base_seed, device, dtype), LR * (4 / depth) ** 0.5
     optimizers, tokens, step = make_optimizers(model, peak), 0, 0
     bar = log.bar(config.base_tokens, "worked solutions", "tok")
     while tokens < config.base_tokens:
+        # The texts of a step depend on the seed and the step alone.
         rng = random.Random(f"solutions/{config.base_seed}/{step}")
         pairs = [
             solution_pair(encoding, rng.choice(problems), rng, review=i % 2 == 1)
@@ -133,6 +136,7 @@ def train(config, encoding, problems, device, dtype, say=print):
 
 
 def main():
+    """Trains the model on the files of the command line, and saves it."""
     config = parse_flags(Config, __doc__)
     if not (config.data and config.tokenizer and config.save):
         raise BadInput(
