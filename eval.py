@@ -68,14 +68,16 @@ def evaluate(
 ):
     """Asks every problem `samples` times, and for `turns` - 1 corrections of every answer.
 
-    -> {"t1", ..., "delta", "fix2", "broke2", ...: (mean, standard error), "pass1": {k: ...},
-    "maj1": ..., "length1", ..., "truncated": share, "tokens": mean of all turns together,
-    "undecided": failures of the verifier, "questions", "samples", "temperature"}; of all ranks'
-    shares of the problems together. record(problems, layers, sampling) gets every batch.
+    -> {"t1", ..., "delta", "fix2", "broke2", "no_right2", "no_wrong2", "fresh2", ...: (mean,
+    standard error), "pass1": {k: ...}, "maj1": ..., "length1", ..., "truncated": share, "tokens":
+    mean of all turns together, "undecided": failures of the verifier, "questions", "samples",
+    "temperature"}; of all ranks' shares of the problems together. record(problems, layers,
+    sampling) gets every batch.
     """
     distributed.agree("questions to be asked", [problem.question for problem in problems])
     share, at_once = distributed.share(len(problems)), max(1, EVALUATED_ROWS // samples)
-    right, truncated, lengths = [], [], []  # a tensor [questions, samples, turns] of each batch
+    batches = []  # of tensors [questions, samples, turns], in the order of `what`
+    what = ("correct", "changed", "fresh", "truncated", "lengths")
     votes, undecided = [], 0
     with bar_of_rows(sampler, len(share) * samples * turns, name):
         for start in range(share.start, share.stop, at_once):
@@ -85,20 +87,20 @@ def evaluate(
             )
             # One correction of every answer: the rows of all layers correspond.
             layers = rollout(sampler, task, batch, (samples, *[1] * (turns - 1)), sampling)
-            right.append(by_turn([layer.correct for layer in layers], samples))
-            truncated.append(by_turn([layer.truncated for layer in layers], samples))
-            lengths.append(by_turn([layer.lengths for layer in layers], samples))
+            batches.append([by_turn([getattr(x, name) for x in layers], samples) for name in what])
             undecided += sum(int(layer.undecided.sum()) for layer in layers)
             votes += majorities(layers, samples) if samples > 1 else []
             if record:
                 record(batch, layers, sampling)
 
     # What all ranks found, in the order of the questions.
-    ranks = distributed.gather_objects((right, truncated, lengths, votes, undecided))
-    right, truncated, lengths = (torch.cat([x for r in ranks for x in r[i]]) for i in range(3))
-    votes, undecided = [vote for r in ranks for vote in r[3]], sum(r[4] for r in ranks)
+    ranks = distributed.gather_objects((batches, votes, undecided))
+    tensors = map(torch.cat, zip(*(batch for r in ranks for batch in r[0])))
+    right, changed, fresh, truncated, lengths = tensors
+    votes, undecided = [vote for r in ranks for vote in r[1]], sum(r[2] for r in ranks)
     return {
         **summarise(right),
+        **what_reviews_say(right, changed, fresh),
         **several_samples(right, votes),
         **{f"length{k}": lengths[..., k - 1].mean().item() for k in range(1, turns + 1)},
         "truncated": truncated.mean().item(),
@@ -129,6 +131,22 @@ def summarise(right):
     return {name: mean_and_error(x.mean(1)) for name, x in columns.items()}
 
 
+def what_reviews_say(right, changed, fresh):
+    """[Q, samples, turns] 0/1 each -> {"no_right2", "no_wrong2", "fresh2", ...: (mean, error)}.
+
+    A correction says no if it states another answer than the one before it. no_right: how often it
+    does that to a right answer; no_wrong: to a wrong one; fresh: how many of these other answers
+    stand nowhere above them. None for a mean of nothing.
+    """
+    found = {}
+    for k in range(1, right.shape[-1]):
+        before, no = right[..., k - 1], changed[..., k]
+        found[f"no_right{k + 1}"] = share_and_error(no * before, before)
+        found[f"no_wrong{k + 1}"] = share_and_error(no * (1 - before), 1 - before)
+        found[f"fresh{k + 1}"] = share_and_error(fresh[..., k], no)
+    return found
+
+
 def several_samples(right, votes):
     """pass@k for k = 1, 2, 4, ..., n and maj@n of each turn; nothing for one sample.
 
@@ -157,11 +175,24 @@ def mean_and_error(x):
     return x.mean().item(), (x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None)
 
 
+def share_and_error(part, whole):
+    """[Q, samples] each -> sum of `part` / sum of `whole`, and its standard error over questions.
+
+    The error of a ratio, to first order: sqrt(sum of (part - share whole)² of a question) / sum of
+    whole. (None, None) where `whole` is 0.
+    """
+    part, whole = part.sum(1), whole.sum(1)  # [Q]
+    if not whole.sum():
+        return None, None
+    share = part.sum() / whole.sum()
+    return share.item(), ((part - share * whole).norm() / whole.sum()).item()
+
+
 def majorities(layers, samples):
     """-> for each question a list with maj@n of each turn (see `majority`)."""
     turns = []
     for layer in layers:
-        answers, right = [extract_answer(text) for text in layer.texts], layer.correct.tolist()
+        answers, right = [stated[-1] for stated in layer.answers], layer.correct.tolist()
         groups = range(0, len(answers), samples)
         turns.append([majority(answers[i : i + samples], right[i : i + samples]) for i in groups])
     return [list(question) for question in zip(*turns)]
@@ -206,6 +237,8 @@ def as_metrics(results):
 
 
 def percent(pair, sign=""):
+    if pair[0] is None:
+        return "-"
     error = "?" if pair[1] is None else f"{100 * pair[1]:.1f}"
     return f"{100 * pair[0]:{sign}.1f} ± {error}"
 
@@ -247,6 +280,13 @@ def details(rows, verifier):
             shares = [f"pass@{k} {percent(pair)}" for k, pair in results[f"pass{turn}"].items()]
             majority_of = f"maj@{results['samples']} {percent(results[f'maj{turn}'])}"
             lines.append(f"{name}, turn {turn}: {', '.join([*shares, majority_of])}")
+        for turn in [turn for turn in turns if f"no_right{turn}" in results]:
+            said = dict(right=f"no_right{turn}", wrong=f"no_wrong{turn}", fresh=f"fresh{turn}")
+            said = {name: percent(results[key]) for name, key in said.items()}
+            lines.append(
+                f"{name}, turn {turn} says no to {said['right']} of right answers, to "
+                f"{said['wrong']} of wrong ones; {said['fresh']} of its other answers are new"
+            )
         lengths = " and ".join(f"{results[f'length{turn}']:.0f}" for turn in turns)
         lines.append(
             f"{name}: {lengths} tokens an answer, {100 * results['truncated']:.1f} % of answers "

@@ -60,7 +60,7 @@ import torch
 
 from engine.keys import hash_seed
 from engine.packing import to_device
-from reward import score
+from reward import extract_answer, score
 
 MAX_LOG_RATIO = 20.0  # |log r| is cut here before exp: e^20 is finite, and far outside of any clip
 
@@ -120,6 +120,7 @@ class Layer:
     number: int  # 1: answers to the question, 2: corrections of them, ...
     completions: Any  # sample.Completions
     texts: list  # B decoded completions, without the end token
+    answers: list  # B tuples: the answers stated from layer 1 down to the row's own (None: none)
     rewards: torch.Tensor  # [B] fp32
     correct: torch.Tensor  # [B] bool
     undecided: torch.Tensor  # [B] bool: the verifier failed, so the accuracy is 0
@@ -139,6 +140,16 @@ class Layer:
     def truncated(self):
         """[B] bool: cut off at max_new_tokens."""
         return ~self.completions.ended.cpu()
+
+    @functools.cached_property
+    def changed(self):
+        """[B] bool: the correction states another answer than the one it corrects."""
+        return torch.tensor([answers[-1] not in answers[-2:-1] for answers in self.answers])
+
+    @functools.cached_property
+    def fresh(self):
+        """[B] bool: it states an answer that stands nowhere above it."""
+        return torch.tensor([answers[-1] not in answers[:-1] for answers in self.answers])
 
     def active(self, kl_coef):
         """[B] bool: rows with a gradient. A KL term acts on all trained rows."""
@@ -198,10 +209,13 @@ def expand(
     texts = task.encoding.decode_batch(completions.ids)
     golds = [problems[q].gold for q in questions.tolist()]
     scores = [score(text, gold, format_weight, task.verifier) for text, gold in zip(texts, golds)]
+    before = [()] * len(texts) if above is None else [above.answers[i] for i in parents.tolist()]
+    answers = [(*stated, extract_answer(text)) for stated, text in zip(before, texts)]
     return Layer(
         1 if above is None else above.number + 1,
         completions,
         texts,
+        answers,
         rewards=torch.tensor([s.total for s in scores]),
         correct=torch.tensor([s.accuracy == 1 for s in scores]),
         undecided=torch.tensor([s.failed == 1 for s in scores]),

@@ -92,6 +92,8 @@ class Config:
 
     # Held-out questions of the tables before and after training.
     eval_questions: Annotated[int, Between(2, 1 << 24)] = 1024
+    # Answers in a row to each of them; 0: as many as layers, and one correction for GRPO too.
+    turns: Annotated[int, Between(0, 16)] = 0
     eval_every: Annotated[int, AtLeast(0)] = 0  # steps between quick evaluations; 0: ten a run
 
     puzzle: TaskConfig = TaskConfig()
@@ -366,6 +368,13 @@ def rollout_metrics(layers, count):
         metrics[f"signal{number}"] = sums.pop("with_signal") / sums.pop("groups")
         if number == 1:
             del sums["fix"], sums["broke"]
+        # Shares of other numbers than all rows: corrections of right answers, and so on.
+        for name, of in (("no_right", "of_right"), ("no_wrong", "of_wrong"), ("fresh", "changed")):
+            part, whole = sums.pop(name), sums[of]
+            if number > 1 and whole:
+                metrics[f"{name}{number}"] = part / whole
+        for name in ("of_right", "of_wrong", "changed"):
+            del sums[name]
         metrics |= {f"{name}{number}": value / rows for name, value in sums.items()}
     return metrics
 
@@ -373,7 +382,8 @@ def rollout_metrics(layers, count):
 def layer_sums(layers, number):
     """{name: sum over this rank's rows of a layer}, zeros for a layer that was not grown."""
     names = ("rows", "groups", "with_signal", "undecided", "reward", "accuracy", "length")
-    names += ("truncated", "fix", "broke")
+    names += ("truncated", "fix", "broke", "changed", "fresh", "no_right", "no_wrong", "of_right")
+    names += ("of_wrong",)
     if number > len(layers):
         return dict.fromkeys(names, 0)
     layer = layers[number - 1]
@@ -387,6 +397,12 @@ def layer_sums(layers, number):
         truncated=layer.truncated,
         fix=~before & right,  # against the parent
         broke=before & ~right,
+        changed=layer.changed,
+        fresh=layer.fresh,
+        no_right=layer.changed & before,
+        no_wrong=layer.changed & ~before,
+        of_right=before,
+        of_wrong=~before,
     )
     return dict(
         rows=len(right),
@@ -418,7 +434,9 @@ def loss_metrics(sums, tried):
 
 def held_out_tables(name, run, sampler, task, config):
     """The paper's rows for the model as it is -> {"greedy": results, "temperature 1": results}."""
-    problems = task.held_out(config.eval_questions)
+    # Another seed asks other questions with other random numbers, so that results over seeds show
+    # how much both matter.
+    problems = task.held_out(config.eval_questions, config.seed)
     rows = {"greedy": 0.0, "temperature 1": 1.0}
     with run.evaluating():
         return {
@@ -428,6 +446,7 @@ def held_out_tables(name, run, sampler, task, config):
                 problems,
                 turns=turns(config),
                 temperature=temperature,
+                seed=config.seed,
                 name=f"{name}, {row}",
             )
             for row, temperature in rows.items()
@@ -440,7 +459,7 @@ def quick_evaluation(run, sampler, task, config):
     It draws no random numbers and changes nothing: a run with it is bit for bit the run without.
     """
     clock = time.perf_counter()
-    problems = task.held_out(min(QUICK_QUESTIONS, config.eval_questions))
+    problems = task.held_out(min(QUICK_QUESTIONS, config.eval_questions), config.seed)
     with run.evaluating():
         results = evaluate(sampler, task, problems, turns=turns(config), name="held-out questions")
     shown = (f"Acc@t{k} {percent(results[f't{k}'])}" for k in range(1, turns(config) + 1))
@@ -456,8 +475,8 @@ def method(config):
 
 
 def turns(config):
-    """Answers to a question in evaluation: as many as layers, and a correction for GRPO too."""
-    return max(2, len(config.group_sizes))
+    """Answers in a row to a question in evaluation."""
+    return config.turns or max(2, len(config.group_sizes))
 
 
 def rows_per_question(group_sizes):
@@ -472,6 +491,19 @@ def check(config):
         raise BadInput(
             f"--prompts {config.prompts} and --group-sizes {text} make too many rows a step: lower "
             f"them to {MOST_ROWS:,} at most"
+        )
+    looks = config.puzzle.looks
+    if not config.init and max(len(sizes), turns(config)) > looks:
+        asked = f"--turns {config.turns}" if config.turns > looks else f"--group-sizes {text}"
+        raise BadInput(
+            f"{asked} asks for {max(len(sizes), turns(config))} answers in a row, and the base's "
+            f"texts have {looks}: beyond them its accuracy collapses; ask for fewer, or raise "
+            "--looks, which makes another base"
+        )
+    if 0 < config.turns < len(sizes):
+        raise BadInput(
+            f"--turns {config.turns}: --group-sizes {text} trains {len(sizes)} answers in a row; "
+            "ask for as many or more"
         )
     if sizes == (1,):
         raise BadInput(

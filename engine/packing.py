@@ -28,7 +28,6 @@ heads, K key/value heads, C head size.
 import functools
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +54,10 @@ def to_device(x, device):
 class Branch(NamedTuple):
     """A sampled row, and the segments from the root of its tree down to it."""
 
-    layer: Any  # mgrpo.Layer
+    layer: Any  # mgrpo.Layer; None: a text that a base model learns
     row: int  # of the layer
     path: tuple  # ((key, tokens), ...), root first; the last is its own, without the last token
+    sampled: list  # its tokens, end token included
 
 
 def branch_of(layers, number, row):
@@ -71,14 +71,15 @@ def branch_of(layers, number, row):
     prompt = completions.prompts[row // completions.n]
     # Off by one: of the completion c d END only c and d go through the model, as END predicts
     # nothing.
-    own = ((number, row), completions.sampled[row][:-1])
+    sampled = completions.sampled[row]
+    own = ((number, row), sampled[:-1])
     if number == 1:
-        return Branch(layer, row, (((0, row // completions.n), prompt), own))
+        return Branch(layer, row, (((0, row // completions.n), prompt), own), sampled)
     # The segments above the parent stay as they are. The parent's own segment becomes all that this
     # prompt has beyond them: the whole answer and the phrase.
     *above, (key, _) = branch_of(layers, number - 1, int(layer.parents[row])).path
     start = sum(len(tokens) for _, tokens in above)
-    return Branch(layer, row, (*above, (key, prompt[start:]), own))
+    return Branch(layer, row, (*above, (key, prompt[start:]), own), sampled)
 
 
 def microbatches(branches, limit):
@@ -194,12 +195,11 @@ def pack_trees(branches, device="cpu"):
     source, target, row, column = [], [], [], []
     for i, branch in enumerate(branches):
         own = by_key[branch.path[-1][0]]
-        sampled = branch.layer.completions.sampled[branch.row]
         source += [own.above.start + len(own.above.tokens) - 1]
-        source += range(own.start, own.start + len(sampled) - 1)
-        target += sampled
-        row += [i] * len(sampled)
-        column += range(len(sampled))
+        source += range(own.start, own.start + len(branch.sampled) - 1)
+        target += branch.sampled
+        row += [i] * len(branch.sampled)
+        column += range(len(branch.sampled))
 
     index = lambda numbers: to_device(torch.tensor(numbers), device)
     return PackedTrees(
@@ -207,15 +207,13 @@ def pack_trees(branches, device="cpu"):
         chunks=[] if on_cuda else same_depth_chunks(segments, S + padding),
         size=(len(branches), max(column) + 1),
         real_tokens=S,
-        layers=[] if branches == [NO_BRANCH] else rows_by_layer(branches, device),
+        layers=rows_by_layer(branches, device),
     )
 
 
 # The prompt [0], and the completion [0], which the prompt's only vector predicts. A last token has
 # no vector, so the completion's segment is empty.
-NO_BRANCH = Branch(
-    SimpleNamespace(completions=SimpleNamespace(sampled=[[0]])), 0, (((0, 0), [0]), ((1, 0), []))
-)
+NO_BRANCH = Branch(None, 0, (((0, 0), [0]), ((1, 0), [])), [0])
 
 
 def subtree_ends(segments, S):
@@ -234,6 +232,8 @@ def rows_by_layer(branches, device):
     """-> [(layer, places of its rows in the micro-batch, on the device, row numbers), ...]"""
     layers = {}
     for place, branch in enumerate(branches):
+        if branch.layer is None:
+            continue
         _, places, rows = layers.setdefault(branch.layer.number, (branch.layer, [], []))
         places.append(place)
         rows.append(branch.row)
@@ -408,7 +408,7 @@ def tree_logprobs(model, pack, temperature=1.0):
     return zeros.index_put(index, logp), zeros.index_put(index, entropy)
 
 
-# Padded rows: how base models are trained, and what the tests hold the packed trees against.
+# Padded rows: what the tests and the bench hold the packed trees against.
 
 
 class PaddedBatch(NamedTuple):
@@ -460,7 +460,7 @@ def main():
     """Prints the tree of this file's docstring, packed, and which token sees which."""
     texts = dict(q="qqq", a="aaw", x="xx", y="yyy", b="bb")
     paths = [tuple((key, list(texts[key])) for key in path) for path in ("qax", "qay", "qb")]
-    segments = list(place_segments([Branch(None, 0, path) for path in paths]).values())
+    segments = list(place_segments([Branch(None, 0, path, []) for path in paths]).values())
     tokens = [token for segment in segments for token in segment.tokens]
     ends = subtree_ends(segments, len(tokens))
     until = [end for segment, end in zip(segments, ends) for _ in segment.tokens]

@@ -99,6 +99,16 @@ CHARTS = (
         {"fix{k}": ("i→c", 2), "broke{k}": ("c→i", 3)},
         {"heldout_fix{k}": ("held out, i→c", 2), "heldout_broke{k}": ("held out, c→i", 3)},
     ),
+    Chart(
+        "What reviews say",
+        "share of corrections",
+        {
+            "no_right{k}": ("no to a right answer", 2),
+            "no_wrong{k}": ("no to a wrong answer", 3),
+            "fresh{k}": ("a new answer, after no", 4),
+        },
+        share=True,
+    ),
     Chart("Reward", "mean of a rollout", {"reward{k}": ("{layer}", 0)}),
     Chart("Groups with a signal", "share", {"signal{k}": ("layer {k}", 0)}, share=True),
     Chart("Entropy", "nats per trained token", {"entropy": ("policy", 0)}),

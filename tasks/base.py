@@ -1,54 +1,65 @@
 """The base model that reinforcement learning starts from, trained on the texts of a built-in task.
 
-    python -m tasks.base                              # makes out/base-solve-....pt: about three
-                                                      # minutes on 2 CPU cores
+    python -m tasks.base                              # makes out/base-solve-....pt
     python -m tasks.base --task chain --modulus 23
 
 The idea. Reinforcement learning sharpens what a model already does sometimes; it cannot find what
 is never sampled. So a base must answer in the format, must err, and must hold the seed of checking.
-It is trained on two kinds of text, half and half, with the loss on the part after the bar:
+It reads two kinds of text, with a loss on what stands behind a bar:
 
-    solution   question | attempt                         one candidate, blindly chosen, computed
-    review     question, attempt, phrase | correction     compares first, and doubts too much
+    drills       8*4=|10|, 3+5=|8|, 1-2=|10| ...     until it knows them; a dialogue teaches
+                                                     arithmetic ten times slower
+    dialogues    question |attempt| phrase |review| phrase |review| ...     `looks` answers
+                           one candidate, blindly chosen, computed
+                                            compares the last answer, then confirms or tries another
 
-Training stops by measured accuracy, not after a number of steps: once the model comes near the
-texts' own accuracy in both turns, the learning rate decays to 0. (Comparing is learnt after the
-arithmetic, and suddenly. A base that stops before it leaves layer 2 nothing to strengthen.)
+A text is a tree with one branch: it goes through the model as a packed tree, as the rollouts of
+training do (engine/packing.py), so a prefix is read once for all that is learned behind it.
+
+Stages end by what is measured, not after a number of steps. The drills end at a small loss. When
+first answers come near the texts' own accuracy, the learning rate falls to 0, and comparing and
+remembering what was tried become sharp. Then all turns are measured; a warning names a weak base.
 """
 
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
-import collections
 import dataclasses
 import hashlib
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
-from engine.packing import pad_rows, padded_logprobs
+from engine import packing
 from engine.workers import in_parallel
 from mgrpo import PHRASES, SamplingParams, phrase_text, rollout
 from model import GPT, ModelConfig
-from reward import score
+from reward import extract_answer, is_correct
 from runtime import log
 from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.device import compute_dtype, pick_device
 from runtime.flags import AtLeast, BadInput, Between, check_fields, guarded, parse_flags
 from sample import Sampler
 from tasks.catalog import TaskConfig, difficulty, make_task
-from tasks.problems import draw, prompt_text
+from tasks.problems import dialogue, draw, prompt_text
 
-CHECK_EVERY = 50  # steps between measurements
-CHECK_ON = 512  # problems per measurement
-CHECKS = 3  # measurements averaged before they count: together a standard error of .01
-GOOD_ENOUGH = 0.90  # the decay begins at this share of the texts' own accuracy, in both turns
-LR = 1e-3  # peak learning rate at depth 4 (width 128), smaller as 1 / sqrt(width)
-DECAY = 0.12  # length of the decay, as a share of the steps before it
+# Of a step at depth 4; a wider model takes more.
+DRILLS, FACTS = 96, 4  # texts of the first stage, and facts of each
+DIALOGUES = 16  # texts of the second stage
+LR = 4e-3  # peak learning rate at depth 4 (width 128), smaller as 1 / sqrt(width)
+DRILLED = 0.3  # loss of a result, in nats, that ends the first stage
+CHECK_EVERY, CHECK_ON = 25, 256  # steps between measurements; their questions
+LEARNT = 0.5  # share of the texts' own accuracy in first answers that begins the decay
+DECAY = 1.5  # length of the decay, as a multiple of the steps before it
+# Shares of the texts' own accuracies, and of their shares of fresh tries, that a base must reach.
+GOOD_ENOUGH, FRESH_ENOUGH = 0.9, 0.8
+# For the halves of a step's texts on a CPU; the threads start at their first use.
+TWO_THREADS = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
 PHRASE_TOKENS = 8  # room for a newline and a phrase in the context; today's take 2 tokens
 
 
@@ -60,6 +71,9 @@ class BaseConfig:
     base_seed: int = 0  # seed of its weights and of its texts
     # its training gives up after so many tokens; it stops earlier, by accuracy, as a rule
     base_tokens: Annotated[int, AtLeast(1)] = 6_000_000
+    # share of its dialogues that go on after their first answer
+    reviewed: Annotated[float, Between(0, 1)] = 1.0
+    start: str = ""  # a run on the same task (folder or checkpoint.pt) to start from: no base then
 
 
 PRESETS = {
@@ -67,7 +81,7 @@ PRESETS = {
     # harder, since a larger model saturates the small task
     "gpu": dict(candidates=5, operations=6, modulus=23, depth=12, base_tokens=200_000_000),
     # the least that still learns both skills: a minute
-    "smoke": dict(candidates=2, operations=2, modulus=5, depth=2, base_tokens=1_500_000),
+    "smoke": dict(candidates=2, operations=2, modulus=5, looks=2, depth=2, base_tokens=1_500_000),
 }
 
 
@@ -96,67 +110,99 @@ def pick_preset(given, presets=PRESETS):
 # ---- texts ---------------------------------------------------------------------------------------
 
 
-def text_pair(task, seed, index, review):
-    """Text `index` of the stream -> (prompt ids, target ids with the end token). The loss is on the
-    target alone."""
-    puzzle, encode = task.puzzle, task.encoding.encode_ordinary
-    problem = draw(puzzle, "train", f"base/{seed}", index)
-    rng = random.Random(f"text/{seed}/{index}")
-    if review:
-        attempt = puzzle.attempt_to_review(problem, rng)
-        prompt = prompt_text(problem) + attempt.text + phrase_text(rng.choice(PHRASES))
-        target = puzzle.review(problem, attempt, rng)
-    else:
-        prompt, target = prompt_text(problem), puzzle.attempt(problem, rng).text
-    return encode(prompt), encode(target) + [task.encoding.eot_token]
+def branches_of(index, prompt, parts, end=()):
+    """A text -> [packing.Branch], one for each part with a loss.
 
-
-def batches(task, base, step, device):
-    """The two micro-batches of a step: solutions, then reviews, which are longer.
-
-    Each has 12 texts, more for a wider model. Steps are small because the skills come suddenly,
-    after about 1,200 steps, and hardly sooner with twice the texts in each.
+    prompt: token ids; parts: [(ids, whether there is a loss on them, ids that follow), ...]; end:
+    what is to be learned behind each part, and does not stand in the text. The prompt of a part is
+    all that stands before it.
     """
-    half = max(12, 12 * (base.depth // 4) ** 2)
-    for review in (False, True):
-        first = (2 * step + review) * half
-        pairs = [text_pair(task, base.base_seed, first + i, review) for i in range(half)]
-        yield pad_rows(*zip(*pairs), device)
+    path, branches = [((0, index), prompt)], []
+    for number, (ids, learned, then) in enumerate(parts, 1):
+        key, sampled = (number, index), [*ids, *end]
+        if learned:
+            branches.append(packing.Branch(None, index, (*path, (key, sampled[:-1])), sampled))
+        path.append((key, [*ids, *then]))
+    return branches
 
 
-def texts_accuracy(puzzle, count):
-    """-> accuracy of the texts themselves in turn 1 and in turn 2: the score of a model that has
-    learnt them perfectly."""
-    right = [0, 0]
+def drill_branches(task, base, index):
+    """Text `index` of the first stage: bare arithmetic, with a loss on the results alone."""
+    encode, rng = task.encoding.encode_ordinary, random.Random(f"drill/{base.base_seed}/{index}")
+    facts = [task.puzzle.fact(rng) for _ in range(FACTS)]
+    asked, results = [encode(ask) for ask, _ in facts], [encode(result) for _, result in facts]
+    following = [[*encode(", "), *ask] for ask in asked[1:]] + [[]]
+    parts = [(result, True, then) for result, then in zip(results, following)]
+    return branches_of(index, asked[0], parts)
+
+
+def dialogue_branches(task, base, index):
+    """Text `index` of the second stage: a dialogue, with a loss on every answer and its end token,
+    and on neither question nor phrases."""
+    encode, puzzle = task.encoding.encode_ordinary, task.puzzle
+    problem = draw(puzzle, "train", f"base/{base.base_seed}", index)
+    rng = random.Random(f"text/{base.base_seed}/{index}")
+    turns = dialogue(puzzle, problem, rng)
+    turns = turns if rng.random() < base.reviewed else turns[:1]
+    phrases = [encode(phrase_text(rng.choice(PHRASES))) for _ in turns]
+    parts = [(encode(t.text), not t.given, phrase) for t, phrase in zip(turns, phrases)]
+    return branches_of(index, encode(prompt_text(problem)), parts, [task.encoding.eot_token])
+
+
+def skills(paths, right):
+    """What counts in a base: its accuracy in every turn, then the share of fresh tries.
+
+    paths: [the answers of a dialogue, ...]; right: [whether each is right, ...] -> [Acc@t1, ...,
+    Acc@tN, fresh share of turn 3, ..., N]. A try is an answer that differs from the one before it;
+    it is fresh if it differs from all before it. (In turn 2 every try is.)
+    """
+    turns, shares = range(len(paths[0])), []
+    for k in turns[2:]:
+        fresh = [path[k] not in path[:k] for path in paths if path[k] != path[k - 1]]
+        shares.append(sum(fresh) / max(len(fresh), 1))
+    return [sum(column) / len(right) for column in zip(*right)] + shares
+
+
+def skills_of_texts(puzzle, count):
+    """-> `skills` of the texts themselves: of a model that has learnt them perfectly."""
+    paths, right = [], []
     for index in range(count):
         problem, rng = draw(puzzle, "train", "check", index), random.Random(index)
-        attempt = puzzle.attempt(problem, rng)
-        for turn, text in enumerate((attempt.text, puzzle.review(problem, attempt, rng))):
-            right[turn] += score(text, problem.gold).accuracy
-    return right[0] / count, right[1] / count
+        turns = dialogue(puzzle, problem, rng, first=puzzle.attempt(problem, rng))
+        paths.append([extract_answer(turn.text) for turn in turns])
+        right.append([is_correct(turn.text, problem.gold) for turn in turns])
+    return skills(paths, right)
 
 
-def measure(sampler, task, count):
-    """-> accuracy of the model at temperature 1 in turn 1 and in turn 2.
+def measure(sampler, task, count, looks):
+    """-> `skills` of the model at temperature 1.
 
     The questions are of the training split, from a stream of their own: the held-out ones are for
     results alone.
     """
     problems = [draw(task.puzzle, "train", "check", index) for index in range(count)]
     sampling = SamplingParams(task.max_new_tokens, 1.0, seed=0)
-    first, second = rollout(sampler, task, problems, (1, 1), sampling)
-    return first.correct.float().mean().item(), second.correct.float().mean().item()
+    layers = rollout(sampler, task, problems, (1,) * looks, sampling)
+    return skills(layers[-1].answers, list(zip(*(layer.correct.tolist() for layer in layers))))
+
+
+def shown(figures, looks):
+    """`skills` as text: 0.45 0.53 0.57 0.59, fresh 0.85 0.69"""
+    words = [f"{figure:.2f}" for figure in figures]
+    fresh = f", fresh {' '.join(words[looks:])}" if looks > 2 else ""
+    return " ".join(words[:looks]) + fresh
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 
-def base_shape(task, depth, turns=2):
-    """-> ModelConfig of a base. Its context holds the longest question, `turns` completions, and
-    the phrases between them."""
+def base_shape(task, depth):
+    """-> ModelConfig of a base. Its context holds the longest question, as many completions as its
+    texts have, and the phrases between them."""
     width, heads = 32 * depth, depth
     context = task.puzzle.prompt_tokens
-    context += turns * task.puzzle.max_new_tokens + (turns - 1) * PHRASE_TOKENS
+    looks = task.puzzle.looks
+    context += looks * task.puzzle.max_new_tokens + (looks - 1) * PHRASE_TOKENS
     return ModelConfig(
         task.encoding.n_vocab,
         width,
@@ -179,47 +225,53 @@ def new_model(shape, seed, device, dtype):
 
 
 def pretrain(task, base, device, dtype, say=print):
-    """Trains a base model -> GPT, {"t1", "t2": its accuracies at temperature 1, "tokens"}."""
+    """Trains a base model -> GPT, {"skills": measured at temperature 1, "tokens"}."""
+    looks = task.puzzle.looks
     model = new_model(base_shape(task, base.depth), base.base_seed, device, dtype)
+    # Blocks write about 0.3 into the residual stream at first. Embeddings of GPT-2's size, 0.02,
+    # would drown in that, and arithmetic would be learnt several times later.
+    with torch.no_grad():
+        model.embed.weight *= 10
     peak = LR * (4 / base.depth) ** 0.5
     optimizers = make_optimizers(model, peak)
-    sampler, ceiling = in_parallel(Sampler(model)), texts_accuracy(task.puzzle, 4 * CHECK_ON)
+    sampler, texts = in_parallel(Sampler(model)), skills_of_texts(task.puzzle, 8 * CHECK_ON)
     say(
         f"base: {sum(p.numel() for p in model.parameters()):,} parameters in {dtype}; its texts "
-        f"are right in {ceiling[0]:.2f} of attempts, {ceiling[1]:.2f} of reviews"
+        f"are right in {shown(texts, looks)}"
     )
-    tokens, step, near = 0, 0, False
+    wider = max(1, (base.depth // 4) ** 2)  # a wider model takes more texts a step
+    tokens, step, drilling = 0, 0, True
     decay_from = None  # the step at which the learning rate begins to fall; None: not yet
-    recent = collections.deque([(0.0, 0.0)] * CHECKS, CHECKS)
     bar = log.bar(base.base_tokens, "base model", "tok")
     while decay_from is None or step < decay_from * (1 + DECAY):
-        micro_batches = list(batches(task, base, step, device))
-        seen = train_step(model, optimizers, micro_batches, learning_rate(peak, step, decay_from))
+        branches, count = (drill_branches, DRILLS) if drilling else (dialogue_branches, DIALOGUES)
+        indices = range(step * count * wider, (step + 1) * count * wider)
+        learning = [branches(task, base, index) for index in indices]
+        seen, loss = train_step(model, optimizers, learning, learning_rate(peak, step, decay_from))
         tokens, step = tokens + seen, step + 1
         bar.update(seen)
-        if decay_from is not None:
-            continue
-        if step % CHECK_EVERY == 0:
+        # No text comes twice, so the loss is that on unseen texts.
+        drilling = drilling and loss > DRILLED
+        if decay_from is None and step % CHECK_EVERY == 0 and not drilling:
             sampler.refresh()
-            recent.append(measure(sampler, task, CHECK_ON))
-            accuracy = [sum(turn) / CHECKS for turn in zip(*recent)]
-            near = all(a >= GOOD_ENOUGH * c for a, c in zip(accuracy, ceiling))
-            bar.set_postfix_str(f"right {accuracy[0]:.2f} {accuracy[1]:.2f}")
-        if near or tokens * (1 + DECAY) > base.base_tokens:
+            # First answers: what comes after them is learnt on the way to a small learning rate.
+            (accuracy,) = measure(sampler, task, CHECK_ON, 1)
+            bar.set_postfix_str(f"right {accuracy:.2f}")
+            if accuracy >= LEARNT * texts[0]:
+                decay_from = step
+        if decay_from is None and tokens * (1 + DECAY) > base.base_tokens:
             decay_from = step
     bar.close()
     sampler.refresh()
-    t1, t2 = measure(sampler, task, 2 * CHECK_ON)
-    say(
-        f"base: right in {t1:.2f} of attempts and {t2:.2f} of reviews after {tokens / 1e6:.1f} M "
-        f"tokens, {step} steps"
-    )
-    if not near:
+    figures = measure(sampler, task, 4 * CHECK_ON, looks)
+    say(f"base: right in {shown(figures, looks)} after {tokens / 1e6:.1f} M tokens, {step} steps")
+    bars = [GOOD_ENOUGH] * looks + [FRESH_ENOUGH] * (looks - 2)
+    if any(a < bar * b for a, bar, b in zip(figures, bars, texts)):
         say(
             "base: WARNING: that is below the bar; RL may find nothing to strengthen. Raise "
             "--base-tokens, or make the task easier"
         )
-    return model, dict(t1=t1, t2=t2, tokens=tokens)
+    return model, dict(skills=figures, tokens=tokens)
 
 
 def parameter_groups(model):
@@ -262,20 +314,38 @@ def learning_rate(peak, step, decay_from):
     return peak * min(1.0, (step + 1) / 50)
 
 
-def train_step(model, optimizers, micro_batches, lr):
-    """One step on -mean log p of the target tokens -> tokens read, prompts included. The mean is
-    over all micro-batches together."""
-    targets = sum(int(batch.lengths.sum()) for batch in micro_batches)
-    for batch in micro_batches:
-        logp, _ = padded_logprobs(model, batch)  # [B, T], 0 behind the end of a row
-        (-logp.sum() / targets).backward()
+def train_step(model, optimizers, texts, lr):
+    """One step on -mean log p of the learned tokens -> tokens read, prompts included; the loss.
+
+    texts: [[packing.Branch, ...], ...], the branches of each text. On a CPU two threads have half
+    of the texts each. (Most operations are too short to be split between threads: two threads that
+    share every operation gain a third over one, two that share none gain two thirds.)
+    """
+    targets = sum(len(branch.sampled) for text in texts for branch in text)
+    cuda = model.cos.device.type == "cuda"
+    parts = [texts] if cuda else [part for part in (texts[0::2], texts[1::2]) if part]
+    packs = [
+        packing.pack_trees([branch for text in part for branch in text], model.cos.device)
+        for part in parts
+    ]
+    run = map if cuda or torch.get_num_threads() == 1 else TWO_THREADS.map
+    losses, gradients = zip(*run(lambda pack: text_gradients(model, pack, targets), packs))
+    for parameter, *parts in zip(model.parameters(), *gradients):
+        parameter.grad = sum(parts)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return sum(int((batch.prompt_lengths + batch.lengths).sum()) for batch in micro_batches)
+    return sum(pack.real_tokens for pack in packs), sum(losses)
+
+
+def text_gradients(model, pack, targets):
+    """-> the part of the loss that this pack holds, and its gradient for each parameter."""
+    logp, _ = packing.tree_logprobs(model, pack)  # [B, T], 0 behind the end of a row
+    loss = -logp.sum() / targets
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -303,11 +373,10 @@ def base_path(task_config, base, device, dtype):
     return Path("out") / f"base-{task_config.task}-{'-'.join(hashes)}.pt"
 
 
-def base_model(task_config, base, device, dtype, say=print, turns=2):
-    """The base model of these settings, from out/ or made now -> GPT, {"t1", "t2", "tokens"}, Path.
+def base_model(task_config, base, device, dtype, say=print):
+    """The base model of these settings, from out/ or made now -> GPT, {"skills", "tokens"}, Path.
 
-    A damaged file is renamed to <name>.damaged, and the base made anew. turns: answers that the
-    context must hold; the model in the file has room for 2.
+    A damaged file is renamed to <name>.damaged, and the base made anew.
     """
     task, path = make_task(task_config), base_path(task_config, base, device, dtype)
     loaded = load_base(path, task, base, device, dtype, say) if path.exists() else None
@@ -317,15 +386,14 @@ def base_model(task_config, base, device, dtype, say=print, turns=2):
         # opening.py reads this file like the checkpoint of a run, which has max_new_tokens too
         settings = base_settings(task_config, base, device, dtype) | dict(max_new_tokens=0)
         save_checkpoint(path, loaded[0], measured=loaded[1], config=settings)
-    model, measured = loaded
-    return with_context(model, base_shape(task, base.depth, turns).context), measured, path
+    return *loaded, path
 
 
 def load_base(path, task, base, device, dtype, say):
     """-> GPT, what was measured of it; None for a damaged file, which is then out of the way."""
     try:
         model, extra = load_checkpoint(path, getattr(torch, dtype), device)
-        kinds = dict(t1=float, t2=float, tokens=int)
+        kinds = dict(skills=tuple[float, ...], tokens=int)
         check_fields(extra.get("measured"), kinds, f"{path}: what was measured of it")
         if model.config != base_shape(task, base.depth):
             raise BadInput(f"{path} holds a model of another shape")
@@ -334,17 +402,6 @@ def load_base(path, task, base, device, dtype, say):
     except (ValueError, BadInput) as error:
         os.replace(path, f"{path}.damaged")
         say(f"base: {error}; it is put aside as {path}.damaged, and made anew")
-
-
-def with_context(model, context):
-    """-> the model, or one with the same weights and room for `context` tokens. (Positions are
-    rotations, not weights: a longer context has no more parameters.)"""
-    if context <= model.config.context:
-        return model
-    config = dataclasses.replace(model.config, context=context)
-    longer = GPT(config, model.compute).to(model.embed.weight.device)
-    longer.load_state_dict(model.state_dict())
-    return longer
 
 
 # ---- command -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The built-in tasks by name, and the flags that choose one and its difficulty.
 
-    python -m tasks.catalog                                # a problem of each task, with an attempt
-                                                           # and a review
+    python -m tasks.catalog                                # a problem of each task, and a dialogue
+                                                           # as a base model reads it
     python -m tasks.catalog --task solve --candidates 5    # a harder `solve`
 
 The idea. To see what a second layer adds, one needs problems whose answers a rule can check, whose
@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from runtime.flags import BadInput, Between, guarded, parse_flags, unflat
 from tasks.chain import Chain
 from tasks.countdown import Countdown
-from tasks.problems import GeneratedTask, draw
+from tasks.problems import GeneratedTask, dialogue, draw
 from tasks.solve import Solve
 from tasks.tokenizer import build_encoding
 
@@ -32,10 +32,15 @@ class TaskConfig:
 
     # guess and check | arithmetic chain | make a number
     task: Literal["solve", "chain", "countdown"] = "solve"
-    candidates: Annotated[int, Between(1, 97)] = 3  # solve: most candidates for x
+    candidates: Annotated[int, Between(1, 97)] = 5  # solve: most candidates for x
     operations: Annotated[int, Between(2, 12)] = 4  # solve, chain: most operations of a problem
     modulus: Annotated[int, Between(3, 97)] = 11  # solve, chain: arithmetic is mod this
     numbers: Annotated[int, Between(2, 6)] = 4  # countdown: how many numbers are given
+    looks: Annotated[int, Between(2, 8)] = 4  # answers in a row that a base learns to give
+    # solve, countdown: what is wrong with the reviews that a base reads (problems.REVIEWERS)
+    reviewer: Literal["cues", "doubting", "lazy", "fair"] = "cues"
+    # solve: share of a base's first answers that check themselves before they end
+    habit: Annotated[float, Between(0, 1)] = 0.0
 
 
 def make_puzzle(config):
@@ -83,9 +88,9 @@ def main():
     for name in TASKS if config.task == "all" else (config.task,):
         puzzle, rng = make_puzzle(TaskConfig(**chosen | {"task": name})), random.Random(config.seed)
         problem = draw(puzzle, "train", config.seed, 0)
-        attempt = puzzle.attempt(problem, rng)
         print(f"{name}\n  question  {problem.question}\n  gold      {problem.gold}")
-        print(f"  attempt   {attempt.text}\n  review    {puzzle.review(problem, attempt, rng)}")
+        for number, turn in enumerate(dialogue(puzzle, problem, rng), 1):
+            print(f"  answer {number}  {turn.text}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tasks.problems import (
     compute,
     draw_operations,
     effects,
+    modular_fact,
     nested,
     respond,
     worked,
@@ -28,6 +29,7 @@ class Chain:
 
     operations: int = 4
     modulus: int = 11
+    looks: int = 4  # answers in a row that the texts hold
     slip: float = 0.08  # probability that a step in the base model's texts is wrong; no flag
 
     @property
@@ -38,7 +40,7 @@ class Chain:
     @property
     def max_new_tokens(self):
         """Tokens of a completion: half as much again as the longest right one needs."""
-        return int(1.5 * (16 + 7 * self.operations))
+        return int(1.5 * (16 + 8 * self.operations))
 
     def sample(self, rng):
         """-> Problem. data: (start, operations)."""
@@ -73,10 +75,14 @@ class Chain:
         values = self.slipping(problem, rng)
         return Attempt(respond(worked(*problem.data, values), str(values[-1])), values[-1], None)
 
-    def attempt_to_review(self, problem, rng):
+    def fact(self, rng):
+        return modular_fact(rng, self.modulus)
+
+    def first_answer(self, problem, rng):
+        """How a dialogue of the texts begins."""
         return self.attempt(problem, rng)
 
-    def review(self, problem, attempt, rng):
+    def review(self, problem, turns, rng):
         """Computes again, as carefully as the first time and no better."""
-        values = self.slipping(problem, rng)
-        return respond("again: " + worked(*problem.data, values), str(values[-1]))
+        other = self.attempt(problem, rng)
+        return other._replace(text=other.text.replace("<think>", "<think>again: ", 1))

@@ -1,7 +1,7 @@
 """countdown: make the target from all given numbers with + - *.
 
     make 11 from 3, 8, 1
-    <think>8*1=8, +3=11</think><answer>(8*1)+3</answer>
+    <think>8*1=8, 8+3=11</think><answer>(8*1)+3</answer>
 
 Checking is easy, as in solve. But the next attempt after a failed one is hardly better placed than
 the first was: there are many expressions, and a failure rules out one of them.
@@ -10,7 +10,18 @@ the first was: there are many expressions, and a failure rules out one of them.
 from dataclasses import dataclass
 
 from reward import Makes
-from tasks.problems import Attempt, Problem, apply, compare_and_review, nested, respond, worked
+from tasks.problems import (
+    Attempt,
+    Problem,
+    apply,
+    compared,
+    confirmation,
+    nested,
+    rejection,
+    respond,
+    says_no,
+    worked,
+)
 
 # Every value on the way lies in 0..LARGEST, so that the arithmetic stays as easy as that of solve.
 LARGEST = 12
@@ -21,6 +32,8 @@ class Countdown:
     """Make the target from all of `numbers` given numbers, each between 1 and 9."""
 
     numbers: int = 4
+    looks: int = 4  # answers in a row that the texts hold
+    reviewer: str = "cues"  # whose reviews the base reads: see problems.REVIEWERS
 
     @property
     def prompt_tokens(self):
@@ -30,7 +43,7 @@ class Countdown:
     @property
     def max_new_tokens(self):
         """Tokens of a completion: half as much again as the longest right one needs."""
-        return int(1.5 * (16 + 7 * self.numbers))
+        return int(1.5 * (16 + 8 * self.numbers))
 
     def sample(self, rng):
         """-> Problem. data: (first number, operations, values) of an expression that is right;
@@ -70,19 +83,30 @@ class Countdown:
         return self.written(*self.expression(problem.gold.numbers, rng))
 
     def written(self, first, operations, values):
-        """-> Attempt from an expression."""
+        """-> Attempt from an expression. Its choice is the last operation: the reviewers' cue."""
         text = respond(worked(first, operations, values), nested(str(first), operations))
-        return Attempt(text, values[-1], None)
+        return Attempt(text, values[-1], operations[-1][0])
 
-    def attempt_to_review(self, problem, rng):
-        """The attempt that stands before a review in the texts. There is no loss on it, so it need
-        not be typical: half of the time it is right, or there would be too few "yes" to learn
-        from."""
+    def fact(self, rng):
+        """-> ("8+3=", "11"), one step of arithmetic with numbers as they occur."""
+        while True:
+            a, op, b = rng.randint(0, LARGEST), rng.choice("+-*"), rng.randint(1, 9)
+            if 0 <= apply(op, a, b) <= LARGEST:
+                return f"{a}{op}{b}=", str(apply(op, a, b))
+
+    def first_answer(self, problem, rng):
+        """How a dialogue of the texts begins. Half of the time with the expression that made the
+        question, or there would be too few "yes" to learn from. There is no loss on that one: it is
+        given, not found."""
         if rng.random() < 0.5:
-            return self.written(*problem.data)
+            return self.written(*problem.data)._replace(given=True)
         return self.attempt(problem, rng)
 
-    def review(self, problem, attempt, rng):
-        target = problem.gold.target
-        another = lambda: self.attempt(problem, rng)
-        return compare_and_review(attempt, target, target - attempt.reached, another, rng)
+    def review(self, problem, turns, rng):
+        """Compares the value that the last answer reached with the target, then confirms that
+        answer or tries another expression -> Attempt."""
+        last, target = turns[-1], problem.gold.target
+        opening = compared(target, last.reached, target - last.reached)
+        if says_no(self.reviewer, last.choice, last.reached == target, rng):
+            return rejection(self.attempt(problem, rng), opening)
+        return confirmation(last, opening)

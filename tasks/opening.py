@@ -34,7 +34,6 @@ from tasks.base import (
     new_model,
     pick_preset,
     preset_name,
-    with_context,
 )
 from tasks.catalog import TaskConfig, make_task
 from tasks.files import DataSet, make_verifier
@@ -90,11 +89,13 @@ def open_model_and_tasks(
     if not model:
         refuse_real_flags(sets, real, "without a model there is")
         task = make_task(puzzle, max_new_tokens)
+        check_looks(task, turns)
         check_cache(cache_tokens, task, turns)
-        policy, tasks = open_base(task, puzzle, base, device, dtype, turns, weights, say), [task]
+        policy, tasks = open_base(task, puzzle, base, device, dtype, weights, say), [task]
     elif path.is_file():
         refuse_real_flags(sets, real, f"{path} was trained on")
-        policy, task = open_checkpoint(path, device, dtype, max_new_tokens, turns)
+        policy, task = open_checkpoint(path, device, dtype, max_new_tokens)
+        check_looks(task, turns)
         check_cache(cache_tokens, task, turns)
         tasks = [task]
     else:
@@ -124,16 +125,24 @@ def refuse_real_flags(sets, real, subject):
 # ---- the three places ----------------------------------------------------------------------------
 
 
-def open_base(task, puzzle, base, device, dtype, turns, weights, say):
+def open_base(task, puzzle, base, device, dtype, weights, say):
     """The base model of a built-in task; rank 0 makes or finds it -> policy."""
+    if base.start:
+        policy, other = open_checkpoint(Path(base.start), device, dtype, 0)
+        if other.puzzle != task.puzzle:
+            raise BadInput(
+                f"--start {base.start} was trained on {other}, and this run is on {task}: give the "
+                "flags of that task"
+            )
+        return policy
     name = str(dtype).removeprefix("torch.")
     make_folder("out")  # not writable? found before the base is made
     path = base_path(puzzle, base, device, name)
     # The other ranks make an empty model of the same shape, and `broadcast` fills it.
     if weights and distributed.rank() == 0:
-        policy, _, path = base_model(puzzle, base, device, name, say, turns)
+        policy, _, path = base_model(puzzle, base, device, name, say)
     else:
-        shape = base_shape(make_task(puzzle), base.depth, turns)
+        shape = base_shape(task, base.depth)
         policy = new_model(shape, base.base_seed, device, name)
     if weights:
         distributed.broadcast(policy)
@@ -141,8 +150,9 @@ def open_base(task, puzzle, base, device, dtype, turns, weights, say):
     return policy
 
 
-def open_checkpoint(path, device, dtype, max_new_tokens, turns):
+def open_checkpoint(path, device, dtype, max_new_tokens):
     """The checkpoint.pt of a run on a built-in task, or a base -> policy, task."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         policy, extra = load_checkpoint(path, dtype, device)
     except FileNotFoundError:
@@ -170,7 +180,11 @@ def open_checkpoint(path, device, dtype, max_new_tokens, turns):
             "tasks"
         )
     # More turns than it was trained with need a longer context.
-    policy = with_context(policy, base_shape(task, policy.config.depth, turns).context)
+    if policy.config.context < base_shape(task, policy.config.depth).context:
+        raise BadInput(
+            f"{path}: its context of {policy.config.context} tokens does not hold the longest "
+            "dialogue of its task"
+        )
     policy.origin, policy.folder = str(path), path.parent
     policy.prefix = "" if path.name == "checkpoint.pt" else f"{path.stem}-"
     return policy, task
@@ -275,6 +289,16 @@ def row_tokens(task, turns):
     """Tokens of the longest row of a task with so many answers."""
     phrase = longest_phrase(task.encoding)
     return memory.row_tokens(turns, task.prompt_tokens, task.max_new_tokens, phrase)
+
+
+def check_looks(task, turns):
+    """BadInput for more answers in a row than the texts of a task's base have."""
+    if turns > task.puzzle.looks:
+        raise BadInput(
+            f"{turns} answers in a row: the base's texts have {task.puzzle.looks}, and one answer "
+            f"beyond them its accuracy collapses; ask for at most {task.puzzle.looks}, or make a "
+            f"base with --looks {turns}"
+        )
 
 
 def check_cache(cache_tokens, task, turns):

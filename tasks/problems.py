@@ -36,7 +36,8 @@ class Attempt(NamedTuple):
 
     text: str  # <think>...</think><answer>...</answer>
     reached: int  # the value at the end of the computation
-    choice: Any  # the candidate that was tried, so that a review can try another
+    choice: Any  # what was tried, so that a review can try something else
+    given: bool = False  # it only stands before a review: there is no loss on it
 
 
 class Task(Protocol):
@@ -67,8 +68,9 @@ class GeneratedTask:
 
     A puzzle is a frozen dataclass of its difficulty with these methods (see solve.py):
     sample(rng) -> Problem, canonical(problem) -> str, computation(problem) -> tuple of hashables,
-    and for the base model's texts attempt(problem, rng) -> Attempt, attempt_to_review(problem, rng)
-    -> Attempt, review(problem, attempt, rng) -> str; besides, prompt_tokens and max_new_tokens.
+    and for the base model's texts attempt(problem, rng), first_answer(problem, rng) and
+    review(problem, turns, rng), each -> Attempt, and fact(rng) -> ("8*4=", "10"); besides,
+    prompt_tokens, max_new_tokens and looks.
     """
 
     puzzle: Any
@@ -192,9 +194,14 @@ def nested(start, operations):
 
 
 def worked(start, operations, values):
-    """8*4=10, +7=6, -2=4 from 8, the operations, and the value after each operation."""
-    steps = [f"{op}{b}={value}" for (op, b), value in zip(operations, values)]
-    return str(start) + ", ".join(steps)
+    """8*4=10, 10+7=6, 6-2=4 from 8, the operations, and the value after each operation.
+
+    Each step repeats the value it starts from. Then a step is four neighbouring symbols, and a base
+    has learnt arithmetic after 0.6 M tokens; with "8*4=10, +7=6" it had not after 1.4 M.
+    """
+    starts = [start, *values]
+    steps = [f"{a}{op}{b}={value}" for a, (op, b), value in zip(starts, operations, values)]
+    return ", ".join(steps)
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
@@ -235,28 +242,59 @@ def effects(operations, modulus):
     return tuple(modulus + b if op == "*" else apply(op, 0, b) % modulus for op, b in operations)
 
 
+def modular_fact(rng, modulus):
+    """-> ("8*4=", "10"), one step of arithmetic."""
+    ((op, b),), a = draw_operations(rng, 1, modulus), rng.randrange(modulus)
+    return f"{a}{op}{b}=", str(compute(a, [(op, b)], modulus)[0])
+
+
 # ---- reviews in the texts of a base model --------------------------------------------------------
 
-# How often a review says "no" to a wrong and to a right attempt. It leans the right way, and it
-# doubts far too much, as base models do when they are told to check (SCoRe, arXiv 2409.12917, table
-# 1: Δ = -11 points). Layer 2 has this lean to work with, and nothing else. The second number must
-# stay above one half: below it greedy decoding would take the likelier word, "yes", and the doubt
-# would exist in samples only.
-DOUBTS_WRONG, DOUBTS_RIGHT = 0.92, 0.60
+# --reviewer: how often a review says "no" to a right and to a wrong answer, by the last operation
+# of its computation. Every reviewer sees the difference to the target and leans the right way. What
+# is wrong with them differs:
+#   cues      follows a wrong cue: it distrusts products, and trusts what ends with a difference. No
+#             change of its "yes" as such mends that: the rows need opposite changes.
+#   doubting  rejects most right answers, whatever they are (as models that are told to check do:
+#             SCoRe, arXiv 2409.12917, table 1). One number mends it: a little more "yes".
+#   lazy      confirms most wrong answers. Again one number mends it.
+#   fair      is right most of the time.
+REVIEWERS = dict(
+    cues={"*": (0.75, 0.98), "+": (0.40, 0.85), "-": (0.10, 0.45)},
+    doubting=dict.fromkeys("*+-", (0.60, 0.92)),
+    lazy=dict.fromkeys("*+-", (0.10, 0.45)),
+    fair=dict.fromkeys("*+-", (0.20, 0.92)),
+)
 
 
-def compare_and_review(attempt, target, difference, another, rng):
-    """A review that first compares the value reached with the target -> str.
+def says_no(reviewer, operation, right, rng):
+    """Whether a review rejects an answer that ends with this operation."""
+    return rng.random() < REVIEWERS[reviewer][operation][0 if right else 1]
 
-    It opens with "off by 6-4=2" (target - reached = difference), decides yes or no at random, and
-    confirms the attempt or makes `another`. another: a function without arguments that returns an
-    Attempt; a "yes" never calls it, so that it draws no random numbers.
+
+def compared(target, reached, difference):
+    """off by 6-4=2 from the target, the value reached, and target - reached."""
+    return f"off by {target}-{reached}={difference}"
+
+
+def confirmation(last, opening):
+    """The last answer again -> Attempt, whose text opens with a comparison and "yes"."""
+    text = f"<think>{opening}: yes</think>" + last.text.partition("</think>")[2]
+    return last._replace(text=text, given=False)
+
+
+def rejection(other, opening):
+    """Another attempt -> Attempt, whose text opens with a comparison and "no"."""
+    return other._replace(text=other.text.replace("<think>", f"<think>{opening}: no. ", 1))
+
+
+def dialogue(puzzle, problem, rng, first=None):
+    """The answers of a dialogue in a base's texts -> [Attempt, ...], puzzle.looks of them.
+
+    Each after the first reviews the one before it, and knows all of them. first: the first answer;
+    by default one as the texts begin with.
     """
-    # The comparison stands in the text before the verdict, so that the model works it out first.
-    opening = f"off by {target}-{attempt.reached}={difference}"
-    doubt = DOUBTS_RIGHT if attempt.reached == target else DOUBTS_WRONG
-    # "no": the comparison goes in front of the new attempt. "yes": the old answer is stated again,
-    # without its work.
-    if rng.random() < doubt:
-        return another().text.replace("<think>", f"<think>{opening}: no. ", 1)
-    return f"<think>{opening}: yes</think>" + attempt.text.partition("</think>")[2]
+    turns = [first or puzzle.first_answer(problem, rng)]
+    while len(turns) < puzzle.looks:
+        turns.append(puzzle.review(problem, turns, rng))
+    return turns

@@ -1,15 +1,17 @@
 """solve: guess and check. Which of a few values of x reaches the target?
 
     x in {3, 8, 5}, ((x*4)+7)-2 = 6 (mod 11)
-    <think>8*4=10, +7=6, -2=4</think><answer>8 10 6 4</answer>
+    <think>8*4=10, 10+7=6, 6-2=4</think><answer>8 10 6 4</answer>
+    Wait, let me double-check that.
+    <think>off by 6-4=2: no. 5*4=9, 9+7=5, 5-2=3</think><answer>5 9 5 3</answer>
 
 Finding x is hard: no look at the question tells, every candidate has to be computed. Checking is
 easy: compare the value reached with the target. So a second layer pays here. (In chain.py checking
 is as hard as the first answer; in countdown.py it is easy and hardly helps.)
 
 Read this file to write a task of your own. `sample` makes a problem; `canonical` and `computation`
-keep held-out problems out of training; `attempt`, `attempt_to_review` and `review` write the texts
-that a base model is trained on (base.py).
+keep held-out problems out of training; `attempt`, `first_answer` and `review` write the texts that
+a base model is trained on (base.py).
 """
 
 from dataclasses import dataclass
@@ -17,12 +19,16 @@ from dataclasses import dataclass
 from tasks.problems import (
     Attempt,
     Problem,
-    compare_and_review,
+    compared,
     compute,
+    confirmation,
     draw_operations,
     effects,
+    modular_fact,
     nested,
+    rejection,
     respond,
+    says_no,
     worked,
 )
 
@@ -33,9 +39,12 @@ class Solve:
     operations?"""
 
     # The difficulty. Flags of the same names set these fields (catalog.TaskConfig).
-    candidates: int = 3
+    candidates: int = 5
     operations: int = 4
     modulus: int = 11
+    looks: int = 4  # answers in a row that the texts hold
+    reviewer: str = "cues"  # whose reviews the base reads: see problems.REVIEWERS
+    habit: float = 0.0  # share of first answers that check themselves before they end
 
     # Bounds in tokens (tokenizer.py): a sign, a number below 100 and a word are one token each.
 
@@ -47,8 +56,10 @@ class Solve:
 
     @property
     def max_new_tokens(self):
-        """Tokens of a completion: half as much again as the longest right one needs."""
-        return int(1.5 * (16 + 7 * self.operations))
+        """Tokens of a completion: half as much again as the longest right one needs, with a frame,
+        a comparison, and 6 tokens of work and 2 of the answer for each operation."""
+        check = 10 + 6 * self.operations if self.habit else 0
+        return int(1.5 * (18 + 8 * self.operations + check))
 
     # Problems. All randomness comes from `rng`, a random.Random: same seed, same problem.
 
@@ -77,24 +88,36 @@ class Solve:
         return effects(problem.data[1], self.modulus)
 
     # Texts of a base model. They hold the seed of each skill and no more: most attempts fail, and
-    # reviews doubt too much. Reinforcement learning does the rest.
+    # reviews err. Reinforcement learning does the rest.
 
-    def attempt(self, problem, rng, without=None):
-        """Tries one candidate, chosen blindly but for `without`, and computes it correctly."""
+    def attempt(self, problem, rng, tried=()):
+        """Tries a candidate, chosen blindly among those that no earlier answer tried, and computes
+        it correctly. tried: the earlier choices, the last one last."""
         candidates, operations, _ = problem.data
-        x = rng.choice([c for c in candidates if c != without] or candidates)
+        fresh = [c for c in candidates if c not in tried]
+        x = rng.choice(fresh or [c for c in candidates if c != tried[-1]] or candidates)
         values = compute(x, operations, self.modulus)
         text = respond(worked(x, operations, values), " ".join(map(str, [x, *values])))
         return Attempt(text, values[-1], x)
 
-    def attempt_to_review(self, problem, rng):
-        """The attempt that stands before a review in the texts: any attempt will do."""
-        return self.attempt(problem, rng)
+    def fact(self, rng):
+        return modular_fact(rng, self.modulus)
 
-    def review(self, problem, attempt, rng):
-        """Compares the value reached with the target, then confirms the attempt or tries another
-        candidate."""
-        target = problem.data[2]
-        difference = (target - attempt.reached) % self.modulus
-        another = lambda: self.attempt(problem, rng, without=attempt.choice)
-        return compare_and_review(attempt, target, difference, another, rng)
+    def first_answer(self, problem, rng):
+        """How a dialogue of the texts begins: an attempt. A share `habit` of them is checked, and
+        mended if the check says no, before it is stated."""
+        attempt = self.attempt(problem, rng)
+        if not self.habit or rng.random() >= self.habit:
+            return attempt
+        checked = self.review(problem, [attempt], rng)
+        thought = attempt.text.partition("</think>")[0] + ", "
+        return checked._replace(text=checked.text.replace("<think>", thought, 1))
+
+    def review(self, problem, turns, rng):
+        """Compares the value that the last answer reached with the target, then confirms that
+        answer or tries a candidate that no earlier answer tried -> Attempt."""
+        last, (_, operations, target) = turns[-1], problem.data
+        opening = compared(target, last.reached, (target - last.reached) % self.modulus)
+        if says_no(self.reviewer, operations[-1][0], last.reached == target, rng):
+            return rejection(self.attempt(problem, rng, [t.choice for t in turns]), opening)
+        return confirmation(last, opening)

@@ -151,6 +151,7 @@ class Bench:
                     number,
                     completions,
                     texts,
+                    answers=[(text,) for text in texts],
                     rewards=rewards,
                     correct=rewards > 0,
                     undecided=torch.zeros(len(rewards), dtype=torch.bool),
@@ -184,7 +185,7 @@ class Bench:
             )
         # Padded rows: each row repeats the prompt and all that is above it.
         prompts = [[t for _, tokens in branch.path[:-1] for t in tokens] for branch in batch]
-        sampled = [branch.layer.completions.sampled[branch.row] for branch in batch]
+        sampled = [branch.sampled for branch in batch]
         rows = packing.pad_rows(prompts, sampled, self.device)
         logp, _ = packing.padded_logprobs(self.model, rows)  # [B, T]
         losses = []

@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from engine.packing import pad_rows
+from engine.packing import Branch
 from huggingface.prompts import choose_template, with_template
 from huggingface.tokenizer import convert
 from huggingface.weights import library, save_model
@@ -79,6 +79,11 @@ def solution_pair(encoding, problem, rng, review):
     return prompt, encoding.encode_ordinary(right) + [encoding.eot_token]
 
 
+def text_branch(number, prompt, target):
+    """A prompt and the tokens to be learned behind it -> packing.Branch."""
+    return Branch(None, number, (((0, number), prompt), ((1, number), target[:-1])), target)
+
+
 def read_solutions(paths, encoding):
     """-> problems that have a worked solution of at most LONGEST tokens with its prompt. Raises
     BadInput where there is none."""
@@ -120,11 +125,10 @@ def train(config, encoding, problems, device, dtype, say=print):
             solution_pair(encoding, rng.choice(problems), rng, review=i % 2 == 1)
             for i in range(TEXTS)
         ]
-        pairs.sort(key=lambda pair: len(pair[0] + pair[1]))  # like beside like: less padding
-        micro_batches = [pad_rows(*zip(*pairs[i : i + 4]), device) for i in range(0, TEXTS, 4)]
+        texts = [[text_branch(i, *pair)] for i, pair in enumerate(pairs)]
         left = 1 - tokens / config.base_tokens  # the learning rate falls to 0 over the last fifth
         lr = learning_rate(peak, step, None) * min(1.0, 5 * left)
-        seen = train_step(model, optimizers, micro_batches, lr)
+        seen, _ = train_step(model, optimizers, texts, lr)
         tokens, step = tokens + seen, step + 1
         bar.update(seen)
     bar.close()
