@@ -1,38 +1,40 @@
-"""The claim, tested: GRPO and MGRPO from the same base, at equal generated tokens, over seeds.
+"""The claim, tested: GRPO and MGRPO from the same bases, at equal generated tokens, with controls.
 
-    python -m tools.compare                                   # grpo and mgrpo, 5 seeds each
-    python -m tools.compare --arms grpo,mgrpo,keep,raw,wrong --seeds 3
+    python -m tools.compare                                   # README's table, 5 bases
+    python -m tools.compare --arms grpo,mgrpo,keep,raw --bases 3
     python -m tools.compare --name chain --flags "--task chain"
-    python -m tools.compare --seeds 0                         # only prints what is there
+    python -m tools.compare --bases 0                         # only prints what is there
+    python -m tools.compare --map                             # every experiment of docs/map.md
 
-The idea. All arms start from one base and end after the same number of generated tokens. GRPO gets
-as many answers per question (16) as MGRPO's tree has nodes (4 + 4 x 3). At inference MGRPO spends
-two completions on a question. So GRPO is also given more of them: a second answer behind the
-phrase, which it never trained; a fresh second sample; the majority of three.
+The idea. All runs of a pair (base, RL seed) start from one base, end after the same number of
+generated tokens, and are evaluated on the same questions with the same random numbers; every pair
+has its own. GRPO gets as many answers per question (16) as MGRPO's tree has nodes (4 + 4 x 3). Two
+controls cost no training: `dial`, the base with the best constants (dial.py), and as many
+independent first answers as the table has turns (their majority, and whether any is right).
 
-Each run adds a JSON line to results/compare-<name>.jsonl. A run is not repeated while its flags,
-its base and the code (comments aside) are what they were. Where all runs of an arm are older, they
-are printed, and the row says so. Tables show mean ± standard error over seeds, and differences
-between runs of the same seed with a 95 % interval.
+Each run adds a JSON line to results/compare-<name>.jsonl as it ends, so that a killed comparison
+goes on where it was. A run is not repeated while its flags, its base and the code (comments aside)
+are what they were. Where all runs of an arm are older, they are printed, and the row says so.
+tables.py makes the tables, with 95 % intervals over bases.
 """
 
 from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported is one sentence too
 
 # isort: split
 import ast
+import dataclasses
 import datetime
 import functools
 import hashlib
 import json
-import math
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -40,8 +42,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from engine.workers import in_parallel
-from eval import columns, majorities, mean_and_error, turns_of
+from eval import majorities, mean_and_error
 from mgrpo import SamplingParams, rollout
 from report.trees import lines_of
 from runtime import device
@@ -51,42 +52,83 @@ from runtime.flags import (
     AtLeast,
     BadInput,
     Between,
+    Maybe,
     file_name,
     guarded,
     parse_flags,
     reading,
     writing,
 )
-from runtime.log import say
+from runtime.log import say, versions
 from sample import Sampler
 from tasks.base import base_model, base_path
-from tasks.catalog import make_task
+from tasks.catalog import TaskConfig, difficulty, make_task
+from tools.dial import dialled
+from tools.tables import (
+    ROWS,
+    footnotes,
+    main_table,
+    paired_table,
+    remark,
+    turns_in,
+    with_bases,
+)
 
 ARMS = {  # name -> what it adds to train.py's defaults
-    "grpo": "",  # one layer of as many answers as the tree has nodes: see `arm_words`
-    "mgrpo": "",  # all answers are corrected, failures masked after normalising
+    "dial": "",  # no training: the base with the best shift of its verdict and temperature
+    "grpo": "",  # one layer of as many answers as MGRPO's tree has nodes: see `arm_words`
+    "mgrpo": "",  # two layers; all answers are corrected, failures masked after normalising
+    "chains": "--group-sizes 4,1,1,1 --siblings question",  # four layers, one correction of each
+    "chains3": "--group-sizes 4,1,1 --siblings question",
+    "chains2": "--group-sizes 4,1 --siblings question",
+    "three": "--group-sizes 3,2,2",
+    "question": "--siblings question",
     "keep": "--failed keep",
     "raw": "--failed raw",
     "wrong": "--sources wrong",
-    "layer2only": "--layer-weights 0,1",  # the whole tree is sampled, only corrections are trained
+    "layer2": "--layer-weights 0,1",  # the whole tree is sampled, only corrections are trained
+    "weights1:3": "--layer-weights 1,3",
+    "supervised": "--failed raw --layer-weights 0,1",  # steps towards right corrections, no others
+    "rounds": "",  # GRPO for half of the tokens, then corrections alone: see `run_words`
 }
-ROWS = {"greedy": "greedy", "T=1": "temperature 1"}  # title in tables -> row of result.json
-VOTES = 3
-FRESH, MAJORITY = "T=1 fresh 2nd", f"T=1 majority of {VOTES}"
+# The experiments of docs/map.md: name of the result file -> arms, bases, flags.
+README_ARMS = ("dial", "grpo", "mgrpo", "chains")
+MAP = {
+    "solve": (README_ARMS, 5, ""),
+    "arms": (
+        ("keep", "raw", "question", "layer2", "weights1:3", "supervised", "rounds", "three"),
+        3,
+        "",
+    ),
+    "reviewer-doubting": (README_ARMS, 2, "--reviewer doubting"),
+    "reviewer-lazy": (README_ARMS, 2, "--reviewer lazy"),
+    "reviewer-fair": (README_ARMS, 2, "--reviewer fair"),
+    "depth": (("grpo", "chains2", "chains3", "chains"), 2, "--looks 6"),
+    "candidates-2": (README_ARMS, 2, "--candidates 2"),
+    "candidates-3": (README_ARMS, 2, "--candidates 3"),
+    "candidates-8": (README_ARMS, 2, "--candidates 8"),
+    "reviewed-8": (("grpo", "mgrpo", "keep"), 2, "--reviewed 0.125"),
+    "reviewed-32": (("grpo", "mgrpo", "keep"), 2, "--reviewed 0.03125"),
+    "habit-0.5": (("grpo", "mgrpo"), 2, "--habit 0.005"),
+    "habit-5": (("grpo", "mgrpo"), 2, "--habit 0.05"),
+    "habit-20": (("grpo", "mgrpo"), 2, "--habit 0.2"),
+    "chain": (("grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task chain"),
+    "countdown": (("dial", "grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task countdown"),
+}
 # Flags of train.py that --flags may not have.
 REFUSED = (
     train.REFUSED
-    | dict.fromkeys(("name", "seed", "resume"), "compare gives it to each run")
+    | dict.fromkeys(
+        ("name", "seed", "base_seed", "start", "resume"), "compare gives it to each run"
+    )
     | dict.fromkeys(
         ("init", "data", "eval_data", "template", "prompt_tokens", "verifier"),
         "compare compares runs on built-in tasks",
     )
 )
-FIELDS = ("arm", "seed", "flags", "version", "base", "made_by", "generated", "steps", "seconds")
-FIELDS += ("base_result", "result", "extra")  # that a line of the result file needs
-# Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-T95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+# What a line of the result file needs.
+FIELDS = ("arm", "base_seed", "seed", "flags", "version", "base", "made_by", "generated", "steps")
+FIELDS += ("seconds", "base_result", "result", "extra")
 LOCK = threading.Lock()  # of the result file
 
 
@@ -94,12 +136,12 @@ LOCK = threading.Lock()  # of the result file
 class Config:
     # of the result file, results/compare-<name>.jsonl, and of the runs, out/compare-<name>-...
     name: str = "solve"
-    # grpo, mgrpo, keep, raw, wrong, layer2only: see ARMS
-    arms: tuple[str, ...] = ("grpo", "mgrpo")
-    # RL seeds 0, 1, ... of each arm; 0 only prints the tables of what is there
-    seeds: Annotated[int, Between(0, len(T95) + 1)] = 5
+    arms: tuple[str, ...] = README_ARMS  # see ARMS in this file
+    bases: Annotated[int, Between(0, 20)] = 5  # bases 0, 1, ...; 0 only prints what is there
+    seeds: Annotated[int, Between(1, 20)] = 1  # RL seeds of each arm from each base
     flags: str = ""  # more flags for every train.py, in quotes
     jobs: Annotated[int, AtLeast(1)] = 2  # runs at a time; each gets its share of the cores
+    map: Maybe = ""  # run every experiment of docs/map.md, or those named, separated by commas
 
 
 # ---- what a run is -------------------------------------------------------------------------------
@@ -116,35 +158,50 @@ def split_flags(config):
         ) from None
 
 
-def parsed(words):
+def parsed(words, refused=REFUSED):
     """Flags of train.py -> train.Config."""
-    return parse_flags(train.Config, "", train.presets, words, REFUSED, train.RENAMED)
+    return parse_flags(train.Config, "", train.presets, words, refused, train.RENAMED)
 
 
 @functools.cache
 def settled(config):
     """train.Config of all runs, but for their arms.
 
-    Device and compute type are chosen here, once: all runs share them.
+    Device and compute type are chosen here, once: all runs share them. All are asked for as many
+    answers in a row as the base's texts have.
     """
     settings = parsed(split_flags(config))
     hardware = device.resolve(settings.hardware)
-    return parsed([*split_flags(config), "--device", hardware.device, "--dtype", hardware.dtype])
+    words = [*split_flags(config), "--device", hardware.device, "--dtype", hardware.dtype]
+    return parsed([*words, "--turns", str(settings.turns or settings.puzzle.looks)])
 
 
 def arm_words(config, arm):
     """The flags that all runs of an arm share."""
     settings, words = settled(config), split_flags(config) + shlex.split(ARMS[arm])
-    if arm == "grpo":
+    if arm in ("grpo", "rounds"):
         nodes = sum(train.rows_per_question(settings.group_sizes))
         words += ["--group-sizes", str(nodes)]
-    return [*words, "--device", settings.hardware.device, "--dtype", settings.hardware.dtype]
+    words += ["--device", settings.hardware.device, "--dtype", settings.hardware.dtype]
+    return [*words, "--turns", str(settings.turns)]
 
 
-def words_for(config, arm, seed):
-    """All flags of one run."""
-    name = f"compare-{config.name}-{arm}-{seed}"
-    return [*arm_words(config, arm), "--seed", str(seed), "--name", name]
+def run_words(config, arm, base_seed, seed):
+    """-> [flags of a run of train.py, ...]: one run, but two for the arm `rounds`."""
+    name = f"compare-{config.name}-{arm}-{base_seed}-{seed}"
+    own = ["--base-seed", str(base_seed), "--seed", str(seed)]
+    words = [*arm_words(config, arm), *own]
+    if arm != "rounds":
+        return [[*words, "--name", name]]
+    # GRPO for half of the tokens, then corrections alone: the paper's two stages, one by one.
+    settings = settled(config)
+    half = ["--tokens", str(settings.tokens // 2)]
+    sizes = ",".join(map(str, settings.group_sizes))
+    second = ["--group-sizes", sizes, "--layer-weights", "0,1", "--start", f"out/{name}-first"]
+    return [
+        [*words, *half, "--name", f"{name}-first"],
+        [*words, *half, *second, "--name", name],
+    ]
 
 
 def check_arms(config):
@@ -193,98 +250,150 @@ def code_and_imports(source):
 
 
 def version(config, arm):
-    """8 hex digits of what makes an arm's runs what they are, but for the seed: the base, with its
+    """8 hex digits of what makes an arm's runs what they are, but for the seeds: the base, with its
     device and compute type, the flags, and the code."""
-    parts = [base_of(config).name, *arm_words(config, arm)]
+    parts = [base_of(config, 0).name, *map(str, run_words(config, arm, 0, 0))]
     parts += [text for _, text in sorted(all_code().items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def base_of(config):
-    """Path of the base that all runs share."""
+def base_of(config, base_seed):
+    """Path of the base that all runs with this seed share."""
     settings = settled(config)
-    hardware = settings.hardware
-    return base_path(settings.puzzle, settings.base, hardware.device, hardware.dtype)
+    hardware, base = settings.hardware, replace(settings.base, base_seed=base_seed)
+    return base_path(settings.puzzle, base, hardware.device, hardware.dtype)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def make_base(config):
-    """Makes the base of all runs, with all cores, unless it is there."""
+def make_base(config, base_seed):
+    """Makes a base in a process of its own, unless it is there."""
+    path = base_of(config, base_seed)
+    if path.exists():
+        return
     settings = settled(config)
-    hardware = settings.hardware
-    base_model(settings.puzzle, settings.base, hardware.device, hardware.dtype)
+    known = {**vars(settings.puzzle), **vars(settings.base), "base_seed": base_seed}
+    words = [
+        word
+        for name, value in known.items()
+        if name not in ("start",) and concerns(settings.puzzle.task, name)
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    words += ["--device", settings.hardware.device, "--dtype", settings.hardware.dtype]
+    finished(config, f"base {base_seed}", ["-m", "tasks.base", *words])
 
 
-def run_once(config, arm, seed):
-    """Trains one arm with one seed in a process of its own -> its line for the result file."""
-    words = words_for(config, arm, seed)
+def concerns(task, name):
+    """Whether a flag may be given with this task."""
+    fields = {field.name for field in dataclasses.fields(TaskConfig)} - {"task"}
+    return name not in fields or name in difficulty(task)
+
+
+def finished(config, what, words):
+    """Runs a script of this project to its end, on a share of the cores -> what it printed.
+
+    BadInput with its last line if it fails.
+    """
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env)
     if done.returncode:
         last = (done.stderr.strip() or str(done.returncode)).splitlines()[-1]
-        raise BadInput(f"arm {arm}, seed {seed}: train.py failed: {last}")
-    said = next(line for line in done.stdout.splitlines() if line.startswith("run: "))
-    folder = Path(said.removeprefix("run: ").split(" (")[0])
-    settings = json.loads((folder / "config.json").read_text())
-    result = json.loads((folder / "result.json").read_text())
-    needed = ("generated", "seconds_sampling", "seconds_training")
-    steps = list(lines_of(folder / "metrics.jsonl", needed))
-    return dict(
+        raise BadInput(f"{what}: {Path(words[0]).name} failed: {last}")
+    return done.stdout
+
+
+def run_once(config, arm, base_seed, seed):
+    """Trains one arm from one base with one seed -> its line for the result file."""
+    about = dict(
         arm=arm,
+        base_seed=base_seed,
         seed=seed,
         flags=config.flags,
         version=version(config, arm),
+        date=datetime.date.today().isoformat(),
+    )
+    if arm == "dial":
+        return about | run_dial(config, base_seed, seed)
+    steps = []
+    for words in run_words(config, arm, base_seed, seed):
+        printed = finished(config, f"arm {arm}, base {base_seed}", [str(ROOT / "train.py"), *words])
+        found = next(line for line in printed.splitlines() if line.startswith("run: "))
+        folder = Path(found.removeprefix("run: ").split(" (")[0])
+        needed = ("generated", "seconds_sampling", "seconds_training")
+        steps.append(list(lines_of(folder / "metrics.jsonl", needed)))
+    settings = json.loads((folder / "config.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    (after,) = (result[name] for name in result if name != "base")
+    seconds = sum(s["seconds_sampling"] + s["seconds_training"] for part in steps for s in part)
+    return about | dict(
         command=shlex.join(["python", "train.py", *words]),
         base=settings["made_by"]["base"],
-        date=datetime.date.today().isoformat(),
         made_by=settings["made_by"],
-        generated=steps[-1]["generated"],
-        steps=len(steps),
-        seconds=round(sum(s["seconds_sampling"] + s["seconds_training"] for s in steps), 1),
+        generated=sum(part[-1]["generated"] for part in steps),
+        steps=sum(map(len, steps)),
+        seconds=round(seconds, 1),
         base_result=result["base"],
-        result=result["GRPO" if len(settings["group_sizes"]) == 1 else "MGRPO"],
-        extra=more_answers(config, folder / "checkpoint.pt", settings["max_new_tokens"]),
+        result=after,
+        extra=more_answers(config, folder / "checkpoint.pt", seed),
     )
 
 
-def more_answers(config, checkpoint, max_new_tokens):
-    """First answers at temperature 1, `VOTES` per question: what more samples are worth.
+def run_dial(config, base_seed, seed):
+    """The control without training -> the rest of its line."""
+    torch.set_num_threads(1)  # other runs have the other cores
+    settings, clock = settled(config), time.time()
+    hardware, base = settings.hardware, replace(settings.base, base_seed=base_seed)
+    policy, _, path = base_model(settings.puzzle, base, hardware.device, hardware.dtype)
+    task = make_task(settings.puzzle)
+    result, constants = dialled(policy, task, settings.eval_questions, settings.turns, seed)
+    return dict(
+        command=f"python -m tools.dial {path} --seed {seed}",
+        base=str(path),
+        made_by=versions(),
+        generated=0,
+        steps=0,
+        seconds=round(time.time() - clock, 1),
+        base_result=None,
+        result=result,
+        extra=dict(constants=constants),
+    )
 
-    -> {"fresh": (mean, error) of the second sample, "majority": (mean, error), "tokens": mean of
-    all votes of a question together}.
+
+def more_answers(config, checkpoint, seed):
+    """Independent first answers at temperature 1, as many per question as the tables have turns.
+
+    -> {"fresh": (mean, error) of the second of them, "majority", "pass": whether any is right,
+    "tokens": mean of all of a question together}.
     """
     torch.set_num_threads(1)  # other runs have the other cores
     settings = settled(config)
     compute = getattr(torch, settings.hardware.dtype)
     policy, _ = load_checkpoint(checkpoint, compute, settings.hardware.device)
-    task = make_task(settings.puzzle, max_new_tokens)
-    problems = task.held_out(settings.eval_questions)
-    sampling = SamplingParams(max_new_tokens, 1.0, seed=77)
-    (layer,) = rollout(in_parallel(Sampler(policy)), task, problems, (VOTES,), sampling)
-    right = layer.correct.view(-1, VOTES).float()  # [Q, VOTES]
-    majority = torch.tensor(majorities([layer], VOTES))[:, 0]  # [Q]
+    task, votes = make_task(settings.puzzle), settings.turns
+    problems = task.held_out(settings.eval_questions, seed)
+    # A seed apart from the table's: its first answers must not come again.
+    sampling = SamplingParams(task.max_new_tokens, 1.0, seed=1_000_000 + seed)
+    (layer,) = rollout(Sampler(policy), task, problems, (votes,), sampling)
+    right = layer.correct.view(-1, votes).float()  # [Q, votes]
+    majority = torch.tensor(majorities([layer], votes))[:, 0]  # [Q]
     return dict(
         fresh=mean_and_error(right[:, 1]),
         majority=mean_and_error(majority),
-        tokens=layer.lengths.view(-1, VOTES).sum(1).float().mean().item(),
+        **{"pass": mean_and_error(right.amax(1))},
+        tokens=layer.lengths.view(-1, votes).sum(1).float().mean().item(),
     )
 
 
-def run_and_keep(config, path, arm, seed):
+def run_and_keep(config, path, arm, base_seed, seed):
     """run_once; its line goes into the result file at once, and its figures on the screen."""
-    line = run_once(config, arm, seed)
+    line = run_once(config, arm, base_seed, seed)
     with LOCK:
         append(path, line)
-    shown, titles = figures(line), columns(2)
-    said = ", ".join(f"greedy {titles[k]} {shown[f'greedy {k}']:.1f}" for k in ("t1", "t2"))
-    say(f"{arm} {seed}: {said} ({line['seconds']:.0f} s)")
+    row = line["result"][ROWS["T=1"]]
+    figures = " ".join(f"{100 * row[f't{k}'][0]:.1f}" for k in range(1, turns_in([line]) + 1))
+    say(f"{arm}, base {base_seed}, seed {seed}: T=1 {figures} ({line['seconds']:.0f} s)")
 
 
 # ---- the result file -----------------------------------------------------------------------------
@@ -305,14 +414,20 @@ def read_lines(path):
 
 
 def missing_runs(config, lines):
-    """-> [(arm, seed), ...] that were asked for and that no line is of, as a run would be today."""
+    """-> [(arm, base seed, seed), ...] that were asked for and that no line is of, as they would be
+    today. RL seeds of different bases differ, so that they ask different questions."""
     there = {
-        (line["arm"], line["seed"])
+        (line["arm"], line["base_seed"], line["seed"])
         for line in lines
         if line["flags"] == config.flags and is_todays(config, line)
     }
-    asked = [(arm, seed) for seed in range(config.seeds) for arm in config.arms]
-    return [pair for pair in asked if pair not in there]
+    asked = [
+        (arm, base, 20 * base + i)
+        for i in range(config.seeds)
+        for base in range(config.bases)
+        for arm in config.arms
+    ]
+    return [run for run in asked if run not in there]
 
 
 def is_todays(config, line):
@@ -328,171 +443,49 @@ def one_version(lines, now=lambda line: False):
     return [line for line in lines if line["version"] == latest[line["arm"]]]
 
 
-# ---- tables --------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
-def figures(line):
-    """One run -> {"greedy t1": percent, ..., "T=1 broke2": ..., FRESH: ..., MAJORITY: ...}."""
-    shown = {
-        f"{label} {name}": 100 * line["result"][row][name][0]
-        for label, row in ROWS.items()
-        for name in columns(turns_of(line["result"][row]))
-    }
-    extra = line["extra"]
-    return shown | {FRESH: 100 * extra["fresh"][0], MAJORITY: 100 * extra["majority"][0]}
-
-
-def turns_in(line):
-    """How many answers in a row the tables of a run have."""
-    return turns_of(line["result"]["greedy"])
-
-
-def mean_error(values):
-    """ "71.2 ± 0.4": mean and standard error over seeds."""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{error}"
-
-
-def interval(differences):
-    """-> mean of paired differences, half-width of its 95 % interval; NaN for a single pair."""
-    n = len(differences)
-    half = T95[n - 2] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    return statistics.mean(differences), half
-
-
-def main_table(lines, label, old=()):
-    """Markdown: the paper's columns of one of ROWS; a row for the base and for each arm.
-
-    An arm's cells are mean ± standard error over seeds. Rows of the arms in `old` say that other
-    code made them. Bases have a row each, if arms have different ones. A cell is empty where a run
-    has fewer turns than the table.
-    """
-    turns = max(map(turns_in, lines))
-    titles = columns(turns)
-    extra = [FRESH, MAJORITY] if label == "T=1" else []
-    heads = [*titles.values(), *(key.removeprefix(f"{label} ") for key in extra)]
-    rows = [table_row(label, heads), "|---" * (len(heads) + 1) + "|"]
-
-    bases = {line["base"]: line["base_result"][ROWS[label]] for line in lines}
-    for path, base in bases.items():
-        arms = dict.fromkeys(line["arm"] for line in lines if line["base"] == path)
-        of_arms = f" of {', '.join(arms)}" if len(bases) > 1 else ""
-        cells = [
-            f"{100 * base[name][0]:.1f}" if has_column(base, name, turns) else "" for name in titles
-        ]
-        rows.append(table_row(f"base{of_arms}", [*cells, *[""] * len(extra)]))
-
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        runs = [line for line in lines if line["arm"] == arm]
-        note = ", other code" if arm in old else ""
-        shown = [figures(line) for line in runs]
-        keys = [f"{label} {name}" for name in titles]
-        there = [has_column(runs[0]["result"][ROWS[label]], name, turns) for name in titles]
-        cells = [
-            mean_error([run[key] for run in shown]) if known else ""
-            for key, known in zip([*keys, *extra], [*there, *[True] * len(extra)])
-        ]
-        rows.append(table_row(f"{arm} ({len(runs)} seeds{note})", cells))
-    return "\n".join(rows)
-
-
-def table_row(name, cells):
-    """Cells as a line of Markdown; an empty cell is a single space."""
-    return f"| {name} |" + "".join(f" {cell} |" if cell else " |" for cell in cells)
-
-
-def has_column(result, name, turns):
-    """Whether a result has this column of a table with so many turns. Its Δ from the first to the
-    last turn is another one if it has fewer turns."""
-    return name in result and (name != "delta" or turns_of(result) == turns)
-
-
-def paired_table(lines, ours="mgrpo", theirs="grpo"):
-    """Markdown: differences between two arms, seed by seed, with 95 % intervals; empty unless both
-    are there twice."""
-    runs = {arm: {x["seed"]: x for x in lines if x["arm"] == arm} for arm in (ours, theirs)}
-    seeds = sorted(set(runs[ours]) & set(runs[theirs]))
-    if len(seeds) < 2:
-        return ""
-    last, their_last = (f"t{turns_in(runs[arm][seeds[0]])}" for arm in (ours, theirs))
-    pairs = [
-        (f"{label} {last}", f"{label} {other}") for label in ROWS for other in ("t1", their_last)
-    ]
-    pairs += [
-        (f"T=1 {last}", FRESH),
-        (f"T=1 {last}", MAJORITY),
-        ("greedy t1", "greedy t1"),
-        ("T=1 broke2", "T=1 broke2"),
-    ]
-    rows = [
-        f"| {ours} | minus {theirs} | points, 95 % interval, {len(seeds)} seeds |",
-        "|---|---|---|",
-    ]
-    turns = {arm: turns_in(runs[arm][seeds[0]]) for arm in runs}
-    shown = {arm: {seed: figures(runs[arm][seed]) for seed in seeds} for arm in runs}
-    for a, b in pairs:
-        mean, half = interval([shown[ours][s][a] - shown[theirs][s][b] for s in seeds])
-        names = f"{title(a, turns[ours])} | {title(b, turns[theirs])}"
-        rows.append(f"| {names} | {mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}] |")
-    return "\n".join(rows)
-
-
-def title(key, turns):
-    """ "T=1 broke2" -> "T=1 Δ c→i"; other keys as they are."""
-    label, _, name = key.partition(" ")
-    return f"{label} {columns(turns).get(name, name)}"
-
-
-def footnotes(lines):
-    """What the tables rest on: tokens, steps and time of a run, inference tokens of a question."""
-    rows = []
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        runs = [line for line in lines if line["arm"] == arm]
-        names = ("generated", "steps", "seconds")
-        middle = {name: statistics.median(line[name] for line in runs) for name in names}
-        turns = {2: "two"}.get(turns_in(runs[0]), turns_in(runs[0]))
-        asked = statistics.mean(line["result"][ROWS["T=1"]]["tokens"] for line in runs)
-        votes = statistics.mean(line["extra"]["tokens"] for line in runs)
-        rows.append(
-            f"{arm}: {middle['generated'] / 1e6:.2f} M generated tokens, {middle['steps']:.0f} "
-            f"steps, {middle['seconds']:.0f} s a run ({runs[0]['made_by']['threads']} thread); "
-            f"inference {asked:.0f} tokens for {turns} turns, {votes:.0f} for {VOTES} votes"
-        )
-    return "\n".join(rows)
-
-
-def remark(lines, old):
-    """How many of the runs are not today's, in a line; empty when all are."""
-    stale = sum(line["arm"] in old for line in lines)
-    if not stale:
-        return ""
-    return (
-        f"{stale} of these {len(lines)} runs ({', '.join(old)}) were made by other code, from "
-        "another base or with another compute type than a run of today; --arms with --seeds makes "
-        "new ones"
-    )
-
-
-def main():
-    config = parse_flags(Config, __doc__)
+def compare(config):
+    """Makes the runs that are missing, and prints the tables."""
     check_arms(config)
     path = Path("results") / f"compare-{file_name('name', config.name)}.jsonl"
     todo = missing_runs(config, read_lines(path))
     if todo:
         path.parent.mkdir(exist_ok=True)
-        make_base(config)
         with ThreadPoolExecutor(config.jobs) as pool:
-            runs = pool.map(lambda pair: run_and_keep(config, path, *pair), todo)
-            list(tqdm(runs, total=len(todo), unit="run", disable=None))
+            list(pool.map(lambda base: make_base(config, base), sorted({run[1] for run in todo})))
+            runs = pool.map(lambda run: run_and_keep(config, path, *run), todo)
+            list(tqdm(runs, config.name, total=len(todo), unit="run", disable=None))
     lines = [line for line in read_lines(path) if line["flags"] == config.flags]
     lines = one_version(lines, lambda line: is_todays(config, line))
     if not lines:
-        raise BadInput(f"{path} holds no runs with these flags; use --seeds 1 or more")
+        raise BadInput(f"{path} holds no runs with these flags; use --bases 1 or more")
     old = list(dict.fromkeys(line["arm"] for line in lines if not is_todays(config, line)))
+    lines.sort(key=lambda line: list(ARMS).index(line["arm"]) if line["arm"] in ARMS else 99)
     with reading(path):
-        tables = [main_table(lines, label, old) for label in ROWS]
-        tables += [paired_table(lines), footnotes(lines), remark(lines, old)]
+        tables = [main_table(with_bases(lines), label, old) for label in ROWS]
+        tables += [paired_table(with_bases(lines), label) for label in ROWS]
+        tables += [footnotes(lines), remark(lines, old)]
     print("\n\n".join(filter(None, tables)))
+
+
+def main():
+    config = parse_flags(Config, __doc__)
+    if not config.map:
+        compare(config)
+        return
+    names = list(MAP) if config.map == "newest" else config.map.split(",")
+    for name in names:
+        if name not in MAP:
+            raise BadInput(
+                f"--map {name}: there is no such experiment; choose from {', '.join(MAP)}"
+            )
+    for name in tqdm(names, "map", unit="experiment", disable=None):
+        arms, bases, words = MAP[name]
+        more = f"{config.flags} {words}".strip()
+        print(f"\n## {name}\n")
+        compare(replace(config, name=name, arms=arms, bases=min(bases, config.bases), flags=more))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """README's pictures, drawn from the results that are committed beside it.
 
     pip install -r requirements-extra.txt
-    python -m tools.pictures                  # writes docs/tree.svg, docs/runs.svg, docs/arms.svg
+    python -m tools.pictures                  # writes docs/tree.svg, docs/runs.svg, docs/looks.svg
 
 Each picture is a function of files under results/: a tree of a training step, the curves of a GRPO
 run and an MGRPO run from the same base, and the comparison over seeds (tools/compare.py). The same
@@ -13,22 +13,25 @@ from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other
 # isort: split
 import html
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from eval import mean_and_error
 from report import curves
 from report.curves import COLOURS, INK, LINES
 from report.trees import lines_of, read_trees, text_of
 from runtime.flags import BadInput, guarded, parse_flags
-from tools import compare
+from tasks.solve import Solve
+from tools import compare, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("solve-grpo-0", "solve-mgrpo-0")
-ARMS = ("grpo", "mgrpo", "keep", "raw", "wrong")
+LOOKS = {  # arm of compare.py -> its name in the picture
+    "base": "base",
+    "dial": "base, best constants",
+    "grpo": "GRPO",
+    "mgrpo": "MGRPO 4,3",
+    "chains": "chains 4,1,1,1",
+}
 HEIGHT = 19  # of a line of the tree, in pixels
 SIGNS = {True: ("✓", "#00664a"), False: ("✗", "#a33200")}
 # The tags of a response take room and say nothing here.
@@ -109,53 +112,31 @@ def runs_picture(results, path):
     curves.alone(curves.draw(chart, runs[::-1], (6.4, 3.6)), path)
 
 
-def arms_picture(results, path):
-    """Acc@t2 of each arm of compare.py, greedy and at temperature 1, mean and standard error over
-    seeds, and GRPO's Acc@t1 as a line."""
+def looks_picture(results, path):
+    """Accuracy at temperature 1 against the number of answers in a row, with 95 % intervals over
+    bases (tools/tables.py), of the arms in LOOKS, the bases before training, and the bound."""
     import matplotlib
 
-    runs = [
-        run
-        for run in compare.read_lines(results / "compare-solve.jsonl")
-        if run["arm"] in ARMS and not run["flags"]
-    ]
-    runs = compare.one_version(runs)
+    lines = tables.with_bases(compare.read_lines(results / "compare-solve.jsonl"))
+    arms, turns = tables.arms_of(lines), tables.turns_in(lines)
+    looks = range(1, turns + 1)
     with matplotlib.rc_context(curves.STYLE):
-        figure, axes = curves.new_figure((6.4, 2.8))
-        for mark, label in enumerate(("greedy", "temperature 1")):
-            means, errors = zip(*(over_seeds(runs, arm, label) for arm in ARMS))
-            # The two marks of an arm stand side by side.
-            places = [i + 0.15 * (mark - 0.5) for i in range(len(ARMS))]
+        figure, axes = curves.new_figure((6.4, 3.6))
+        for mark, (arm, name) in enumerate(LOOKS.items()):
+            groups = [tables.by_base(arms[arm], tables.value_of("T=1", f"t{k}")) for k in looks]
+            means, halves = zip(*map(tables.interval, groups))
+            halves = [half or 0 for half in halves]
+            places = [k + 0.03 * (mark - 2) for k in looks]  # side by side, so that bars are seen
             axes.errorbar(
-                places,
-                means,
-                errors,
-                fmt="os"[mark],
-                color=LINES[mark],
-                ms=5,
-                capsize=3,
-                label=f"Acc@t2, {label}",
+                places, means, halves, fmt="o-", color=LINES[mark], ms=4, capsize=3, label=name
             )
-        # What a second answer has to beat.
-        once = statistics.mean(
-            run["result"]["greedy"]["t1"][0] for run in runs if run["arm"] == "grpo"
-        )
-        axes.axhline(once, color=LINES[2], lw=1.2, ls=":", label="GRPO's Acc@t1, greedy")
-        axes.set_xticks(
-            range(len(ARMS)),
-            [f"{arm}\n{sum(run['arm'] == arm for run in runs)} seeds" for arm in ARMS],
-        )
-        axes.set_ylabel("share right")
-        axes.set_ylim(0.5, 1)
+        bound = tables.bound(Solve().candidates, turns)
+        axes.plot(looks, bound, color=INK, lw=1.2, ls=":", label="bound: every try new and checked")
+        axes.set_xticks(looks, [f"answer {k}" for k in looks])
+        axes.set_ylabel("share right, T=1")
+        axes.set_ylim(0.4, 1)
         figure.legend(loc="outside lower left", ncols=3)
     curves.alone(figure, path)
-
-
-def over_seeds(runs, arm, label):
-    """Mean and standard error of Acc@t2 over the seeds of an arm."""
-    return mean_and_error(
-        torch.tensor([run["result"][label]["t2"][0] for run in runs if run["arm"] == arm])
-    )
 
 
 def main():
@@ -175,8 +156,8 @@ def main():
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "tree.svg").write_text(tree_picture(mixed[0]), encoding="utf-8")
     runs_picture(results, docs / "runs.svg")
-    arms_picture(results, docs / "arms.svg")
-    for name in ("arms.svg", "runs.svg", "tree.svg"):
+    looks_picture(results, docs / "looks.svg")
+    for name in ("looks.svg", "runs.svg", "tree.svg"):
         print(f"{docs / name}: {(docs / name).stat().st_size / 1e3:.0f} kB")
 
 

@@ -1,0 +1,203 @@
+"""Tables of compare.py: means over bases, with intervals that hold.
+
+    python -m tools.compare --seeds 0        # the tables of the runs that are there
+
+The idea. A result has three sources of chance: the base model, the RL seed, and the questions with
+their random numbers. All runs of a (base, seed) pair ask the same questions with the same random
+numbers, so two arms are compared pair by pair. Another pair asks other questions. So all that
+varies is in the spread of the bases' means, and Student's t over bases gives a 95 % interval that
+covers the truth in 95 % of cases, however the three are mixed (tests/test_compare.py measures it).
+A percentile bootstrap over bases, seeds and questions covers 99 % where only questions vary, and
+88 % where bases differ most: it counts the chance of questions twice, and resamples five bases.
+
+With a single base the interval is over its seeds, and says nothing about other bases.
+"""
+
+import math
+import statistics
+
+from eval import turns_of
+
+# Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+ROWS = {"T=1": "temperature 1", "greedy": "greedy"}  # title in tables -> row of a result
+# Columns besides the accuracies: title -> field of a result, without the turn's number.
+MORE = {"no|right": "no_right", "no|wrong": "no_wrong", "fresh": "fresh"}
+
+
+# ---- intervals -----------------------------------------------------------------------------------
+
+
+def interval(groups):
+    """[values of the seeds of a base, ...] -> mean over bases, half-width of its 95 % interval.
+
+    The half-width is None for a single value.
+    """
+    means = [statistics.mean(values) for values in groups]
+    mean = statistics.mean(means)
+    if len(means) == 1:
+        means = groups[0]
+    if len(means) == 1:
+        return mean, None
+    t = T95[min(len(means) - 2, len(T95) - 1)]
+    return mean, t * statistics.stdev(means) / math.sqrt(len(means))
+
+
+def by_base(lines, value):
+    """-> [[value(line) of each seed], ...], a list for each base. None is left out."""
+    groups = {}
+    for line in sorted(lines, key=lambda line: (line["base_seed"], line["seed"])):
+        if (x := value(line)) is not None:
+            groups.setdefault(line["base_seed"], []).append(x)
+    return list(groups.values())
+
+
+def cell(groups, sign=""):
+    """Groups of shares -> "85.2 ± 1.3", in percent; empty without values."""
+    if not groups:
+        return ""
+    mean, half = interval(groups)
+    return f"{100 * mean:{sign}.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def value_of(label, name):
+    """-> function: a line's share in column `name` ("t1", "no_right4", ...) of a table."""
+
+    def value(line):
+        found = line["result"][ROWS[label]].get(name)
+        return found and found[0]
+
+    return value
+
+
+def difference_of(label, name, theirs):
+    """-> function: a line's share minus that of the line in `theirs` of its base and seed."""
+    value = value_of(label, name)
+    return lambda line: value(line) - value(theirs[line["base_seed"], line["seed"]])
+
+
+def extra_of(name):
+    """-> function: a line's share in its extra column `name`; None if it has none."""
+    return lambda line: line["extra"][name][0] if name in line["extra"] else None
+
+
+def turns_in(lines):
+    """The most answers in a row that these runs were asked for."""
+    return max(turns_of(line["result"][row]) for line in lines for row in ROWS.values())
+
+
+def arms_of(lines):
+    """{arm: its lines}, in the order of their first line."""
+    arms = {}
+    for line in lines:
+        arms.setdefault(line["arm"], []).append(line)
+    return arms
+
+
+def with_bases(lines):
+    """The lines, and before them one for each (base, seed) with the base's own result."""
+    bases = {}
+    for line in lines:
+        if line["base_result"]:
+            bases[line["base_seed"], line["seed"]] = line | dict(
+                arm="base", result=line["base_result"], extra={}
+            )
+    return [*bases.values(), *lines]
+
+
+def main_table(lines, label, old=()):
+    """Markdown: the accuracy of every answer, what the last review says, and more samples.
+
+    A cell is mean ± half of the 95 % interval over bases. Rows of the arms in `old` say that other
+    code made them. "majority" and "pass" are of as many independent first answers as the table has
+    turns, at about the same tokens.
+    """
+    turns = turns_in(lines)
+    titles = {f"t{k}": f"Acc@t{k}" for k in range(1, turns + 1)}
+    titles |= {f"broke{turns}": f"c→i t{turns}"}
+    titles |= {f"{field}{turns}": f"{title} t{turns}" for title, field in MORE.items()}
+    extra = {"majority": f"majority of {turns}", "pass": f"pass@{turns}"} if label == "T=1" else {}
+    heads = [*titles.values(), *extra.values(), "bases x seeds x questions"]
+    rows = [row(label, heads), "|---" * (len(heads) + 1) + "|"]
+    for arm, runs in arms_of(lines).items():
+        cells = [cell(by_base(runs, value_of(label, name))) for name in titles]
+        cells += [cell(by_base(runs, extra_of(name))) for name in extra]
+        note = " (other code)" if arm in old else ""
+        rows.append(row(arm + note, [*cells, count(runs)]))
+    return "\n".join(rows)
+
+
+def count(runs):
+    """5 x 1 x 1,024: bases, seeds of each, questions of each run."""
+    bases = {run["base_seed"] for run in runs}
+    questions = {run["result"]["greedy"]["questions"] for run in runs}
+    seeds = len(runs) / len(bases)
+    return f"{len(bases)} x {seeds:g} x {' or '.join(f'{q:,}' for q in sorted(questions))}"
+
+
+def paired_table(lines, label, reference="grpo"):
+    """Markdown: each arm minus the reference, run by run of the same base and seed."""
+    arms = arms_of(lines)
+    if reference not in arms or len(arms) < 2:
+        return ""
+    theirs = {(run["base_seed"], run["seed"]): run for run in arms[reference]}
+    turns = turns_in(lines)
+    heads = [f"Acc@t{k}" for k in range(1, turns + 1)]
+    rows = [row(f"{label}, minus {reference}", heads), "|---" * (len(heads) + 1) + "|"]
+    for arm, runs in arms.items():
+        pairs = [run for run in runs if (run["base_seed"], run["seed"]) in theirs]
+        if arm == reference or not pairs:
+            continue
+        cells = []
+        for k in range(1, turns + 1):
+            cells.append(cell(by_base(pairs, difference_of(label, f"t{k}", theirs)), "+"))
+        rows.append(row(arm, cells))
+    return "\n".join(rows)
+
+
+def row(name, cells):
+    """Cells as a line of Markdown; an empty cell is a single space."""
+    return f"| {name} |" + "".join(f" {text} |" if text else " |" for text in cells)
+
+
+def footnotes(lines):
+    """What the tables rest on: tokens, steps and time of a run, inference tokens of a question."""
+    rows = []
+    for arm, runs in arms_of(lines).items():
+        middle = {
+            name: statistics.median(run[name] for run in runs)
+            for name in ("generated", "steps", "seconds")
+        }
+        asked = statistics.mean(run["result"]["temperature 1"]["tokens"] for run in runs)
+        votes = [run["extra"]["tokens"] for run in runs if "tokens" in run["extra"]]
+        text = f"inference {asked:.0f} tokens for {turns_in(runs)} answers in a row"
+        if votes:
+            text += f", {statistics.mean(votes):.0f} for as many independent ones"
+        rows.append(
+            f"{arm}: {middle['generated'] / 1e6:.2f} M generated tokens, {middle['steps']:.0f} "
+            f"steps, {middle['seconds']:.0f} s a run; {text}"
+        )
+    return "\n".join(rows)
+
+
+def remark(lines, old):
+    """How many of the runs are not today's, in a line; empty when all are."""
+    stale = sum(line["arm"] in old for line in lines)
+    if not stale:
+        return ""
+    return (
+        f"{stale} of these {len(lines)} runs ({', '.join(old)}) were made by other code, from "
+        "another base or with another compute type than a run of today; --arms with --seeds makes "
+        "new ones"
+    )
+
+
+def bound(candidates, turns):
+    """Acc@tk on `solve` if every try is new and every check right: with c candidates k tries hit
+    with probability min(k / c, 1), and c is uniform in 1..candidates. -> [turns]"""
+    counts = range(1, candidates + 1)
+    return [statistics.mean(min(k / c, 1.0) for c in counts) for k in range(1, turns + 1)]
