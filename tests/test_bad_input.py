@@ -20,6 +20,7 @@ from huggingface import prompts
 from model import GPT, ModelConfig
 from runtime.checkpoints import save_checkpoint
 from runtime.flags import BadInput, flag_name, guarded
+from tasks.catalog import TaskConfig
 
 CONFIG = dict(
     model_type="qwen2",
@@ -35,7 +36,7 @@ CONFIG = dict(
     tie_word_embeddings=True,
 )
 LINE = json.dumps(dict(problem="p", answer="1")) + "\n"
-TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4, max_new_tokens=40)
+TASK = vars(TaskConfig()) | dict(max_new_tokens=40)
 
 
 def tiny(vocabulary=VOCABULARY):
@@ -263,11 +264,19 @@ CASES = [
     (["eval.py", "good.pt", "--samples", "2", "--temperature", "0"], "the same answer every time"),
     (["eval.py", "good.pt", "--turns", "0"], "--turns 0"),
     (["eval.py", "good.pt", "--turns", "17"], "--turns 17"),
+    (["eval.py", "good.pt", "--turns", "5"], "5 answers in a row: the base's texts have 4"),
     (["eval.py", "good.pt", "--top-p", "0"], "--top-p 0"),
     (["eval.py", "good.pt", "--min-p", "1"], "--min-p 1"),
     (["eval.py", "good.pt", "--json", "file/x.json"], "file cannot be made"),
     (["eval.py", "good.pt", "--cache-tokens", "3"], "a row may need"),
     (["eval.py", "good.pt", "--questions", "4", "--max-new-tokens", "300"], "--max-new-tokens 300"),
+    # Bases and looks.
+    (["train.py", "--turns", "5"], "--turns 5 asks for 5 answers in a row"),
+    (["train.py", "--group-sizes", "2,2,2,2,2"], "--group-sizes 2,2,2,2,2 asks for 5 answers"),
+    (["train.py", "--group-sizes", "2,2,2", "--turns", "2"], "trains 3 answers in a row"),
+    (["train.py", "--start", "nowhere"], "nowhere: there is no such file"),
+    (["train.py", "--start", "good.pt", "--candidates", "3"], "good.pt was trained on solve: cand"),
+    (["train.py", "--reviewer", "strict"], "--reviewer 'strict'"),
     # The other commands.
     (["tools.chat"], "no model is named"),
     (["tools.chat", "nowhere"], "there is no such folder"),
@@ -291,8 +300,12 @@ CASES = [
     (["tools.compare", "--flags", "--init x"], "--init is not for this script"),
     (["tools.compare", "--flags", "--tokens 0"], "--tokens 0"),
     (["tools.compare", "--flags", "--name x"], "gives it to each run"),
-    (["tools.compare", "--name", "../x", "--seeds", "0"], "no slashes"),
+    (["tools.compare", "--name", "../x", "--bases", "0"], "no slashes"),
     (["tools.compare", "--arms", "none"], "'none'"),
+    (["tools.compare", "--map", "moon"], "--map moon: there is no such experiment"),
+    (["tools.dial"], "no model is named"),
+    (["tools.dial", "nowhere.pt"], "there is no such"),
+    (["tools.dial", "good.pt", "--turns", "5"], "5 answers in a row"),
     (["tools.compare", "--seeds", "999"], "--seeds 999"),
     (["tools.bench_sampler", "--group-size", "0"], "--group-size 0"),
     (["tools.bench_training", "--group-sizes", "8,0"], "--group-sizes 8,0"),

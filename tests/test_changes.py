@@ -265,7 +265,7 @@ for index in range(300):
     attempt = task.puzzle.attempt(problem, rng)
     assert len(task.prompt_ids(problem)) <= task.prompt_tokens
     assert tokens(attempt.text) < task.max_new_tokens
-    assert tokens(task.puzzle.review(problem, attempt, rng)) < task.max_new_tokens
+    assert tokens(task.puzzle.review(problem, [attempt], rng).text) < task.max_new_tokens
     right = is_correct(attempt.text, problem.gold)
     print(json.dumps([problem.question, problem.gold, right]))
 """

@@ -30,7 +30,7 @@ from tasks.catalog import TaskConfig, make_task
 from tools import chat
 from tools.chat import Config, Dialogue, Stream, split_gold, verdict
 
-TASK = dict(task="solve", candidates=3, operations=4, modulus=11, numbers=4, max_new_tokens=20)
+TASK = vars(TaskConfig()) | dict(max_new_tokens=20)
 FLOAT = ("--device", "cpu", "--dtype", "float32")
 
 

@@ -21,6 +21,7 @@ from eval import (
     several_samples,
     summarise,
     table,
+    what_reviews_say,
 )
 from mgrpo import SamplingParams, draw_phrases, rollout
 from reward import extract_answer
@@ -169,12 +170,40 @@ def test_details_name_all_that_is_asked():
     right = torch.ones(3, 2, 2)
     row = summarise(right) | several_samples(right, [[1.0, 1.0]] * 3)
     row |= dict(length1=12.3, length2=45.6, truncated=0.25, undecided=7, samples=2)
+    row |= dict(no_right2=(0.25, 0.01), no_wrong2=(None, None), fresh2=(1.0, 0.0))
     assert details({"greedy": row}, "rules").splitlines() == [
         "greedy, turn 1: pass@1 100.0 ± 0.0, pass@2 100.0 ± 0.0, maj@2 100.0 ± 0.0",
         "greedy, turn 2: pass@1 100.0 ± 0.0, pass@2 100.0 ± 0.0, maj@2 100.0 ± 0.0",
+        "greedy, turn 2 says no to 25.0 ± 1.0 of right answers, to - of wrong ones; 100.0 ± 0.0 of "
+        "its other answers are new",
         "greedy: 12 and 46 tokens an answer, 25.0 % of answers truncated; verifier rules, "
         "7 undecided",
     ]
+
+
+def test_what_reviews_say_by_hand():
+    """Catches shares of the wrong answers: three questions with two samples and three turns. Right
+    answers before turn 2: two, one of them changed. Wrong ones: four, three changed. Turn 3 changes
+    three answers, two of them to new ones."""
+    right = torch.tensor([[[1, 0, 0], [0, 0, 1]], [[1, 1, 1], [0, 1, 0]], [[0, 0, 0], [0, 0, 0]]])
+    changed = torch.tensor([[[0, 1, 0], [0, 1, 1]], [[0, 0, 0], [0, 1, 1]], [[0, 1, 0], [0, 0, 1]]])
+    fresh = torch.tensor([[[0, 1, 0], [0, 1, 1]], [[0, 0, 0], [0, 1, 0]], [[0, 1, 0], [0, 0, 1]]])
+    found = what_reviews_say(*(x.float() for x in (right, changed, fresh)))
+    shares = {name: pair[0] for name, pair in found.items()}
+    assert shares == pytest.approx(
+        dict(
+            no_right2=1 / 2,
+            no_wrong2=3 / 4,
+            fresh2=1,
+            no_right3=1 / 2,
+            no_wrong3=2 / 4,
+            fresh3=2 / 3,
+        )
+    )
+    # Errors of ratios by hand: no_wrong2 has 1 of 1, 1 of 1 and 1 of 2 in the questions.
+    apart = math.sqrt(2 * (1 - 0.75) ** 2 + (1 - 2 * 0.75) ** 2) / 4
+    assert found["no_wrong2"][1] == pytest.approx(apart)
+    assert what_reviews_say(*[torch.zeros(2, 1, 2)] * 3)["no_right2"] == (None, None)
 
 
 # ---- the whole -----------------------------------------------------------------------------------

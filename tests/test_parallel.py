@@ -39,6 +39,8 @@ RUN = (
 HARD = (
     "--group-sizes",
     "3,2,2",
+    "--looks",
+    "3",
     "--kl-coef",
     "0.05",
     "--recompute",

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from runtime import flags
+from tools import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "docs").glob("*.md"))
@@ -53,12 +54,13 @@ def test_pages_are_short(name):
     assert [line for line in without_code(PAGES[name]).splitlines() if len(line) > 110] == []
 
 
-def test_readme_has_one_result_table_and_one_curve():
+def test_readme_has_one_result_table_and_one_figure():
     """Catches results that creep back into README, and the gain without what it does not show."""
     assert len(re.findall(r"^\| (?:mgrpo|MGRPO)\b", README, re.M)) == 1
-    assert re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) == ["docs/tree.svg", "docs/runs.svg"]
-    before_the_table = README.split("## Results")[1].split("| mgrpo")[0]
-    assert "gives greedy Acc@t2 88.8" in " ".join(before_the_table.split())
+    assert re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) == ["docs/tree.svg", "docs/looks.svg"]
+    results = README.split("## Results")[1].split("## Use it")[0]
+    for control in ("best constants", "the bound", "does not show"):
+        assert control in " ".join(results.split()), control
 
 
 def test_nothing_is_left_to_fill_in():
@@ -284,7 +286,7 @@ def mean_error(values):
 @functools.cache
 def arms(task):
     """{arm: {seed: percents}} of the committed comparison, and percents of its base."""
-    text = (ROOT / f"results/compare-{task}.jsonl").read_text()
+    text = (ROOT / f"results/first-{task}.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     found = {}
     for line in lines:
@@ -326,7 +328,8 @@ def percents_columns():
 
 
 @pytest.mark.parametrize(
-    "task, page", [("solve", "results"), ("countdown", "more-results"), ("chain", "more-results")]
+    "task, page",
+    [("solve", "first-results"), ("countdown", "more-results"), ("chain", "more-results")],
 )
 def test_tables_are_those_of_the_committed_runs(task, page):
     """Catches a figure that was typed: every row is computed here from results/ and must stand there."""
@@ -334,14 +337,50 @@ def test_tables_are_those_of_the_committed_runs(task, page):
     assert [row for row in rows_of(task) if row not in text] == []
 
 
-def test_readmes_table_is_that_of_the_committed_runs():
-    """Catches README's table and the chapter's disagreeing."""
-    found, base = arms("solve")
-    columns = ["greedy Acc@t1", "greedy Acc@t2", "T=1 Acc@t1", "T=1 Acc@t2", "T=1 Δ c→i"]
-    assert "| base | " + " | ".join(f"{base[column]:.1f}" for column in columns) + " |" in README
-    for arm in ("grpo", "mgrpo"):
-        cells = [mean_error([run[column] for run in found[arm].values()]) for column in columns]
-        assert re.search(rf"^\| {arm}\b.* \| " + re.escape(" | ".join(cells) + " |"), README, re.M)
+@functools.cache
+def looks_runs():
+    """{arm: its lines, "base" included} of the comparison that README leads with."""
+    lines = map(json.loads, (ROOT / "results/compare-solve.jsonl").read_text().splitlines())
+    return tables.arms_of(tables.with_bases(list(lines)))
+
+
+def looks_rows(label, names, extra=()):
+    """Rows of a table of the pages: for each arm the cells of these columns, and how many runs."""
+    rows = []
+    for arm, runs in looks_runs().items():
+        values = [tables.value_of(label, name) for name in names]
+        values += [tables.extra_of(name) for name in extra]
+        cells = [tables.cell(tables.by_base(runs, value)) for value in values]
+        rows.append(tables.row(ARM_NAMES[arm], [*cells, tables.count(runs)]))
+    return rows
+
+
+ARM_NAMES = dict(
+    base="base",
+    dial="base, best constants",
+    grpo="GRPO, `16`",
+    mgrpo="MGRPO, `4,3`",
+    chains="chains, `4,1,1,1`",
+)
+ACCURACIES = ("t1", "t2", "t3", "t4")
+
+
+def test_tables_over_bases_are_those_of_the_committed_runs():
+    """Catches a figure that was typed, in README and in the chapter."""
+    chapter = PAGES["docs/results.md"]
+    for label in tables.ROWS:
+        rows = looks_rows(label, ACCURACIES)
+        rows += looks_rows(label, ("broke4", "no_right4", "no_wrong4", "fresh4"))
+        assert [row for row in rows if row not in chapter] == []
+    votes = looks_rows("T=1", ("t4",), ("majority", "pass"))
+    assert [row for row in votes if "GRPO" in row and row not in chapter] == []
+    assert [row for row in looks_rows("T=1", ACCURACIES) if row not in README] == []
+    for label in tables.ROWS:
+        lines = [run for arm, runs in looks_runs().items() for run in runs]
+        rows = tables.paired_table(lines, label).splitlines()[2:]
+        for row in rows:
+            arm, rest = re.match(r"\| (\w+) (.*)", row).groups()
+            assert f"| {ARM_NAMES[arm]} {rest}" in chapter
 
 
 def test_the_first_table_is_that_of_the_committed_run():

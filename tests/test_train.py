@@ -540,7 +540,8 @@ def test_three_layers_train_and_resume_bit_for_bit(smoke):
     of three layers, resumed from an earlier state, ends with the same weights and figures."""
     folder = smoke[0]
     words = ("--tokens", "40000", "--eval-questions", "32", "--save-every", "1")
-    printed = script(folder, *SMOKE, *words, "--group-sizes", "3,2,2", "--name", "three")
+    words += ("--group-sizes", "3,2,2", "--looks", "3")
+    printed = script(folder, *SMOKE, *words, "--name", "three")
     path = folder / "out/three"
     steps = figures(path)
     assert {"reward3", "accuracy3", "signal3", "fix3", "broke3", "truncated3"} <= set(steps[0])
