@@ -29,7 +29,7 @@ RUN = (
     "--device",
     "cpu",
     "--base-tokens",
-    "300000",
+    "600000",
     "--eval-questions",
     "63",
     "--save-every",
