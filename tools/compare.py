@@ -4,7 +4,7 @@
     python -m tools.compare --arms grpo,mgrpo,keep,raw --bases 3
     python -m tools.compare --name chain --flags "--task chain"
     python -m tools.compare --bases 0                         # only prints what is there
-    python -m tools.compare --map                             # every experiment of docs/map.md
+    python -m tools.compare --map                             # every experiment of MAP, for hours
 
 The idea. All runs of a pair (base, RL seed) start from one base, end after the same number of
 generated tokens, and are evaluated on the same questions with the same random numbers; every pair
@@ -91,7 +91,7 @@ ARMS = {  # name -> what it adds to train.py's defaults
     "supervised": "--failed raw --layer-weights 0,1",  # steps towards right corrections, no others
     "rounds": "",  # GRPO for half of the tokens, then corrections alone: see `run_words`
 }
-# The experiments of docs/map.md: name of the result file -> arms, bases, flags.
+# The experiments of --map: name of the result file -> arms, bases, flags.
 README_ARMS = ("dial", "grpo", "mgrpo", "chains")
 MAP = {
     "solve": (README_ARMS, 5, ""),
@@ -141,7 +141,7 @@ class Config:
     seeds: Annotated[int, Between(1, 20)] = 1  # RL seeds of each arm from each base
     flags: str = ""  # more flags for every train.py, in quotes
     jobs: Annotated[int, AtLeast(1)] = 2  # runs at a time; each gets its share of the cores
-    map: Maybe = ""  # run every experiment of docs/map.md, or those named, separated by commas
+    map: Maybe = ""  # run every experiment of MAP in this file, or those named, separated by commas
 
 
 # ---- what a run is -------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def split_flags(config):
         ) from None
 
 
-def parsed(words, refused=REFUSED):
+def parsed(words):
     """Flags of train.py -> train.Config."""
-    return parse_flags(train.Config, "", train.presets, words, refused, train.RENAMED)
+    return parse_flags(train.Config, "", train.presets, words, REFUSED, train.RENAMED)
 
 
 @functools.cache
@@ -277,7 +277,7 @@ def make_base(config, base_seed):
     words = [
         word
         for name, value in known.items()
-        if name not in ("start",) and concerns(settings.puzzle.task, name)
+        if name != "start" and concerns(settings.puzzle.task, name)
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
     words += ["--device", settings.hardware.device, "--dtype", settings.hardware.dtype]
@@ -471,6 +471,7 @@ def compare(config):
 
 
 def main():
+    """One comparison, or those of the map one after another."""
     config = parse_flags(Config, __doc__)
     if not config.map:
         compare(config)

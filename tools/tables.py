@@ -23,7 +23,8 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 T95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 ROWS = {"T=1": "temperature 1", "greedy": "greedy"}  # title in tables -> row of a result
 # Columns besides the accuracies: title -> field of a result, without the turn's number.
-MORE = {"no|right": "no_right", "no|wrong": "no_wrong", "fresh": "fresh"}
+# (A bar, as in P(no | right), would end the cell.)
+MORE = {"no, if right": "no_right", "no, if wrong": "no_wrong", "fresh": "fresh"}
 
 
 # ---- intervals -----------------------------------------------------------------------------------
