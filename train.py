@@ -50,8 +50,8 @@ from tasks.opening import BaseConfig, Hardware, RealConfig, TaskConfig
 
 @dataclass(frozen=True)
 class Config:
-    # Sizes that go together; flags override single values.
-    preset: Literal["auto", "cpu", "gpu", "smoke"] = "auto"
+    # Sizes that go together; flags override single values. paper: what is known of the paper's.
+    preset: Literal["auto", "cpu", "gpu", "smoke", "paper"] = "auto"
     init: str = ""  # folder of a model in Hugging Face's format; empty: a base of a built-in task
     data: tuple[str, ...] = ()  # JSONL files of problems for --init, separated by commas
     eval_data: tuple[str, ...] = ()  # files to evaluate on; empty: every eighth problem of --data
@@ -103,8 +103,11 @@ class Config:
     logging: Logging = Logging()
 
 
+# What is known of the paper's settings, as public re-implementations report them; g_2 is ours.
+PAPER = dict(prompts=32, group_sizes=(8, 4), kl_coef=0.001)
 # What a preset sets besides the size of the task and of its base (tasks/base.py).
 PRESETS = {
+    "paper": PAPER,  # but not its learning rate, 5e-7: that is for a model of billions of weights
     "cpu": {},  # the defaults above: what two cores train in minutes
     "gpu": dict(  # more of everything that a GPU does in parallel
         prompts=128,
@@ -116,11 +119,6 @@ PRESETS = {
     ),
     "smoke": dict(tokens=200_000, prompts=16, eval_questions=256),
 }
-# For a model of --init: the paper's settings, as public re-implementations report them. (g_2, the
-# tokens and the transcripts are ours.)
-PAPER_DEFAULTS = dict(
-    prompts=32, group_sizes=(8, 4), lr=5e-7, kl_coef=0.001, tokens=100_000_000, transcripts=1
-)
 QUICK_QUESTIONS = 256  # of the quick evaluations during a run; greedy
 MAX_GRADIENT_NORM = 1.0
 MOST_ROWS = 1 << 24  # a step; more rows end in memory that runs out, or never
@@ -627,7 +625,8 @@ def presets(given):
                 "--data is missing: a model of --init learns from files of problems, say "
                 "--data gsm8k/train.jsonl"
             )
-        return PAPER_DEFAULTS
+        # The paper's; tokens and transcripts are ours.
+        return PAPER | dict(lr=5e-7, tokens=100_000_000, transcripts=1)
     for name in {"data", "eval_data", *flat(RealConfig())} & given.keys():
         raise BadInput(
             f"--{name.replace('_', '-')} needs --init: the built-in tasks make their own problems"

@@ -54,13 +54,12 @@ STYLE = {
 }
 POINTS = 400  # of a curve at most: a longer run is drawn as means of neighbouring steps
 LOOKS = 60  # held-out points at most: of more, evenly spaced ones are drawn
-LAYERS = {1: "attempts", 2: "corrections"}  # names of layers; the others are "layer 3", ...
 
 
 class Chart(NamedTuple):
     """What one picture shows: for each field a label and the number of its first colour.
 
-    A field or label with {k} stands for one line in each layer; {layer} is the layer's name.
+    A field or label with {k} stands for one line in each layer.
     """
 
     name: str
@@ -83,7 +82,7 @@ CHARTS = (
     Chart(
         "Accuracy in training",
         "share right",
-        {"accuracy{k}": ("{layer}", 0)},
+        {"accuracy{k}": ("layer {k}", 0)},
         share=True,
     ),
     Chart(
@@ -109,7 +108,7 @@ CHARTS = (
         },
         share=True,
     ),
-    Chart("Reward", "mean of a rollout", {"reward{k}": ("{layer}", 0)}),
+    Chart("Reward", "mean of a rollout", {"reward{k}": ("layer {k}", 0)}),
     Chart("Groups with a signal", "share", {"signal{k}": ("layer {k}", 0)}, share=True),
     Chart("Entropy", "nats per trained token", {"entropy": ("policy", 0)}),
     Chart("KL from the reference", "nats per trained token", {"kl": ("policy", 0)}),
@@ -121,8 +120,8 @@ CHARTS = (
     ),
     Chart("Gradient", "norm before clipping", {"grad_norm": ("norm", 0)}),
     Chart("Clipped tokens", "share", {"clipped": ("beyond the clip", 1)}),
-    Chart("Truncated answers", "share", {"truncated{k}": ("{layer}", 0)}),
-    Chart("Length of answers", "tokens", {"length{k}": ("{layer}", 0)}),
+    Chart("Truncated answers", "share", {"truncated{k}": ("layer {k}", 0)}),
+    Chart("Length of answers", "tokens", {"length{k}": ("layer {k}", 0)}),
     Chart("Speed", "generated tokens per second", {"tokens_per_s": ("sampling and training", 0)}),
     Chart(
         "Time of a step",
@@ -177,7 +176,7 @@ def series(templates, metrics):
         layers = sorted(int(match[1]) for match in map(pattern.fullmatch, names) if match)
         for place, k in enumerate(layers):
             suffix = ", layer {k}" if "{" not in label and len(layers) > 1 else ""
-            text = (label + suffix).format(k=k, layer=LAYERS.get(k, f"layer {k}"))
+            text = (label + suffix).format(k=k)
             mark = LINES[(colour + place * len(templates)) % len(LINES)]
             chosen.append(Series(template.format(k=k), text, mark))
     return chosen

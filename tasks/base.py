@@ -8,7 +8,7 @@ is never sampled. So a base must answer in the format, must err, and must hold t
 It reads two kinds of text, with a loss on what stands behind a bar:
 
     drills       8*4=|10|, 3+5=|8|, 1-2=|10| ...     until it knows them; a dialogue teaches
-                                                     arithmetic ten times slower
+                                                     arithmetic several times slower
     dialogues    question |attempt| phrase |review| phrase |review| ...     `looks` answers
                            one candidate, blindly chosen, computed
                                             compares the last answer, then confirms or tries another
@@ -104,7 +104,8 @@ def pick_preset(given, presets=PRESETS):
             f"--{name} means nothing to the task {task}, whose difficulty is set by "
             f"--{' and --'.join(sorted(difficulty(task)))}"
         )
-    return presets[preset_name(given.get("preset", "auto"), given.get("device", "auto"))]
+    # "paper" is about RL: its base is the default one.
+    return presets.get(preset_name(given.get("preset", "auto"), given.get("device", "auto")), {})
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -201,8 +202,7 @@ def base_shape(task, depth):
     texts have, and the phrases between them."""
     width, heads = 32 * depth, depth
     context = task.puzzle.prompt_tokens
-    looks = task.puzzle.looks
-    context += looks * task.puzzle.max_new_tokens + (looks - 1) * PHRASE_TOKENS
+    context += task.looks * task.puzzle.max_new_tokens + (task.looks - 1) * PHRASE_TOKENS
     return ModelConfig(
         task.encoding.n_vocab,
         width,
@@ -226,7 +226,7 @@ def new_model(shape, seed, device, dtype):
 
 def pretrain(task, base, device, dtype, say=print):
     """Trains a base model -> GPT, {"skills": measured at temperature 1, "tokens"}."""
-    looks = task.puzzle.looks
+    looks = task.looks
     model = new_model(base_shape(task, base.depth), base.base_seed, device, dtype)
     # Blocks write about 0.3 into the residual stream at first. Embeddings of GPT-2's size, 0.02,
     # would drown in that, and arithmetic would be learnt several times later.

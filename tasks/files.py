@@ -215,6 +215,7 @@ class DataSet:
     """
 
     unit = "questions"
+    looks = None
 
     def __init__(
         self,

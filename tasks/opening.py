@@ -293,11 +293,11 @@ def row_tokens(task, turns):
 
 def check_looks(task, turns):
     """BadInput for more answers in a row than the texts of a task's base have."""
-    if turns > task.puzzle.looks:
+    if task.looks and turns > task.looks:
         raise BadInput(
-            f"{turns} answers in a row: the base's texts have {task.puzzle.looks}, and one answer "
-            f"beyond them its accuracy collapses; ask for at most {task.puzzle.looks}, or make a "
-            f"base with --looks {turns}"
+            f"{turns} answers in a row: the base's texts have {task.looks}, and one answer beyond "
+            f"them its accuracy collapses; ask for at most {task.looks}, or make a base with "
+            f"--looks {turns}"
         )
 
 

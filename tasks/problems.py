@@ -49,6 +49,7 @@ class Task(Protocol):
     verifier: Any  # for reward.score: None (the rules of verifier/), or MathVerify
     prompt_tokens: int  # tokens of the longest prompt
     max_new_tokens: int  # tokens of the longest completion; a longer one is truncated
+    looks: int | None  # answers in a row that its models know; None: as many as fit the context
 
     def prompt_ids(self, problem): ...  # -> [int], the layer-1 prompt
 
@@ -87,6 +88,10 @@ class GeneratedTask:
     @property
     def prompt_tokens(self):
         return self.puzzle.prompt_tokens
+
+    @property
+    def looks(self):
+        return self.puzzle.looks
 
     def __str__(self):
         difficulty = (f"{name} {value}" for name, value in vars(self.puzzle).items())

@@ -21,7 +21,7 @@ from sample import Sampler
 
 SHORT = (
     *("train.py", "--preset", "smoke", "--dtype", "float32", "--device", "cpu"),
-    *("--tokens", "20000", "--base-tokens", "60000"),
+    *("--tokens", "50000", "--base-tokens", "60000"),
     *("--eval-questions", "32", "--eval-every", "2"),
 )
 ROWS = 16 * (4 + 4 * 3)  # of a step of --preset smoke

@@ -72,10 +72,10 @@ def dialogue():
     """Makes dialogues about `solve`: (verifier, context, flags) -> Dialogue; equal ones give equal
     answers."""
 
-    def make(verifier=None, context=1024, new=20, **flags):
-        task = make_task(TaskConfig(), new)
+    def make(verifier=None, context=1024, new=20, looks=8, **flags):
+        task = make_task(TaskConfig(looks=looks), new)
         if verifier:
-            kept = ("encoding", "max_new_tokens", "prompt_ids", "held_out")
+            kept = ("encoding", "max_new_tokens", "looks", "prompt_ids", "held_out")
             task = SimpleNamespace(
                 verifier=verifier, **{name: getattr(task, name) for name in kept}
             )
@@ -316,13 +316,13 @@ def test_a_stopped_answer_changes_nothing(steps, dialogue, capsys, monkeypatch):
 
 def test_again_continues_the_whole_dialogue(dialogue, capsys):
     """Catches a next answer to something else than question, answers and phrases in a row, and a
-    cache that lacks a level: greedy, eight corrections, against one prompt without a cache; at the
+    cache that lacks a level: greedy, seven corrections, against one prompt without a cache; at the
     beginning there is nothing to continue."""
     talk = dialogue(temperature=0.0, new=12)
     with pytest.raises(BadInput, match="no answer to continue"):
         talk.take("again")
     talk.take("a question ## 1")
-    for number in range(3, 11):
+    for number in range(3, 9):
         before = talk.layer.completions
         capsys.readouterr()
         talk.take(" again ")
@@ -332,7 +332,20 @@ def test_again_continues_the_whole_dialogue(dialogue, capsys):
         done = talk.layer.completions
         assert done.prompts == [prompt] and f"» {phrase}" in capsys.readouterr().out
         assert Sampler(tiny()).generate([prompt], 1, 12, 0.0).ids == done.ids
-    assert talk.number == 1 and talk.layer.number == 10
+    assert talk.number == 1 and talk.layer.number == 8
+
+
+def test_again_ends_with_the_texts_of_the_base(dialogue):
+    """Catches one answer more than the base's texts have, where its accuracy collapses, and a
+    refusal that loses the dialogue."""
+    talk = dialogue(looks=3)
+    talk.take("a question ## 1")
+    talk.take("again")
+    last = talk.layer
+    with pytest.raises(BadInput, match=r"4 answers in a row: the base's texts have 3.*--looks 4"):
+        talk.take("again")
+    assert talk.layer is last and last.number == 3
+    talk.take("another")
 
 
 def test_again_ends_with_the_context(dialogue):
@@ -515,7 +528,7 @@ def test_at_a_terminal(monkeypatch):
     monkeypatch.chdir(ROOT)
     terminal = Terminal("-c", LONG)
     greeting = terminal.until("question> ")
-    assert "solve: candidates 3" in greeting and "An empty line draws" in greeting
+    assert "solve: candidates 5" in greeting and "An empty line draws" in greeting
     for _ in range(2):
         terminal.press("hello ## 5\n")
         terminal.until("hello ## 5\r\n")

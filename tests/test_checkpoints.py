@@ -733,7 +733,7 @@ def test_a_damaged_base_is_put_aside_and_made_anew(resume, monkeypatch, capsys):
     """Catches a base with a flipped bit or a block of zeros that trains on, a traceback, and a
     damaged file that is lost or met again."""
     (path,) = Path("out").glob("base-*.pt")
-    puzzle = {"candidates", "operations", "modulus"}
+    puzzle = {"candidates", "operations", "modulus", "looks"}
     smoke = base.PRESETS["smoke"] | dict(base_tokens=300_000)
     task = TaskConfig(**{name: value for name, value in smoke.items() if name in puzzle})
     config = base.BaseConfig(**{k: value for k, value in smoke.items() if k not in puzzle})

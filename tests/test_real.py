@@ -363,6 +363,6 @@ def test_presets_of_a_real_run():
     config = parse_flags(train.Config, "", train.presets, words)
     chosen = (config.prompts, config.group_sizes, config.lr, config.kl_coef, config.temperature)
     assert chosen == (32, (8, 4), 5e-7, 0.001, 0.9) and config.real.prompt_tokens == 512
-    assert set(train.PAPER_DEFAULTS) <= set(flat(config))
+    assert set(train.PAPER) <= set(flat(config))
     with pytest.raises(BadInput):
         train.presets(dict(eval_data="x"))

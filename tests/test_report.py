@@ -107,7 +107,7 @@ def metrics_of(step, layers=2):
         }
         look |= {f"heldout{k}": (4 + k) / 10, f"heldout{k}_se": k / 100}
     for k in range(2, layers + 1):
-        line |= {f"fix{k}": 0.2, f"broke{k}": 0.1}
+        line |= {f"fix{k}": 0.2, f"broke{k}": 0.1, f"no_right{k}": 0.3, f"no_wrong{k}": 0.8}
         look |= {f"heldout_fix{k}": 0.2, f"heldout_broke{k}": 0.1}
         look |= {f"heldout_fix{k}_se": 0.01, f"heldout_broke{k}_se": 0.01}
     return line | (look if step % 4 == 0 else {})
@@ -826,11 +826,11 @@ def test_curves_show_what_there_is(matplotlib, run):
 @pytest.mark.parametrize(
     "layers, accuracy, transitions",
     [
-        (1, ["attempts"], []),
-        (2, ["attempts", "corrections"], ["i→c", "c→i"]),
+        (1, ["layer 1"], []),
+        (2, ["layer 1", "layer 2"], ["i→c", "c→i"]),
         (
             3,
-            ["attempts", "corrections", "layer 3"],
+            ["layer 1", "layer 2", "layer 3"],
             ["i→c, layer 2", "i→c, layer 3", "c→i, layer 2", "c→i, layer 3"],
         ),
     ],
@@ -914,11 +914,9 @@ def test_odd_runs_are_drawn(matplotlib):
     """Catches a formula in a run's name, a single step that leaves no mark, and a log axis without
     anything above 0."""
     one = dict(metrics_of(1), gauge_max=0.0, gauge_mean=0.0)
-    assert (
-        len(curves.charts([one], {})) == len(curves.CHARTS) - 3
-    )  # no KL, no reviews, nothing held out
+    assert len(curves.charts([one], {})) == len(curves.CHARTS) - 2  # no KL, nothing held out
     figure = curves.draw(curves.CHARTS[0], [("a$_$b", [one]), ("c", [one])])
-    assert "attempts, a$_$b" in curves.svg(figure, "salt")
+    assert "layer 1, a$_$b" in curves.svg(figure, "salt")
     assert curves.draw(curves.CHARTS[0], [("a", [one])]).axes[0].lines[0].get_marker() == "o"
 
 

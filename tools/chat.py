@@ -30,7 +30,7 @@ from reward import Makes, extract_answer
 from runtime.flags import AtLeast, BadInput, guarded, inert, parse_flags
 from runtime.transcripts import bytes_of
 from sample import Sampler
-from tasks.opening import open_model_and_task
+from tasks.opening import check_looks, open_model_and_task
 from tasks.problems import Problem
 
 PROMPT = "question> "
@@ -167,6 +167,7 @@ class Dialogue:
         above = self.layer
         if above is None:
             raise BadInput("there is no answer to continue yet: ask a question first")
+        check_looks(self.task, above.number + 1)
         numbers = above.completions.numbers.tolist()
         # As in a rollout: the phrase depends on seed, layer and number alone.
         phrases = draw_phrases(self.sampling.seed, above.number + 1, numbers)

@@ -54,6 +54,7 @@ from runtime.flags import (
     Between,
     Maybe,
     file_name,
+    flat,
     guarded,
     parse_flags,
     reading,
@@ -78,6 +79,8 @@ ARMS = {  # name -> what it adds to train.py's defaults
     "dial": "",  # no training: the base with the best shift of its verdict and temperature
     "grpo": "",  # one layer of as many answers as MGRPO's tree has nodes: see `arm_words`
     "mgrpo": "",  # two layers; all answers are corrected, failures masked after normalising
+    "longer": "--tokens 2100000",  # MGRPO for as long as `chains` takes on a CPU
+    "paper": "--group-sizes 8,4 --kl-coef 0.001",  # --preset paper
     "chains": "--group-sizes 4,1,1,1 --siblings question",  # four layers, one correction of each
     "chains3": "--group-sizes 4,1,1 --siblings question",
     "chains2": "--group-sizes 4,1 --siblings question",
@@ -91,30 +94,27 @@ ARMS = {  # name -> what it adds to train.py's defaults
     "supervised": "--failed raw --layer-weights 0,1",  # steps towards right corrections, no others
     "rounds": "",  # GRPO for half of the tokens, then corrections alone: see `run_words`
 }
-# The experiments of --map: name of the result file -> arms, bases, flags.
 README_ARMS = ("dial", "grpo", "mgrpo", "chains")
-MAP = {
-    "solve": (README_ARMS, 5, ""),
-    "arms": (
-        ("keep", "raw", "question", "layer2", "weights1:3", "supervised", "rounds", "three"),
-        3,
-        "",
-    ),
-    "reviewer-doubting": (README_ARMS, 2, "--reviewer doubting"),
-    "reviewer-lazy": (README_ARMS, 2, "--reviewer lazy"),
-    "reviewer-fair": (README_ARMS, 2, "--reviewer fair"),
-    "depth": (("grpo", "chains2", "chains3", "chains"), 2, "--looks 6"),
-    "candidates-2": (README_ARMS, 2, "--candidates 2"),
-    "candidates-3": (README_ARMS, 2, "--candidates 3"),
-    "candidates-8": (README_ARMS, 2, "--candidates 8"),
-    "reviewed-8": (("grpo", "mgrpo", "keep"), 2, "--reviewed 0.125"),
-    "reviewed-32": (("grpo", "mgrpo", "keep"), 2, "--reviewed 0.03125"),
-    "habit-0.5": (("grpo", "mgrpo"), 2, "--habit 0.005"),
-    "habit-5": (("grpo", "mgrpo"), 2, "--habit 0.05"),
-    "habit-20": (("grpo", "mgrpo"), 2, "--habit 0.2"),
-    "chain": (("grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task chain"),
-    "countdown": (("dial", "grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task countdown"),
-}
+# The experiments of --map: name of the result file, arms, bases, flags.
+MAP = (
+    ("solve", README_ARMS, 5, ""),
+    ("solve", tuple(arm for arm in ARMS if arm not in ("chains2", "chains3", "wrong")), 3, ""),
+    ("reviewer-doubting", README_ARMS, 2, "--reviewer doubting"),
+    ("reviewer-lazy", README_ARMS, 2, "--reviewer lazy"),
+    ("reviewer-fair", README_ARMS, 2, "--reviewer fair"),
+    ("depth", ("grpo", "chains2", "chains3", "chains"), 2, "--looks 6"),
+    ("candidates-2", README_ARMS, 2, "--candidates 2"),
+    ("candidates-3", README_ARMS, 2, "--candidates 3"),
+    ("candidates-8", README_ARMS, 2, "--candidates 8"),
+    ("reviewed-8", ("grpo", "mgrpo", "keep"), 2, "--reviewed 0.125"),
+    ("reviewed-32", ("grpo", "mgrpo", "keep"), 2, "--reviewed 0.03125"),
+    ("habit-0.5", ("grpo", "mgrpo"), 2, "--habit 0.005"),
+    ("habit-5", ("grpo", "mgrpo"), 2, "--habit 0.05"),
+    ("habit-20", ("grpo", "mgrpo"), 2, "--habit 0.2"),
+    ("chain", ("grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task chain"),
+    ("countdown", ("dial", "grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task countdown"),
+)
+VALUES = ("README_ARMS", "ARMS", "MAP", "PRESETS", "PAPER")  # constants that hold values of flags
 # Flags of train.py that --flags may not have.
 REFUSED = (
     train.REFUSED
@@ -158,9 +158,9 @@ def split_flags(config):
         ) from None
 
 
-def parsed(words):
+def parsed(words, refused=REFUSED):
     """Flags of train.py -> train.Config."""
-    return parse_flags(train.Config, "", train.presets, words, REFUSED, train.RENAMED)
+    return parse_flags(train.Config, "", train.presets, words, refused, train.RENAMED)
 
 
 @functools.cache
@@ -221,11 +221,11 @@ def check_arms(config):
 @functools.cache
 def all_code():
     """{path: its code as text} of this file, train.py, and every file here that they import,
-    directly or not."""
+    directly or not; but for tables.py, which only prints."""
     code, todo = {}, ["tools/compare.py", "train.py"]
     while todo:
         name = todo.pop()
-        if name not in code and (ROOT / name).exists():
+        if name not in code and name != "tools/tables.py" and (ROOT / name).exists():
             code[name], modules = code_and_imports((ROOT / name).read_text(encoding="utf-8"))
             for module in modules:
                 path = module.replace(".", "/")
@@ -235,13 +235,21 @@ def all_code():
 
 @functools.cache
 def code_and_imports(source):
-    """A file's text -> its syntax tree without comments and docstrings, as text; the modules that
-    it may import."""
+    """A file's text -> its syntax tree as text; the modules that it may import.
+
+    Comments and docstrings are left out, and so are values of flags (defaults, PRESETS, ARMS, MAP):
+    those of a run stand in its settings.
+    """
     tree, modules = ast.parse(source), []
     for node in ast.walk(tree):
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         if isinstance(node, kinds) and ast.get_docstring(node) is not None:
             del node.body[0]
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            for field in node.body:
+                field.value = None
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in VALUES:
+            node.value = ast.Constant(None)
         elif isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):  # `from a import b`: b may be a file, too
@@ -251,8 +259,12 @@ def code_and_imports(source):
 
 def version(config, arm):
     """8 hex digits of what makes an arm's runs what they are, but for the seeds: the base, with its
-    device and compute type, the flags, and the code."""
-    parts = [base_of(config, 0).name, *map(str, run_words(config, arm, 0, 0))]
+    device and compute type, all settings, and the code."""
+    parts = [base_of(config, 0).name]
+    for words in run_words(config, arm, 0, 0):
+        settings = flat(parsed(words, train.REFUSED))
+        settings |= dict(name="", preset="", start=bool(settings["start"]))
+        parts.append(repr(sorted(settings.items())))
     parts += [text for _, text in sorted(all_code().items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
@@ -465,7 +477,8 @@ def compare(config):
     lines.sort(key=lambda line: list(ARMS).index(line["arm"]) if line["arm"] in ARMS else 99)
     with reading(path):
         tables = [main_table(with_bases(lines), label, old) for label in ROWS]
-        tables += [paired_table(with_bases(lines), label) for label in ROWS]
+        for reference in ("grpo", "mgrpo"):
+            tables += [paired_table(with_bases(lines), label, reference) for label in ROWS]
         tables += [footnotes(lines), remark(lines, old)]
     print("\n\n".join(filter(None, tables)))
 
@@ -476,14 +489,15 @@ def main():
     if not config.map:
         compare(config)
         return
-    names = list(MAP) if config.map == "newest" else config.map.split(",")
+    known = list(dict.fromkeys(name for name, *_ in MAP))
+    names = known if config.map == "newest" else config.map.split(",")
     for name in names:
-        if name not in MAP:
+        if name not in known:
             raise BadInput(
-                f"--map {name}: there is no such experiment; choose from {', '.join(MAP)}"
+                f"--map {name}: there is no such experiment; choose from {', '.join(known)}"
             )
-    for name in tqdm(names, "map", unit="experiment", disable=None):
-        arms, bases, words = MAP[name]
+    chosen = [experiment for experiment in MAP if experiment[0] in names]
+    for name, arms, bases, words in tqdm(chosen, "map", unit="experiment", disable=None):
         more = f"{config.flags} {words}".strip()
         print(f"\n## {name}\n")
         compare(replace(config, name=name, arms=arms, bases=min(bases, config.bases), flags=more))
