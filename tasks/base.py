@@ -18,7 +18,8 @@ training do (engine/packing.py), so a prefix is read once for all that is learne
 
 Stages end by what is measured, not after a number of steps. The drills end at a small loss. When
 first answers come near the texts' own accuracy, the learning rate falls to 0, and comparing and
-remembering what was tried become sharp. Then all turns are measured; a warning names a weak base.
+remembering what was tried become sharp. Then all turns are measured. A base below the bar goes on:
+the learning rate rises to half of its height, and falls again.
 """
 
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
@@ -50,12 +51,13 @@ from tasks.problems import dialogue, draw, prompt_text
 
 # Of a step at depth 4; a wider model takes more.
 DRILLS, FACTS = 96, 4  # texts of the first stage, and facts of each
-DIALOGUES = 16  # texts of the second stage
+DIALOGUES = 8  # texts of the second stage
 LR = 4e-3  # peak learning rate at depth 4 (width 128), smaller as 1 / sqrt(width)
 DRILLED = 0.3  # loss of a result, in nats, that ends the first stage
-CHECK_EVERY, CHECK_ON = 25, 256  # steps between measurements; their questions
+CHECK_EVERY, CHECK_ON = 25, 128  # steps between measurements of first answers; their questions
 LEARNT = 0.5  # share of the texts' own accuracy in first answers that begins the decay
 DECAY = 1.5  # length of the decay, as a multiple of the steps before it
+MEASURED_ON = 512  # questions of the measurement that tells whether a base is good enough
 # Shares of the texts' own accuracies, and of their shares of fresh tries, that a base must reach.
 GOOD_ENOUGH, FRESH_ENOUGH = 0.9, 0.8
 # For the halves of a step's texts on a CPU; the threads start at their first use.
@@ -241,37 +243,48 @@ def pretrain(task, base, device, dtype, say=print):
     )
     wider = max(1, (base.depth // 4) ** 2)  # a wider model takes more texts a step
     tokens, step, drilling = 0, 0, True
-    decay_from = None  # the step at which the learning rate begins to fall; None: not yet
+    fall = None  # how the learning rate falls to 0: first step, steps, height; None: not yet
+    figures = None  # `skills` at the end of a fall
     bar = log.bar(base.base_tokens, "base model", "tok")
-    while decay_from is None or step < decay_from * (1 + DECAY):
+    while figures is None:
         branches, count = (drill_branches, DRILLS) if drilling else (dialogue_branches, DIALOGUES)
         indices = range(step * count * wider, (step + 1) * count * wider)
         learning = [branches(task, base, index) for index in indices]
-        seen, loss = train_step(model, optimizers, learning, learning_rate(peak, step, decay_from))
+        seen, loss = train_step(model, optimizers, learning, learning_rate(peak, step, fall))
         tokens, step = tokens + seen, step + 1
         bar.update(seen)
         # No text comes twice, so the loss is that on unseen texts.
         drilling = drilling and loss > DRILLED
-        if decay_from is None and step % CHECK_EVERY == 0 and not drilling:
+        if fall is None:
+            learnt = tokens * (1 + DECAY) > base.base_tokens  # or there is no time for more
+            if step % CHECK_EVERY == 0 and not drilling:
+                sampler.refresh()
+                # First answers: what comes after them is learnt while the learning rate falls.
+                (accuracy,) = measure(sampler, task, CHECK_ON, 1)
+                bar.set_postfix_str(f"right {accuracy:.2f}")
+                learnt = learnt or accuracy >= LEARNT * texts[0]
+            fall = (step, max(1, int(DECAY * step)), peak) if learnt else None
+        elif step == fall[0] + fall[1]:
             sampler.refresh()
-            # First answers: what comes after them is learnt on the way to a small learning rate.
-            (accuracy,) = measure(sampler, task, CHECK_ON, 1)
-            bar.set_postfix_str(f"right {accuracy:.2f}")
-            if accuracy >= LEARNT * texts[0]:
-                decay_from = step
-        if decay_from is None and tokens * (1 + DECAY) > base.base_tokens:
-            decay_from = step
+            figures = measure(sampler, task, MEASURED_ON, looks)
+            fall = (step, fall[1] // 2, fall[2] / 2)
+            room = fall[1] >= CHECK_EVERY and tokens * (1 + fall[1] / step) <= base.base_tokens
+            if below(figures, texts, looks) and room:
+                figures = None  # it goes on
     bar.close()
-    sampler.refresh()
-    figures = measure(sampler, task, 4 * CHECK_ON, looks)
     say(f"base: right in {shown(figures, looks)} after {tokens / 1e6:.1f} M tokens, {step} steps")
-    bars = [GOOD_ENOUGH] * looks + [FRESH_ENOUGH] * (looks - 2)
-    if any(a < bar * b for a, bar, b in zip(figures, bars, texts)):
+    if below(figures, texts, looks):
         say(
             "base: WARNING: that is below the bar; RL may find nothing to strengthen. Raise "
             "--base-tokens, or make the task easier"
         )
     return model, dict(skills=figures, tokens=tokens)
+
+
+def below(figures, texts, looks):
+    """Whether the `skills` of a base are too far below those of its texts, in any turn."""
+    bars = [GOOD_ENOUGH] * looks + [FRESH_ENOUGH] * (looks - 2)
+    return any(figure < bar * best for figure, bar, best in zip(figures, bars, texts))
 
 
 def parameter_groups(model):
@@ -307,10 +320,11 @@ def make_optimizers(model, lr):
     ]
 
 
-def learning_rate(peak, step, decay_from):
-    """Warm-up over 50 steps, then constant, then linear to 0 from step `decay_from` on."""
-    if decay_from is not None:
-        return peak * max(0.0, 1 - (step - decay_from) / (DECAY * decay_from))
+def learning_rate(peak, step, fall):
+    """Warm-up over 50 steps, then constant; linear to 0 in a fall (first step, steps, height)."""
+    if fall:
+        first, steps, height = fall
+        return height * (1 - (step - first) / steps)
     return peak * min(1.0, (step + 1) / 50)
 
 

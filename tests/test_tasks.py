@@ -389,9 +389,42 @@ def test_a_damaged_base_is_put_aside_and_made_anew(tmp_path, monkeypatch):
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     """Catches a schedule that jumps, or ends above 0."""
-    rate = lambda step, decay_from=None: base.learning_rate(1.0, step, decay_from)
+    rate = lambda step, fall=None: base.learning_rate(1.0, step, fall)
     assert [rate(0), rate(24), rate(49), rate(500)] == [0.02, 0.5, 1.0, 1.0]
-    assert rate(1000, 1000) == 1.0 and rate(1750, 1000) == 0.5 and rate(2500, 1000) == 0.0
+    fall = (1000, 1500, 0.5)
+    assert rate(1000, fall) == 0.5 and rate(1750, fall) == 0.25 and rate(2500, fall) == 0.0
+
+
+@pytest.mark.parametrize(
+    "budget, found, steps, weak",
+    [
+        (99_000, [(0.9, 0.9, 0.9, 0.8)], 40 + 60, False),
+        (99_000, [(0.9, 0.9, 0.8, 0.9), (0.9, 0.9, 0.9, 0.7), (0.9,) * 4], 100 + 30 + 15, False),
+        (99_000, [(0.9, 0.9, 0.8, 0.9)] * 3, 100 + 30 + 15, True),  # the next fall were too short
+        (12_900, [(0.9, 0.9, 0.9, 0.7)], 100, True),
+    ],
+)
+def test_a_base_goes_on_until_it_is_good_enough(budget, found, steps, weak, monkeypatch):
+    """Catches a base that is called good though one turn or its new tries are below the bar, one
+    that goes on when it is good or when its tokens are used, and a learning rate that does not
+    fall: first answers are learnt at step 40, a step has 100 tokens."""
+    rates, said, found = [], [], list(found)
+    monkeypatch.setattr(base, "train_step", lambda *args: (rates.append(args[-1]), (100, 0.0))[1])
+    first = lambda: (0.5 * (len(rates) >= 40),)
+    measured = lambda sampler, task, count, looks: found.pop(0) if looks > 1 else first()
+    monkeypatch.setattr(base, "measure", measured)
+    monkeypatch.setattr(base, "CHECK_EVERY", 8)
+    monkeypatch.setattr(base, "skills_of_texts", lambda *_: (1.0,) * 4)
+    monkeypatch.setattr(base, "in_parallel", lambda sampler: sampler)
+    config = base.BaseConfig(depth=1, base_tokens=budget)
+    task = make_task(TaskConfig(looks=3))
+    _, extra = base.pretrain(task, config, "cpu", "float32", said.append)
+    assert len(rates) == steps and extra["tokens"] == 100 * steps and not found
+    assert any("below the bar" in line for line in said) == weak
+    peak = rates[40]
+    assert rates[99] == pytest.approx(peak / 60)
+    if steps > 100:
+        assert rates[100] == peak / 2 and rates[129] == pytest.approx(peak / 60)
 
 
 def test_parameter_groups_hold_everything_once():
