@@ -309,13 +309,16 @@ def make_optimizers(model, lr):
 
     Muon (K. Jordan 2024) turns each update into the nearest orthogonal matrix, so that rare
     directions learn as fast as common ones; it is scaled to AdamW's usual step size (arXiv
-    2502.16982, eq. 4). A base learns arithmetic and comparing in 1,200 steps with it; AdamW alone
-    had not learnt them after 2,000.
+    2502.16982, eq. 4). A base learns arithmetic and comparing in 800 steps with it; AdamW alone had
+    not learnt them after 2,000. Three Newton-Schulz steps instead of five are less exact, and make
+    a step a sixth shorter.
     """
     groups = parameter_groups(model)
     plain = [dict(params=groups["embeddings"] + groups["vectors"], weight_decay=0.0)]
     return [
-        torch.optim.Muon(groups["matrices"], lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            groups["matrices"], lr, weight_decay=0.1, ns_steps=3, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(plain, lr, betas=(0.9, 0.95), fused=True),
     ]
 
