@@ -65,15 +65,7 @@ from sample import Sampler
 from tasks.base import base_model, base_path
 from tasks.catalog import TaskConfig, difficulty, make_task
 from tools.dial import dialled
-from tools.tables import (
-    ROWS,
-    footnotes,
-    main_table,
-    paired_table,
-    remark,
-    turns_in,
-    with_bases,
-)
+from tools.tables import ROWS, all_tables, turns_in
 
 ARMS = {  # name -> what it adds to train.py's defaults
     "dial": "",  # no training: the base with the best shift of its verdict and temperature
@@ -476,11 +468,7 @@ def compare(config):
     old = list(dict.fromkeys(line["arm"] for line in lines if not is_todays(config, line)))
     lines.sort(key=lambda line: list(ARMS).index(line["arm"]) if line["arm"] in ARMS else 99)
     with reading(path):
-        tables = [main_table(with_bases(lines), label, old) for label in ROWS]
-        for reference in ("grpo", "mgrpo"):
-            tables += [paired_table(with_bases(lines), label, reference) for label in ROWS]
-        tables += [footnotes(lines), remark(lines, old)]
-    print("\n\n".join(filter(None, tables)))
+        print(all_tables(lines, old))
 
 
 def main():

@@ -22,9 +22,15 @@ from eval import turns_of
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 T95 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 ROWS = {"T=1": "temperature 1", "greedy": "greedy"}  # title in tables -> row of a result
-# Columns besides the accuracies: title -> field of a result, without the turn's number.
+# What every answer after the first does: field of a result, without the turn's number -> title.
 # (A bar, as in P(no | right), would end the cell.)
-MORE = {"no, if right": "no_right", "no, if wrong": "no_wrong", "fresh": "fresh"}
+LOOKS = dict(
+    fix="i→c",
+    broke="c→i",
+    no_right="no to a right answer",
+    no_wrong="no to a wrong answer",
+    fresh="a new answer, after no",
+)
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -110,17 +116,25 @@ def with_bases(lines):
     return [*bases.values(), *lines]
 
 
+def all_tables(lines, old=()):
+    """Everything that compare.py prints of the runs of one experiment, as Markdown."""
+    runs = with_bases(lines)
+    parts = [main_table(runs, label, old) for label in ROWS]
+    for reference in ("grpo", "mgrpo"):
+        parts += [paired_table(runs, label, reference) for label in ROWS]
+    parts += [looks_table(runs, "T=1", field) for field in LOOKS]
+    return "\n\n".join(filter(None, [*parts, footnotes(lines), remark(lines, old)]))
+
+
 def main_table(lines, label, old=()):
-    """Markdown: the accuracy of every answer, what the last review says, and more samples.
+    """Markdown: the accuracy of every answer, and of as many independent first answers at about the
+    same tokens: their majority, and whether any is right (pass).
 
     A cell is mean ± half of the 95 % interval over bases. Rows of the arms in `old` say that other
-    code made them. "majority" and "pass" are of as many independent first answers as the table has
-    turns, at about the same tokens.
+    code made them.
     """
     turns = turns_in(lines)
     titles = {f"t{k}": f"Acc@t{k}" for k in range(1, turns + 1)}
-    titles |= {f"broke{turns}": f"c→i t{turns}"}
-    titles |= {f"{field}{turns}": f"{title} t{turns}" for title, field in MORE.items()}
     extra = {"majority": f"majority of {turns}", "pass": f"pass@{turns}"} if label == "T=1" else {}
     heads = [*titles.values(), *extra.values(), "bases x seeds x questions"]
     rows = [row(label, heads), "|---" * (len(heads) + 1) + "|"]
@@ -138,6 +152,16 @@ def count(runs):
     questions = {run["result"]["greedy"]["questions"] for run in runs}
     seeds = len(runs) / len(bases)
     return f"{len(bases)} x {seeds:g} x {' or '.join(f'{q:,}' for q in sorted(questions))}"
+
+
+def looks_table(lines, label, field):
+    """Markdown: one of LOOKS at every answer after the first."""
+    names = [f"{field}{k}" for k in range(2, turns_in(lines) + 1)]
+    heads = [f"t{k}" for k in range(2, turns_in(lines) + 1)]
+    rows = [row(f"{label}, {LOOKS[field]}", heads), "|---" * (len(heads) + 1) + "|"]
+    for arm, runs in arms_of(lines).items():
+        rows.append(row(arm, [cell(by_base(runs, value_of(label, name))) for name in names]))
+    return "\n".join(rows)
 
 
 def paired_table(lines, label, reference="grpo"):
