@@ -121,6 +121,10 @@ def test_tables_are_means_over_bases():
     assert paired[0] == "| T=1, minus grpo | Acc@t1 | Acc@t2 |"
     assert paired[2:] == ["| mgrpo | +0.0 ± 0.0 | +10.0 ± 0.0 |"]
     assert tables.paired_table(lines[:6], "T=1") == ""
+    short = tables.short_table(lines).splitlines()
+    assert short[0].startswith("| defaults | Acc@t1 | Acc@t2 | greedy t2 | t2 minus grpo | bases")
+    assert short[2].endswith(f"| 61.1 ± {half:.1f} | 61.1 ± {half:.1f} | | 3 x 2 x 1,024 |")
+    assert short[3].endswith("| +10.0 ± 0.0 | 3 x 2 x 1,024 |")
     looks = [tables.looks_table(lines, "T=1", field).splitlines()[2] for field in tables.LOOKS]
     assert looks[1:] == [
         "| grpo | 10.0 ± 0.0 |",
@@ -248,7 +252,7 @@ def test_runs_of_other_code_are_printed_with_a_remark(tmp_path, monkeypatch, cap
         "| keep (other code) | 60.0 | 80.0 |",
         "| mgrpo (other code) | 60.0 ± 0.0 | 90.0 ± 0.0 |",
     ):
-        assert printed.count(row) == 2, row
+        assert printed.count(row) == 3, row
     stale = "3 of these 4 runs (keep, mgrpo) were made by other code, "
     assert printed.splitlines()[-1].startswith(stale)
     config = compare.Config(arms=("grpo", "mgrpo"), bases=2)

@@ -81,10 +81,12 @@ def value_of(label, name):
     return value
 
 
-def difference_of(label, name, theirs):
-    """-> function: a line's share minus that of the line in `theirs` of its base and seed."""
-    value = value_of(label, name)
-    return lambda line: value(line) - value(theirs[line["base_seed"], line["seed"]])
+def differences(lines, reference, label, name):
+    """-> [[share of a line minus that of the reference's line of its base and seed, ...] of each
+    base]. Lines without such a partner are left out."""
+    value, theirs = value_of(label, name), {(r["base_seed"], r["seed"]): r for r in reference}
+    pairs = [line for line in lines if (line["base_seed"], line["seed"]) in theirs]
+    return by_base(pairs, lambda line: value(line) - value(theirs[line["base_seed"], line["seed"]]))
 
 
 def extra_of(name):
@@ -119,11 +121,36 @@ def with_bases(lines):
 def all_tables(lines, old=()):
     """Everything that compare.py prints of the runs of one experiment, as Markdown."""
     runs = with_bases(lines)
-    parts = [main_table(runs, label, old) for label in ROWS]
+    parts = [short_table(runs, old), *(main_table(runs, label, old) for label in ROWS)]
     for reference in ("grpo", "mgrpo"):
         parts += [paired_table(runs, label, reference) for label in ROWS]
     parts += [looks_table(runs, "T=1", field) for field in LOOKS]
     return "\n\n".join(filter(None, [*parts, footnotes(lines), remark(lines, old)]))
+
+
+def short_table(lines, old=()):
+    """Markdown: first, second and last answer at T=1, the last one greedy, and what it gains at T=1
+    over GRPO and over the best constants of the base; the head names the flags of all runs."""
+    arms, last = arms_of(lines), turns_in(lines)
+    shown = sorted({1, 2, last})
+    references = [name for name in ("grpo", "dial") if name in arms]
+    heads = [f"Acc@t{k}" for k in shown] + [f"greedy t{last}"]
+    heads += [f"t{last} minus {name}" for name in references] + ["bases x seeds x questions"]
+    rows = [row(f"`{lines[0]['flags']}`" if lines[0]["flags"] else "defaults", heads)]
+    rows.append("|---" * (len(heads) + 1) + "|")
+    for arm, runs in arms.items():
+        cells = [cell(by_base(runs, value_of("T=1", f"t{k}"))) for k in shown]
+        cells.append(cell(by_base(runs, value_of("greedy", f"t{last}"))))
+        for reference in references:
+            groups = differences(runs, arms[reference], "T=1", f"t{last}")
+            cells.append("" if arm == reference else cell(groups, "+"))
+        rows.append(row(named(arm, old), [*cells, count(runs)]))
+    return "\n".join(rows)
+
+
+def named(arm, old):
+    """An arm's name in a row, which says so if other code made its runs."""
+    return f"{arm} (other code)" if arm in old else arm
 
 
 def main_table(lines, label, old=()):
@@ -141,8 +168,7 @@ def main_table(lines, label, old=()):
     for arm, runs in arms_of(lines).items():
         cells = [cell(by_base(runs, value_of(label, name))) for name in titles]
         cells += [cell(by_base(runs, extra_of(name))) for name in extra]
-        note = " (other code)" if arm in old else ""
-        rows.append(row(arm + note, [*cells, count(runs)]))
+        rows.append(row(named(arm, old), [*cells, count(runs)]))
     return "\n".join(rows)
 
 
@@ -169,18 +195,14 @@ def paired_table(lines, label, reference="grpo"):
     arms = arms_of(lines)
     if reference not in arms or len(arms) < 2:
         return ""
-    theirs = {(run["base_seed"], run["seed"]): run for run in arms[reference]}
     turns = turns_in(lines)
     heads = [f"Acc@t{k}" for k in range(1, turns + 1)]
     rows = [row(f"{label}, minus {reference}", heads), "|---" * (len(heads) + 1) + "|"]
     for arm, runs in arms.items():
-        pairs = [run for run in runs if (run["base_seed"], run["seed"]) in theirs]
-        if arm == reference or not pairs:
-            continue
-        cells = []
-        for k in range(1, turns + 1):
-            cells.append(cell(by_base(pairs, difference_of(label, f"t{k}", theirs)), "+"))
-        rows.append(row(arm, cells))
+        names = [f"t{k}" for k in range(1, turns + 1)]
+        groups = [differences(runs, arms[reference], label, name) for name in names]
+        if arm != reference and groups[0]:
+            rows.append(row(arm, [cell(values, "+") for values in groups]))
     return "\n".join(rows)
 
 
