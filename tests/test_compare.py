@@ -14,7 +14,8 @@ from conftest import ROOT, script
 
 import train
 from runtime.flags import BadInput
-from tools import compare, dial, tables
+from tasks.catalog import TaskConfig, make_task
+from tools import compare, controls, dial, tables
 
 # ---- statistics ----------------------------------------------------------------------------------
 
@@ -429,3 +430,63 @@ def test_the_dial_turns_one_token(gpt, monkeypatch):
     monkeypatch.setattr(dial, "draw", lambda *_: None)
     assert dial.fit(sampler, task, 3, dial.TEMPERATURES) == (1.0, 0.7)
     assert dial.fit(sampler, task, 3, (0.0,)) == (1.0, 0.0)
+
+
+# ---- constants by operation ----------------------------------------------------------------------
+
+
+def test_controls_fit_every_operation_by_itself(monkeypatch):
+    """Catches one constant given to all questions in `three`, a fit by the first answer, and
+    questions that get the constants of another operation: answers are right here where the shift
+    is that of the question's operation, at the right temperature."""
+    task = make_task(TaskConfig())
+    problems = task.held_out(60, 0)
+    assert {*controls.last_operations(problems)} == {"*", "+", "-"}
+    wanted = {"*": 2.0, "+": 0.5, "-": -0.25}
+
+    def asked(sampler, task, problems, turns, temperature, seed, shift=0.0):
+        right = torch.zeros(len(problems), turns)
+        for operation, rows in controls.last_operations(problems).items():
+            right[rows, 1:] = float(shift == wanted[operation] and temperature == 0.4)
+            right[rows, 0] = float(shift == 3.0)
+        return right, right
+
+    monkeypatch.setattr(controls, "asked", asked)
+    found = controls.fit(None, task, 3, 0)
+    assert found["three"] == {operation: (shift, 0.4) for operation, shift in wanted.items()}
+    (one,) = {*found["one"].values()}
+    assert one[0] in wanted.values() and one[1] == 0.4
+    right = controls.measured(None, task, problems, 3, 0, found["three"])
+    assert right == [0.0, 1.0, 1.0]
+    right = controls.measured(None, task, problems, 3, 0, found["one"])
+    assert 0.1 < right[1] < 0.6
+
+
+def test_rates_are_of_the_second_answer(monkeypatch):
+    """Catches shares of all answers instead of the right, or the wrong, ones: of four answers to
+    questions of one operation, the two right ones are changed once, the wrong ones always."""
+    problem = SimpleNamespace(data=((1, 2), (("*", 2), ("+", 3)), 0))
+    right = torch.tensor([[1.0, 0], [1, 1], [0, 0], [0, 1]])
+    changed = torch.tensor([[1.0, 1], [1, 0], [1, 1], [1, 1]])
+    monkeypatch.setattr(controls, "asked", lambda *_: (right, changed))
+    assert controls.rates(None, None, [problem] * 4, 0) == {"+": [0.5, 1.0]}
+
+
+@pytest.mark.slow
+def test_controls_of_a_comparison(tmp_path):
+    """Catches controls of other bases or questions than the runs', and a base measured twice: tiny
+    runs of compare.py, in their folder."""
+    flags = "--preset smoke --tokens 3000 --base-tokens 60000 --eval-questions 24 --dtype float32"
+    words = ("--name", "t", "--bases", "1", "--arms", "dial,mgrpo", "--flags", flags)
+    script(tmp_path, "tools.compare", *words)
+    printed = script(tmp_path, "tools.controls", "--name", "t")
+    (entry,) = map(json.loads, (tmp_path / "results/controls-t.jsonl").read_text().splitlines())
+    runs = map(json.loads, (tmp_path / "results/compare-t.jsonl").read_text().splitlines())
+    first = {
+        run["arm"]: run["base_result"]["greedy"]["t1"][0] for run in runs if run["base_result"]
+    }
+    assert len(entry["right"]["three"]) == 2 and {*entry["rates"]} == {"base", "mgrpo"}
+    assert "| three |" in printed and "| mgrpo |" in printed
+    if all(temperature == 0 for _, temperature in entry["constants"]["one"].values()):
+        assert entry["right"]["one"][0] == pytest.approx(first["mgrpo"])
+    assert script(tmp_path, "tools.controls", "--name", "t") == printed
