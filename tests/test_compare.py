@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def test_the_interval_is_students():
     )
     assert tables.interval([[1.0, 2.0, 3.0, 4.0, 5.0]]) == pytest.approx((3, half))
     assert tables.interval([[0.7]]) == (0.7, None)
+    assert tables.cell([[0.7, 0.9], [0.5]]) == "80.0 / 50.0"
 
 
 def experiment(generator, spread, shift=0.0, bases=5, seeds=2, questions=1024):
@@ -133,6 +135,7 @@ def test_tables_are_means_over_bases():
         "| grpo | 90.0 ± 0.0 |",
         "| grpo | |",
     ]
+    assert tables.placebo(lines) == "placebo, 0 in truth: grpo +0.0 ± 0.0, mgrpo +0.0 ± 0.0"
     notes = tables.footnotes(lines)
     assert "mgrpo: 1.00 M generated tokens, 10 steps, 9 s a run; inference 50 tokens for 2" in notes
 
@@ -142,6 +145,21 @@ def test_the_bound_by_hand():
     which the first try hits, and half have two, of which it hits one in two."""
     assert tables.bound(2, 3) == [0.75, 1.0, 1.0]
     assert tables.bound(5, 4) == pytest.approx([0.4567, 0.7133, 0.87, 0.96], abs=1e-4)
+
+
+def test_the_bound_without_memory_is_that_of_simulated_tries():
+    """Catches a formula for other tries than these: never the last candidate again, else any."""
+    rng, hits = random.Random(0), [0] * 4
+    for _ in range(20_000):
+        c, last, hit = rng.randint(1, 5), None, False
+        for k in range(4):
+            if not hit:
+                last = rng.choice([x for x in range(c) if x != last])
+                hit = last == 0
+            hits[k] += hit
+    simulated = [count / 20_000 for count in hits]
+    assert tables.bound(5, 4, memory=False) == pytest.approx(simulated, abs=0.015)
+    assert tables.bound(5, 4, memory=False)[:2] == pytest.approx(tables.bound(5, 2))
 
 
 def run_compare(monkeypatch, capsys, *words):
@@ -251,7 +269,7 @@ def test_runs_of_other_code_are_printed_with_a_remark(tmp_path, monkeypatch, cap
     for row in (
         "| grpo | 60.0 | 70.0 |",
         "| keep (other code) | 60.0 | 80.0 |",
-        "| mgrpo (other code) | 60.0 ± 0.0 | 90.0 ± 0.0 |",
+        "| mgrpo (other code) | 60.0 / 60.0 | 90.0 / 90.0 |",
     ):
         assert printed.count(row) == 3, row
     stale = "3 of these 4 runs (keep, mgrpo) were made by other code, "

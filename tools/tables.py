@@ -1,16 +1,18 @@
 """Tables of compare.py: means over bases, with intervals that hold.
 
-    python -m tools.compare --seeds 0        # the tables of the runs that are there
+    python -m tools.compare --bases 0        # the tables of the runs that are there
 
 The idea. A result has three sources of chance: the base model, the RL seed, and the questions with
 their random numbers. All runs of a (base, seed) pair ask the same questions with the same random
 numbers, so two arms are compared pair by pair. Another pair asks other questions. So all that
 varies is in the spread of the bases' means, and Student's t over bases gives a 95 % interval that
-covers the truth in 95 % of cases, however the three are mixed (tests/test_compare.py measures it).
-A percentile bootstrap over bases, seeds and questions covers 99 % where only questions vary, and
-88 % where bases differ most: it counts the chance of questions twice, and resamples five bases.
+covers the truth in 95 % of simulated comparisons, whichever of the three varies most
+(tests/test_compare.py). In 1,000 of them a percentile bootstrap over bases, seeds and questions
+covered 99 % where only questions vary, and 88 % where bases differ most: it counts the chance of
+questions twice, and resamples five bases.
 
-With a single base the interval is over its seeds, and says nothing about other bases.
+Two bases have no interval of use (t is 12.7), so their two values are shown. With a single base the
+interval is over its seeds, and says nothing about other bases.
 """
 
 import math
@@ -27,9 +29,9 @@ ROWS = {"T=1": "temperature 1", "greedy": "greedy"}  # title in tables -> row of
 LOOKS = dict(
     fix="i→c",
     broke="c→i",
-    no_right="no to a right answer",
-    no_wrong="no to a wrong answer",
-    fresh="a new answer, after no",
+    no_right="changes a right answer",
+    no_wrong="changes a wrong answer",
+    fresh="changed to a new answer",
 )
 
 
@@ -61,9 +63,11 @@ def by_base(lines, value):
 
 
 def cell(groups, sign=""):
-    """Groups of shares -> "85.2 ± 1.3", in percent; empty without values."""
+    """Groups of shares -> "85.2 ± 1.3", in percent; "84.0 / 86.4" of two; empty without values."""
     if not groups:
         return ""
+    if len(groups) == 2:
+        return " / ".join(f"{100 * statistics.mean(values):{sign}.1f}" for values in groups)
     mean, half = interval(groups)
     return f"{100 * mean:{sign}.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
@@ -125,7 +129,8 @@ def all_tables(lines, old=()):
     for reference in ("grpo", "mgrpo"):
         parts += [paired_table(runs, label, reference) for label in ROWS]
     parts += [looks_table(runs, "T=1", field) for field in LOOKS]
-    return "\n\n".join(filter(None, [*parts, footnotes(lines), remark(lines, old)]))
+    parts += [placebo(lines), footnotes(lines), remark(lines, old)]
+    return "\n\n".join(filter(None, parts))
 
 
 def short_table(lines, old=()):
@@ -211,6 +216,16 @@ def row(name, cells):
     return f"| {name} |" + "".join(f" {text} |" if text else " |" for text in cells)
 
 
+def placebo(lines):
+    """A line: of each arm a second independent first answer minus the first, in truth 0."""
+    gap = lambda line: line["extra"]["fresh"][0] - line["result"]["temperature 1"]["t1"][0]
+    cells = []
+    for arm, runs in arms_of(lines).items():
+        groups = by_base([run for run in runs if "fresh" in run["extra"]], gap)
+        cells += [f"{arm} {cell(groups, '+')}"] if groups else []
+    return f"placebo, 0 in truth: {', '.join(cells)}" if cells else ""
+
+
 def footnotes(lines):
     """What the tables rest on: tokens, steps and time of a run, inference tokens of a question."""
     rows = []
@@ -238,13 +253,23 @@ def remark(lines, old):
         return ""
     return (
         f"{stale} of these {len(lines)} runs ({', '.join(old)}) were made by other code, from "
-        "another base or with another compute type than a run of today; --arms with --seeds makes "
+        "another base or with another compute type than a run of today; --arms with --bases makes "
         "new ones"
     )
 
 
-def bound(candidates, turns):
-    """Acc@tk on `solve` if every try is new and every check right: with c candidates k tries hit
-    with probability min(k / c, 1), and c is uniform in 1..candidates. -> [turns]"""
+def bound(candidates, turns, memory=True):
+    """Acc@tk to be expected on `solve` if every check is right -> [turns].
+
+    memory: no candidate is tried twice, so of c candidates k tries hit with probability
+    min(k / c, 1). Without it each further try is any candidate but the last one, and misses with
+    probability 1 - 1 / (c - 1). c is uniform in 1..candidates.
+    """
+
+    def hit(c, k):
+        if memory or c == 1:
+            return min(k / c, 1.0)
+        return 1 - (1 - 1 / c) * (1 - 1 / (c - 1)) ** (k - 1)
+
     counts = range(1, candidates + 1)
-    return [statistics.mean(min(k / c, 1.0) for c in counts) for k in range(1, turns + 1)]
+    return [statistics.mean(hit(c, k) for c in counts) for k in range(1, turns + 1)]
