@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from runtime import flags
-from tools import compare, tables
+from tools import compare, controls, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "docs").glob("*.md"))
@@ -60,7 +60,7 @@ def test_readme_has_one_result_table_and_one_figure():
     assert len(re.findall(r"^\| (?:mgrpo|MGRPO)\b", README, re.M)) == 1
     assert re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) == ["docs/tree.svg", "docs/looks.svg"]
     results = README.split("## Results")[1].split("## Use it")[0]
-    for control in ("best constants", "the bound", "does not show"):
+    for control in ("best constants", "perfect checks", "does not show"):
         assert control in " ".join(results.split()), control
 
 
@@ -346,24 +346,6 @@ def compared(name):
     return tables.with_bases(lines)
 
 
-@functools.cache
-def looks_runs():
-    """{arm: its lines, "base" included} of the arms that README leads with."""
-    arms = tables.arms_of(compared("solve"))
-    return {arm: runs for arm, runs in arms.items() if arm in ARM_NAMES}
-
-
-def looks_rows(label, names, extra=()):
-    """Rows of a table of the pages: for each arm the cells of these columns, and how many runs."""
-    rows = []
-    for arm, runs in looks_runs().items():
-        values = [tables.value_of(label, name) for name in names]
-        values += [tables.extra_of(name) for name in extra]
-        cells = [tables.cell(tables.by_base(runs, value)) for value in values]
-        rows.append(tables.row(ARM_NAMES[arm], [*cells, tables.count(runs)]))
-    return rows
-
-
 ARM_NAMES = dict(
     base="base",
     dial="base, best constants",
@@ -371,42 +353,47 @@ ARM_NAMES = dict(
     mgrpo="MGRPO, `4,3`",
     chains="chains, `4,1,1,1`",
 )
-ACCURACIES = ("t1", "t2", "t3", "t4")
+
+
+def leading_runs():
+    """The runs of the arms that README leads with."""
+    return [line for line in compared("solve") if line["arm"] in ARM_NAMES]
+
+
+def test_readmes_table_is_that_of_the_committed_runs():
+    """Catches a figure that was typed: accuracies at T=1 over bases."""
+    for arm, runs in tables.arms_of(leading_runs()).items():
+        groups = [tables.by_base(runs, tables.value_of("T=1", f"t{k}")) for k in (1, 2, 3, 4)]
+        cells = [*map(tables.cell, groups), tables.count(runs)]
+        assert tables.row(ARM_NAMES[arm], cells) in README
 
 
 def test_tables_over_bases_are_those_of_the_committed_runs():
-    """Catches a figure that was typed, in README and in the chapter."""
-    chapter = PAGES["docs/results.md"]
-    for label in tables.ROWS:
-        rows = looks_rows(label, ACCURACIES)
-        rows += looks_rows(label, ("broke4", "no_right4", "no_wrong4", "fresh4"))
-        assert [row for row in rows if row not in chapter] == []
-    votes = looks_rows("T=1", ("t4",), ("majority", "pass"))
-    assert [row for row in votes if row.startswith("| GRPO") and row not in chapter] == []
-    assert [row for row in looks_rows("T=1", ACCURACIES) if row not in README] == []
-    for label in tables.ROWS:
-        lines = [run for arm, runs in looks_runs().items() for run in runs]
-        rows = tables.paired_table(lines, label).splitlines()[2:]
-        for row in rows:
-            arm, rest = re.match(r"\| (\w+) (.*)", row).groups()
-            assert f"| {ARM_NAMES[arm]} {rest}" in chapter
+    """Catches a figure that was typed: what the tools print of these runs stands in the chapters."""
+    runs, controlled = leading_runs(), ROOT / "results/controls-solve.jsonl"
+    parts = [tables.main_table(runs, label) for label in tables.ROWS]
+    parts += [tables.paired_table(runs, label) for label in tables.ROWS]
+    parts += [tables.looks_table(runs, "T=1", field) for field in ("no_right", "no_wrong", "fresh")]
+    parts += [tables.paired_table(compared("solve"), "T=1", "mgrpo")]
+    parts += [controls.all_tables([*map(json.loads, controlled.read_text().splitlines())])]
+    parts += [tables.placebo(runs)]
+    chapter = [*PAGES["docs/results.md"].splitlines(), *PAGES["docs/controls.md"].splitlines()]
+    for text in parts:
+        assert [row for row in text.splitlines() if row not in chapter] == []
 
 
 def test_tables_of_the_map_are_those_of_the_committed_runs():
     """Catches a figure that was typed, and an experiment that the map leaves out."""
-    page, chapter = PAGES["docs/map.md"], PAGES["docs/results.md"]
-    for path in (ROOT / "results").glob("compare-*.jsonl"):
-        name = path.stem.removeprefix("compare-")
-        rows = tables.short_table(compared(name)).splitlines()
-        if name == "solve":
-            rows = [row for row in rows if re.match(rf"\| ({'|'.join(ARM_NAMES)}) ", row)]
+    page = PAGES.get("docs/map.md", "").splitlines()
+    names = {path.stem.removeprefix("compare-") for path in ROOT.glob("results/compare-*.jsonl")}
+    for name in names if page or names != {"solve"} else ():
+        runs = leading_runs() if name == "solve" else compared(name)
+        rows = tables.short_table(runs).splitlines()
         if name == "depth":
-            rows += tables.main_table(compared(name), "T=1").splitlines()
+            rows += tables.main_table(runs, "T=1").splitlines()
             for field in tables.LOOKS:
-                rows += tables.looks_table(compared(name), "T=1", field).splitlines()
+                rows += tables.looks_table(runs, "T=1", field).splitlines()
         assert [row for row in rows if row not in page] == [], name
-    others = tables.paired_table(compared("solve"), "T=1", "mgrpo").splitlines()
-    assert [row for row in others if row not in chapter] == []
 
 
 def test_the_first_table_is_that_of_the_committed_run():

@@ -1,4 +1,4 @@
-"""The cheapest control: how far one number added to a logit takes an untrained base.
+"""The cheapest control: how far one number added to a logit takes a base before RL.
 
     python -m tools.dial out/base-solve-....pt
 

@@ -114,10 +114,12 @@ def runs_picture(results, path):
 
 def looks_picture(results, path):
     """Accuracy at temperature 1 against the number of answers in a row, with 95 % intervals over
-    bases (tools/tables.py), of the arms in LOOKS, the bases before training, and the bound."""
+    bases (tools/tables.py), of the arms in LOOKS and the bases before training. Dotted: what
+    perfect checks would give, with and without a memory of the candidates that were tried."""
     import matplotlib
 
     lines = tables.with_bases(compare.read_lines(results / "compare-solve.jsonl"))
+    lines = [line for line in lines if line["arm"] in LOOKS]
     arms, turns = tables.arms_of(lines), tables.turns_in(lines)
     looks = range(1, turns + 1)
     with matplotlib.rc_context(curves.STYLE):
@@ -130,8 +132,10 @@ def looks_picture(results, path):
             axes.errorbar(
                 places, means, halves, fmt="o-", color=LINES[mark], ms=4, capsize=3, label=name
             )
-        bound = tables.bound(Solve().candidates, turns)
-        axes.plot(looks, bound, color=INK, lw=1.2, ls=":", label="bound: every try new and checked")
+        for memory in (True, False):
+            label = "perfect checks" if memory else None
+            bound = tables.bound(Solve().candidates, turns, memory)
+            axes.plot(looks, bound, color=INK, lw=1.2, ls=":", label=label)
         axes.set_xticks(looks, [f"answer {k}" for k in looks])
         axes.set_ylabel("share right, T=1")
         axes.set_ylim(0.4, 1)
