@@ -124,6 +124,9 @@ def test_tables_are_means_over_bases():
     assert paired[0] == "| T=1, minus grpo | Acc@t1 | Acc@t2 |"
     assert paired[2:] == ["| mgrpo | +0.0 ± 0.0 | +10.0 ± 0.0 |"]
     assert tables.paired_table(lines[:6], "T=1") == ""
+    other = line("rounds", 0, 0.9, t1=0.9) | dict(base="out/compare-first/checkpoint.pt")
+    (base,) = tables.arms_of(tables.with_bases([*lines[:1], other]))["base"]
+    assert base["result"] is lines[0]["base_result"]
     short = tables.short_table(lines).splitlines()
     assert short[0].startswith("| defaults | Acc@t1 | Acc@t2 | greedy t2 | t2 minus grpo | bases")
     assert short[2].endswith(f"| 61.1 ± {half:.1f} | 61.1 ± {half:.1f} | | 3 x 2 x 1,024 |")

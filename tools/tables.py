@@ -17,6 +17,7 @@ interval is over its seeds, and says nothing about other bases.
 
 import math
 import statistics
+from pathlib import Path
 
 from eval import turns_of
 
@@ -115,7 +116,8 @@ def with_bases(lines):
     """The lines, and before them one for each (base, seed) with the base's own result."""
     bases = {}
     for line in lines:
-        if line["base_result"]:
+        # The arm `rounds` ends with a run that begins with another run, not with a base.
+        if line["base_result"] and Path(line["base"]).name.startswith("base-"):
             bases[line["base_seed"], line["seed"]] = line | dict(
                 arm="base", result=line["base_result"], extra={}
             )
