@@ -374,7 +374,7 @@ def test_tables_over_bases_are_those_of_the_committed_runs():
     parts = [tables.main_table(runs, label) for label in tables.ROWS]
     parts += [tables.paired_table(runs, label) for label in tables.ROWS]
     parts += [tables.looks_table(runs, "T=1", field) for field in ("no_right", "no_wrong", "fresh")]
-    parts += [tables.paired_table(compared("solve"), "T=1", "mgrpo")]
+    parts += [tables.paired_table(compared("solve"), label, "mgrpo") for label in tables.ROWS]
     parts += [controls.all_tables([*map(json.loads, controlled.read_text().splitlines())])]
     parts += [tables.placebo(runs)]
     chapter = [*PAGES["docs/results.md"].splitlines(), *PAGES["docs/controls.md"].splitlines()]
