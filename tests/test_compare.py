@@ -510,4 +510,7 @@ def test_controls_of_a_comparison(tmp_path):
     assert "| three |" in printed and "| mgrpo |" in printed
     if all(temperature == 0 for _, temperature in entry["constants"]["one"].values()):
         assert entry["right"]["one"][0] == pytest.approx(first["mgrpo"])
-    assert script(tmp_path, "tools.controls", "--name", "t") == printed
+    assert script(tmp_path, "tools.controls", "--name", "t", "--bases", "0") == printed
+    path = tmp_path / "results/controls-t.jsonl"
+    assert controls.todays(path, {0: entry["version"]}) == [entry]
+    assert controls.todays(path, {0: "newer"}) == []  # of other code or another base: never shown

@@ -369,7 +369,7 @@ def test_readmes_table_is_that_of_the_committed_runs():
 
 
 def test_tables_over_bases_are_those_of_the_committed_runs():
-    """Catches a figure that was typed: what the tools print of these runs stands in the chapters."""
+    """Catches a figure that was typed: what the tools print stands in the chapters."""
     runs, controlled = leading_runs(), ROOT / "results/controls-solve.jsonl"
     parts = [tables.main_table(runs, label) for label in tables.ROWS]
     parts += [tables.paired_table(runs, label) for label in tables.ROWS]

@@ -14,12 +14,14 @@ that it can use without training: a finer grid, and any temperature, 0 included.
 They are fitted on training questions with their answers, and measured on the questions that the
 runs of the base are measured on. Besides, the rates by last operation: how often a model changes a
 right and a wrong first answer at T=1, before and after training. They tell whether it goes by the
-cue. Needs out/, where compare.py left bases and runs; a line of the result file has it all.
+cue. Needs out/, where compare.py left bases and runs; a line of the result file has it all. A base
+is measured again when its file or the code has changed; the tables have lines of today alone.
 """
 
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
+import hashlib
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,24 +33,24 @@ from tqdm import tqdm
 from eval import share_and_error
 from mgrpo import SamplingParams, rollout
 from report.trees import lines_of
-from runtime.flags import BadInput, Between, file_name, guarded, parse_flags, reading
+from runtime.flags import ROOT, BadInput, Between, file_name, guarded, parse_flags, reading
 from runtime.log import versions
 from tasks.opening import open_model_and_task
 from tasks.problems import draw
-from tools.compare import append, read_lines
+from tools.compare import all_code, append, code_and_imports, read_lines
 from tools.dial import DialledSampler
 from tools.tables import cell, row, turns_in
 
 SHIFTS = tuple(i / 4 for i in range(-2, 13))  # of the logit of ": yes"
 TEMPERATURES = (0.0, 0.4, 1.0)
 FITTED_ON = 512  # questions of the training split
-FIELDS = ("base_seed", "seed", "constants", "right", "rates", "questions", "made_by")
+FIELDS = ("base_seed", "seed", "version", "constants", "right", "rates", "questions", "made_by")
 
 
 @dataclass(frozen=True)
 class Config:
     name: str = "solve"  # of the comparison, results/compare-<name>.jsonl
-    bases: Annotated[int, Between(0, 20)] = 20  # the first so many of its bases
+    bases: Annotated[int, Between(0, 20)] = 20  # bases to measure, if they have no line of today
 
 
 def asked(sampler, task, problems, turns, temperature, seed, shift=0.0):
@@ -111,12 +113,23 @@ def opened(model, turns):
     return DialledSampler(policy, token), task
 
 
+def base_of(lines):
+    """The path of the base that these runs began with. (The arm `rounds` names another run.)"""
+    return next(line["base"] for line in lines if Path(line["base"]).name.startswith("base-"))
+
+
+def version(lines):
+    """8 hex digits of the base, whose name has a hash of its own, and of the code."""
+    code, _ = code_and_imports(Path(ROOT, "tools/controls.py").read_text(encoding="utf-8"))
+    parts = [base_of(lines), code, *(text for _, text in sorted(all_code().items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
 def controls_of(name, lines):
     """The runs of one base and RL seed of the comparison `name` -> a line for the result file."""
     line, turns = lines[0], turns_in(lines)
     seed, questions = line["seed"], line["result"]["greedy"]["questions"]
-    bases = {one["base"] for one in lines if one["arm"] == "dial"} or {line["base"]}
-    sampler, task = opened(bases.pop(), turns)
+    sampler, task = opened(base_of(lines), turns)
     problems = task.held_out(questions, seed)
     constants = fit(sampler, task, turns, seed)
     right = {k: measured(sampler, task, problems, turns, seed, c) for k, c in constants.items()}
@@ -125,7 +138,8 @@ def controls_of(name, lines):
         folder = Path("out") / f"compare-{name}-{one['arm']}-{one['base_seed']}-{seed}"
         if folder.exists():
             found[one["arm"]] = rates(opened(str(folder), turns)[0], task, problems, seed)
-    about = dict(base_seed=line["base_seed"], seed=seed, questions=questions, made_by=versions())
+    about = dict(base_seed=line["base_seed"], seed=seed, version=version(lines))
+    about |= dict(questions=questions, made_by=versions())
     return about | dict(constants=constants, right=right, rates=found)
 
 
@@ -151,6 +165,12 @@ def all_tables(lines):
     return "\n".join(rows)
 
 
+def todays(path, now):
+    """The lines of these {base seed: version}, by base."""
+    lines = [one for one in lines_of(path, FIELDS) if one["version"] == now.get(one["base_seed"])]
+    return sorted(lines, key=lambda line: line["base_seed"])
+
+
 def main():
     """Measures the bases that have no line yet, and prints the tables."""
     config = parse_flags(Config, __doc__)
@@ -158,14 +178,16 @@ def main():
     path = Path("results") / f"controls-{config.name}.jsonl"
     runs = {}  # of the first RL seed of each base
     for line in read_lines(source):
-        if line["base_seed"] < config.bases and line["seed"] == 20 * line["base_seed"]:
+        if line["seed"] == 20 * line["base_seed"]:
             runs.setdefault(line["base_seed"], []).append(line)
-    there = {line["base_seed"] for line in lines_of(path, FIELDS)}
-    for base in tqdm(sorted(runs.keys() - there), "controls", unit="base", disable=None):
+    now = {base: version(of) for base, of in runs.items()}
+    there = {line["base_seed"] for line in todays(path, now)}
+    todo = [base for base in sorted(runs.keys() - there) if base < config.bases]
+    for base in tqdm(todo, "controls", unit="base", disable=None):
         append(path, controls_of(config.name, runs[base]))
-    lines = sorted(lines_of(path, FIELDS), key=lambda line: line["base_seed"])
+    lines = todays(path, now)
     if not lines:
-        raise BadInput(f"{path} has no controls, and {source} no runs: run tools.compare first")
+        raise BadInput(f"{path} has no controls of today's code for {source}: run tools.compare")
     with reading(path):
         print(all_tables(lines))
 
