@@ -154,14 +154,13 @@ def all_tables(lines):
         rows.append(row(kind, [*(cell([[x] for x in column]) for column in columns), n]))
     cues = [(part, x) for part in (0, 1) for x in lines[0]["rates"]["base"]]
     heads = [f"{('right', 'wrong')[part]}, {operation}" for part, operation in cues]
-    rows += ["", row("changes, T=1", heads), "|---" * (len(heads) + 1) + "|"]
+    rows += ["", row("changes, T=1", [*heads, "bases"]), "|---" * (len(heads) + 2) + "|"]
     for arm in dict.fromkeys(arm for line in lines for arm in line["rates"]):
-        cells = []
+        cells, have = [], [line["rates"][arm] for line in lines if arm in line["rates"]]
         for part, operation in cues:
-            shares = [one["rates"][arm][operation][part] for one in lines if arm in one["rates"]]
-            shares = [share for share in shares if share is not None]
+            shares = [one[operation][part] for one in have if one[operation][part] is not None]
             cells.append(f"{100 * statistics.mean(shares):.0f}" if shares else "")
-        rows.append(row(arm, cells))
+        rows.append(row(arm, [*cells, str(len(have))]))
     return "\n".join(rows)
 
 
