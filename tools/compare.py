@@ -72,6 +72,7 @@ ARMS = {  # name -> what it adds to train.py's defaults
     "grpo": "",  # one layer of as many answers as MGRPO's tree has nodes: see `arm_words`
     "mgrpo": "",  # two layers; all answers are corrected, failures masked after normalising
     "longer": "--tokens 2100000",  # MGRPO for as long as `chains` takes on a CPU
+    "lr": "--lr 3e-4",  # three times train.py's
     "paper": "--group-sizes 8,4 --kl-coef 0.001",  # --preset paper
     "chains": "--group-sizes 4,1,1,1 --siblings question",  # four layers, one correction of each
     "chains3": "--group-sizes 4,1,1 --siblings question",
@@ -90,7 +91,12 @@ README_ARMS = ("dial", "grpo", "mgrpo", "chains")
 # The experiments of --map: name of the result file, arms, bases, flags.
 MAP = (
     ("solve", README_ARMS, 5, ""),
-    ("solve", tuple(arm for arm in ARMS if arm not in ("chains2", "chains3", "wrong")), 3, ""),
+    (
+        "solve",
+        tuple(arm for arm in ARMS if arm not in ("lr", "chains2", "chains3", "wrong")),
+        3,
+        "",
+    ),
     ("reviewer-doubting", README_ARMS, 2, "--reviewer doubting"),
     ("reviewer-lazy", README_ARMS, 2, "--reviewer lazy"),
     ("reviewer-fair", README_ARMS, 2, "--reviewer fair"),
@@ -98,8 +104,13 @@ MAP = (
     ("candidates-2", README_ARMS, 2, "--candidates 2"),
     ("candidates-3", README_ARMS, 2, "--candidates 3"),
     ("candidates-8", README_ARMS, 2, "--candidates 8"),
-    ("reviewed-8", ("grpo", "mgrpo", "keep"), 2, "--reviewed 0.125"),
-    ("reviewed-32", ("grpo", "mgrpo", "keep"), 2, "--reviewed 0.03125"),
+    ("reviewed-8", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.125"),
+    (
+        "reviewed-32",
+        ("grpo", "mgrpo", "chains", "longer", "lr", "keep"),
+        2,
+        "--reviewed 0.03125",
+    ),
     ("habit-0.5", ("grpo", "mgrpo"), 2, "--habit 0.005"),
     ("habit-5", ("grpo", "mgrpo"), 2, "--habit 0.05"),
     ("habit-20", ("grpo", "mgrpo"), 2, "--habit 0.2"),
