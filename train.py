@@ -75,7 +75,8 @@ class Config:
     format_weight: Annotated[float, Between(0, 0.5)] = 0.0  # reward for <think>..<answer>.. alone
     sources: Literal["all", "wrong"] = "all"  # answers that the next layer continues
     failed: Literal["mask", "keep", "raw"] = "mask"  # failed corrections: mgrpo.py, deviation 3
-    siblings: Literal["parent", "question"] = "parent"  # corrections that are compared
+    # Corrections that are compared: those of one answer (the paper) | of all answers to a question.
+    siblings: Literal["parent", "question"] = "question"
 
     # The loss and the optimiser.
 
@@ -104,7 +105,7 @@ class Config:
 
 
 # What is known of the paper's settings, as public re-implementations report them; g_2 is ours.
-PAPER = dict(prompts=32, group_sizes=(8, 4), kl_coef=0.001)
+PAPER = dict(prompts=32, group_sizes=(8, 4), siblings="parent", kl_coef=0.001)
 # What a preset sets besides the size of the task and of its base (tasks/base.py).
 PRESETS = {
     "paper": PAPER,  # but not its learning rate, 5e-7: that is for a model of billions of weights
@@ -219,8 +220,8 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
         )
     sampled = time.perf_counter()
 
-    # 3. Credit: every answer is compared with its siblings, by default the answers to the same
-    #    prompt.
+    # 3. Credit: every answer is compared with its siblings, by default all answers of its layer to
+    #    the same question.
     for layer in layers:
         credit(layer, config.siblings, config.failed)
 

@@ -159,8 +159,14 @@ CASES = [
     (["train.py", "--group-sizes", "1"], "a single answer has no siblings"),
     (["train.py", "--group-sizes", "4,0"], "--group-sizes 4,0: each must be"),
     (["train.py", "--group-sizes", "4,-3"], "--group-sizes 4,-3"),
-    (["train.py", "--group-sizes", "4,1"], "only correction has no siblings"),
-    (["train.py", "--group-sizes", "4,2,1"], "only correction has no siblings"),
+    (
+        ["train.py", "--siblings", "parent", "--group-sizes", "4,1"],
+        "only correction has no siblings",
+    ),
+    (
+        ["train.py", "--siblings", "parent", "--group-sizes", "4,2,1"],
+        "only correction has no siblings",
+    ),
     (["train.py", "--group-sizes", "four,3"], "--group-sizes 'four' is not a whole number"),
     (["train.py", "--group-sizes", "4x3"], "--group-sizes '4x3' is not a whole number"),
     (["train.py", "--group-sizes", ","], "needs at least one number"),

@@ -336,7 +336,7 @@ def test_mixed_questions_are_chosen(change):
     choose = module(folder, "mgrpo.py").choose_sources
     assert choose(right, questions, "mixed").tolist() == [2, 3, 6, 7]
     assert choose(right, questions, "wrong").tolist() == [2, 4, 5, 7]
-    assert module(folder, "tools/compare.py").ARMS["mixed"] == "--sources mixed"
+    assert module(folder, "tools/compare.py").ARMS["mixed"] == "--siblings parent --sources mixed"
 
 
 @pytest.mark.slow

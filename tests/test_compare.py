@@ -453,6 +453,23 @@ def test_the_dial_turns_one_token(gpt, monkeypatch):
     assert dial.fit(sampler, task, 3, (0.0,)) == (1.0, 0.0)
 
 
+def test_the_maps_table_has_a_line_for_each_experiment():
+    """Catches gains over another arm than the head says, and an experiment without an arm that
+    takes the cells of another one."""
+    first = [line(arm, b, last) for arm, last in (("grpo", 0.6), ("dial", 0.7)) for b in (0, 1)]
+    first += [line("chains", b, 0.8 + b / 100) for b in (0, 1)]
+    second = [line("mgrpo", 0, 0.9), line("grpo", 0, 0.65)]
+    table = tables.map_table({"one": first, "two": second}).splitlines()
+    assert table[0].endswith(
+        "| dial - GRPO | mgrpo - GRPO | chains - GRPO | chains - dial | bases |"
+    )
+    assert table[2] == (
+        "| one | 30.0 / 30.0 | 90.0 / 90.0 | 80.0 / 81.0 | +10.0 / +10.0 | | +20.0 / +21.0 "
+        "| +10.0 / +11.0 | 2 |"
+    )
+    assert table[3] == "| two | 30.0 | 90.0 | 65.0 | | +25.0 | | | 1 |"
+
+
 # ---- constants by operation ----------------------------------------------------------------------
 
 
@@ -491,6 +508,32 @@ def test_rates_are_of_the_second_answer(monkeypatch):
     changed = torch.tensor([[1.0, 1], [1, 0], [1, 1], [1, 1]])
     monkeypatch.setattr(controls, "asked", lambda *_: (right, changed))
     assert controls.rates(None, None, [problem] * 4, 0) == {"+": [0.5, 1.0]}
+
+
+def test_gains_over_constants_are_of_the_same_base():
+    """Catches a run minus the constants of another base (they differ here by what the runs differ,
+    so that the interval has no width), gains of the second answer for those of the last, greedy
+    ones for those at T=1, and means over rates that a base does not have."""
+    runs = [line("mgrpo", b, 0.7 + b / 100) for b in (2, 0, 1)] + [line("chains", 3, 0.9)]
+    for run in runs:
+        run["result"] = run["result"] | {"greedy": run["result"]["greedy"] | {"t2": (0.9, 0.0)}}
+    rates = {0: {"+": [0.5, None]}, 1: {"+": [0.1, 0.9]}, 2: {"+": [0.3, 0.8]}}
+    lines = [
+        dict(
+            base_seed=b,
+            questions=24,
+            right=dict(one=[0.5, 0.6 + b / 100], three=[0.5, 0.8 + b / 100]),
+            rates={"base": rates[b]} if b else {"base": rates[b], "mgrpo": rates[1]},
+        )
+        for b in (0, 1, 2)
+    ]
+    constants, gains, changes = tables.controls_tables(lines, runs).split("\n\n")
+    half = 4.303 / math.sqrt(3)
+    assert constants.splitlines()[2] == f"| one | 50.0 ± 0.0 | 61.0 ± {half:.1f} | 3 x 1 x 24 |"
+    assert gains.splitlines()[0].startswith("| Acc@t2 | T=1, minus one | T=1, minus three | greedy")
+    found = f"| +10.0 ± 0.0 | -10.0 ± 0.0 | +29.0 ± {half:.1f} | +9.0 ± {half:.1f} |"
+    assert gains.splitlines()[2:] == ["| mgrpo " + found]
+    assert changes.splitlines()[2:] == ["| base | 30 | 85 | 3 |", "| mgrpo | 10 | 90 | 1 |"]
 
 
 @pytest.mark.slow

@@ -45,10 +45,12 @@ from tools import (
     bench_verifier,
     chat,
     compare,
+    controls,
     dial,
     machine,
     memory_table,
     pictures,
+    tables,
     tiny_qwen,
 )
 
@@ -66,10 +68,12 @@ SCRIPTS = {
     "tools.bench_verifier": bench_verifier,
     "tools.chat": chat,
     "tools.compare": compare,
+    "tools.controls": controls,
     "tools.dial": dial,
     "tools.machine": machine,
     "tools.memory_table": memory_table,
     "tools.pictures": pictures,
+    "tools.tables": tables,
     "tools.tiny_qwen": tiny_qwen,
 }
 
@@ -281,7 +285,7 @@ def test_help_starts_no_work(name, monkeypatch, capsys):
     "words, says",
     [
         (["train.py", "--group-size", "3"], "did you mean --group-sizes?"),
-        (["train.py", "--group-sizes", "4,1"], "no siblings"),
+        (["train.py", "--siblings", "parent", "--group-sizes", "4,1"], "no siblings"),
         (["train.py", "--group-sizes", "1"], "no siblings"),
         (["train.py", "--group-sizes", "4,0"], "each must be a number of at least 1"),
         (["train.py", "--group-sizes", "9999,9999"], "too many rows a step"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from runtime import flags
-from tools import compare, controls, tables
+from tools import compare, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "docs").glob("*.md"))
@@ -28,6 +28,7 @@ PAGES = {
 README = PAGES["README.md"]
 ROOMS = ("engine", "verifier", "tasks", "huggingface", "runtime", "report", "tools")
 CODE = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+MAP_PAGES = ("docs/map.md", "docs/depth.md")
 OLD_NAMES = "docs/old-names.md"  # speaks of flags and scripts that are gone
 # Flags of other programs: torchrun, srun, docker, git, and those that every command has.
 FOREIGN = {
@@ -57,10 +58,10 @@ def test_pages_are_short(name):
 
 def test_readme_has_one_result_table_and_one_figure():
     """Catches results that creep back into README, and the gain without what it does not show."""
-    assert len(re.findall(r"^\| (?:mgrpo|MGRPO)\b", README, re.M)) == 1
+    assert len(re.findall(r"^\| (?:grpo|GRPO)\b", README, re.M)) == 1
     assert re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) == ["docs/tree.svg", "docs/looks.svg"]
     results = README.split("## Results")[1].split("## Use it")[0]
-    for control in ("best constants", "perfect checks", "does not show"):
+    for control in ("best constant", "perfect checks", "does not show"):
         assert control in " ".join(results.split()), control
 
 
@@ -348,34 +349,48 @@ def compared(name):
 
 ARM_NAMES = dict(
     base="base",
-    dial="base, best constants",
     grpo="GRPO, `16`",
-    mgrpo="MGRPO, `4,3`",
+    mgrpo="MGRPO, `4,3`, the paper's groups",
+    question="MGRPO, `4,3`",
     chains="chains, `4,1,1,1`",
+)
+CONTROL_NAMES = dict(
+    one="base, best constant and temperature", three="base, one for each cue, if told"
 )
 
 
 def leading_runs():
-    """The runs of the arms that README leads with."""
-    return [line for line in compared("solve") if line["arm"] in ARM_NAMES]
+    """The runs of the arms that README and the results lead with."""
+    return [line for line in compared("solve") if line["arm"] in ("base", *compare.README_ARMS)]
+
+
+def measured_controls():
+    """The lines of controls.py."""
+    return [*map(json.loads, (ROOT / "results/controls-solve.jsonl").read_text().splitlines())]
 
 
 def test_readmes_table_is_that_of_the_committed_runs():
-    """Catches a figure that was typed: accuracies at T=1 over bases."""
-    for arm, runs in tables.arms_of(leading_runs()).items():
-        groups = [tables.by_base(runs, tables.value_of("T=1", f"t{k}")) for k in (1, 2, 3, 4)]
-        cells = [*map(tables.cell, groups), tables.count(runs)]
-        assert tables.row(ARM_NAMES[arm], cells) in README
+    """Catches a figure that was typed: accuracies at T=1 over bases, of arms and controls."""
+    arms = tables.arms_of(leading_runs())
+    for arm, name in ARM_NAMES.items():
+        groups = [tables.by_base(arms[arm], tables.value_of("T=1", f"t{k}")) for k in (1, 2, 3, 4)]
+        cells = [*map(tables.cell, groups), tables.count(arms[arm])]
+        assert tables.row(name, cells) in README
+    for kind, name in CONTROL_NAMES.items():
+        columns = zip(*(line["right"][kind] for line in measured_controls()))
+        assert tables.row(name, [tables.cell([[x] for x in column]) for column in columns])[
+            :-1
+        ] in (README)
 
 
 def test_tables_over_bases_are_those_of_the_committed_runs():
     """Catches a figure that was typed: what the tools print stands in the chapters."""
-    runs, controlled = leading_runs(), ROOT / "results/controls-solve.jsonl"
+    runs = leading_runs()
     parts = [tables.main_table(runs, label) for label in tables.ROWS]
     parts += [tables.paired_table(runs, label) for label in tables.ROWS]
     parts += [tables.looks_table(runs, "T=1", field) for field in ("no_right", "no_wrong", "fresh")]
     parts += [tables.paired_table(compared("solve"), label, "mgrpo") for label in tables.ROWS]
-    parts += [controls.all_tables([*map(json.loads, controlled.read_text().splitlines())])]
+    parts += [tables.controls_tables(measured_controls(), compared("solve"))]
     parts += [tables.placebo(runs)]
     chapter = [*PAGES["docs/results.md"].splitlines(), *PAGES["docs/controls.md"].splitlines()]
     for text in parts:
@@ -384,11 +399,15 @@ def test_tables_over_bases_are_those_of_the_committed_runs():
 
 def test_tables_of_the_map_are_those_of_the_committed_runs():
     """Catches a figure that was typed, and an experiment that the map leaves out."""
-    page = PAGES.get("docs/map.md", "").splitlines()
+    page = [row for name in MAP_PAGES for row in PAGES.get(name, "").splitlines()]
     names = {path.stem.removeprefix("compare-") for path in ROOT.glob("results/compare-*.jsonl")}
-    for name in names if page or names != {"solve"} else ():
-        runs = leading_runs() if name == "solve" else compared(name)
-        rows = tables.short_table(runs).splitlines()
+    if not page and names == {"solve"}:
+        return  # no map yet
+    assert names == {name for name, *_ in compare.MAP}
+    everything = {name: compared(name) for name in names}
+    assert [row for row in tables.map_table(everything).splitlines() if row not in page] == []
+    for name, runs in everything.items():
+        rows = tables.short_table(runs).splitlines() if name != "solve" else []
         if name == "depth":
             rows += tables.main_table(runs, "T=1").splitlines()
             for field in tables.LOOKS:

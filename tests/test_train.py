@@ -101,7 +101,8 @@ def by_hand(policy, reference, layers, config, part):
         c, rewards = layer.completions, layer.rewards.tolist()
         rows = (layer.questions % config.minibatches == part).nonzero()[:, 0].tolist()
         for row in rows:
-            siblings = [rewards[i] for i in rows if layer.parents[i] == layer.parents[row]]
+            groups = layer.questions if config.siblings == "question" else layer.parents
+            siblings = [rewards[i] for i in rows if groups[i] == groups[row]]
             A = rewards[row] - statistics.mean(siblings)
             A = A / (statistics.stdev(siblings) + 1e-4) if max(siblings) > min(siblings) else 0.0
             if layer.number > 1 and not layer.correct[row]:
@@ -128,9 +129,12 @@ def by_hand(policy, reference, layers, config, part):
     return gradient(policy)
 
 
+@pytest.mark.parametrize("siblings", ["parent", "question"])
 @pytest.mark.parametrize("normalize, kl_coef", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_step_is_the_equation_written_out(encoding, gpt, unclipped, shape, normalize, kl_coef):
+def test_a_step_is_the_equation_written_out(
+    encoding, gpt, unclipped, shape, normalize, kl_coef, siblings
+):
     """The oracle for rollout, credit, packing, skipping, weights, minibatches and denominators
     together: the gradients of one, two and three layers are those of equation (2), row by row."""
     config = config_of(
@@ -140,6 +144,7 @@ def test_a_step_is_the_equation_written_out(encoding, gpt, unclipped, shape, nor
         temperature=0.9,
         normalize=normalize,
         kl_coef=kl_coef,
+        siblings=siblings,
         minibatches=2,
         tokens_per_microbatch=150,
     )

@@ -68,26 +68,33 @@ from tools.dial import dialled
 from tools.tables import ROWS, all_tables, turns_in
 
 ARMS = {  # name -> what it adds to train.py's defaults
-    "dial": "",  # no training: the base with the best shift of its verdict and temperature
-    "grpo": "",  # one layer of as many answers as MGRPO's tree has nodes: see `arm_words`
-    "mgrpo": "",  # two layers; all answers are corrected, failures masked after normalising
-    "longer": "--tokens 2100000",  # MGRPO for as long as `chains` takes on a CPU
-    "lr": "--lr 3e-4",  # three times train.py's
-    "paper": "--group-sizes 8,4 --kl-coef 0.001",  # --preset paper
-    "chains": "--group-sizes 4,1,1,1 --siblings question",  # four layers, one correction of each
-    "chains3": "--group-sizes 4,1,1 --siblings question",
-    "chains2": "--group-sizes 4,1 --siblings question",
-    "three": "--group-sizes 3,2,2",
-    "question": "--siblings question",
-    "keep": "--failed keep",
-    "raw": "--failed raw",
-    "wrong": "--sources wrong",
-    "layer2": "--layer-weights 0,1",  # the whole tree is sampled, only corrections are trained
-    "weights1:3": "--layer-weights 1,3",
-    "supervised": "--failed raw --layer-weights 0,1",  # steps towards right corrections, no others
-    "rounds": "",  # GRPO for half of the tokens, then corrections alone: see `run_words`
+    # No training: the base with the best shift of its verdict and temperature.
+    "dial": "--siblings parent",
+    # One layer of as many answers as MGRPO's tree has nodes: see `arm_words`.
+    "grpo": "--siblings parent",
+    # The paper's groups: corrections of one answer are compared. The next arms change one thing.
+    "mgrpo": "--siblings parent",
+    "question": "",  # train.py's defaults
+    "longer": "--siblings parent --tokens 2100000",  # for as long as `chains` takes on a CPU
+    "lr": "--siblings parent --lr 3e-4",  # three times train.py's
+    "paper": "--siblings parent --group-sizes 8,4 --kl-coef 0.001",  # --preset paper
+    "kl": "--siblings parent --kl-coef 0.001",
+    "three": "--siblings parent --group-sizes 3,2,2",
+    "keep": "--siblings parent --failed keep",
+    "raw": "--siblings parent --failed raw",
+    "wrong": "--siblings parent --sources wrong",
+    # The whole tree is sampled, only corrections are trained.
+    "layer2": "--siblings parent --layer-weights 0,1",
+    "weights1:3": "--siblings parent --layer-weights 1,3",
+    # Steps towards right corrections, no others.
+    "supervised": "--siblings parent --failed raw --layer-weights 0,1",
+    # GRPO for half of the tokens, then corrections alone: see `run_words`.
+    "rounds": "--siblings parent",
+    "chains": "--group-sizes 4,1,1,1",  # four layers, one correction of each answer
+    "chains3": "--group-sizes 4,1,1",
+    "chains2": "--group-sizes 4,1",
 }
-README_ARMS = ("dial", "grpo", "mgrpo", "chains")
+README_ARMS = ("dial", "grpo", "mgrpo", "question", "chains")
 # The experiments of --map: name of the result file, arms, bases, flags.
 MAP = (
     ("solve", README_ARMS, 5, ""),
@@ -97,13 +104,13 @@ MAP = (
         3,
         "",
     ),
-    ("reviewer-doubting", README_ARMS, 2, "--reviewer doubting"),
-    ("reviewer-lazy", README_ARMS, 2, "--reviewer lazy"),
-    ("reviewer-fair", README_ARMS, 2, "--reviewer fair"),
+    ("reviewer-doubting", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer doubting"),
+    ("reviewer-lazy", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer lazy"),
+    ("reviewer-fair", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer fair"),
     ("depth", ("grpo", "chains2", "chains3", "chains"), 2, "--looks 6"),
-    ("candidates-2", README_ARMS, 2, "--candidates 2"),
-    ("candidates-3", README_ARMS, 2, "--candidates 3"),
-    ("candidates-8", README_ARMS, 2, "--candidates 8"),
+    ("candidates-2", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 2"),
+    ("candidates-3", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 3"),
+    ("candidates-8", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 8"),
     ("reviewed-8", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.125"),
     (
         "reviewed-32",

@@ -12,17 +12,17 @@ that it can use without training: a finer grid, and any temperature, 0 included.
              goes by it, so this control is told what is wrong with the base
 
 They are fitted on training questions with their answers, and measured on the questions that the
-runs of the base are measured on. Besides, the rates by last operation: how often a model changes a
-right and a wrong first answer at T=1, before and after training. They tell whether it goes by the
-cue. Needs out/, where compare.py left bases and runs; a line of the result file has it all. A base
-is measured again when its file or the code has changed; the tables have lines of today alone.
+runs of the base are measured on, and compared with them base by base. Besides, the rates by last
+operation: how often a model changes a right and a wrong first answer at T=1, before and after
+training. They tell whether it goes by the cue. Needs out/, where compare.py left bases and runs; a
+line of the result file has it all. A base is measured again when its file or the code has changed;
+the tables have lines of today alone.
 """
 
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
 import hashlib
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -37,9 +37,9 @@ from runtime.flags import ROOT, BadInput, Between, file_name, guarded, parse_fla
 from runtime.log import versions
 from tasks.opening import open_model_and_task
 from tasks.problems import draw
-from tools.compare import all_code, append, code_and_imports, read_lines
+from tools.compare import ARMS, all_code, append, code_and_imports, read_lines
 from tools.dial import DialledSampler
-from tools.tables import cell, row, turns_in
+from tools.tables import controls_tables, turns_in, with_bases
 
 SHIFTS = tuple(i / 4 for i in range(-2, 13))  # of the logit of ": yes"
 TEMPERATURES = (0.0, 0.4, 1.0)
@@ -143,27 +143,6 @@ def controls_of(name, lines):
     return about | dict(constants=constants, right=right, rates=found)
 
 
-def all_tables(lines):
-    """The controls' accuracies, and the rates by operation, as Markdown."""
-    turns = len(lines[0]["right"]["one"])
-    heads = [*(f"Acc@t{k}" for k in range(1, turns + 1)), "bases x seeds x questions"]
-    n = f"{len(lines)} x 1 x {lines[0]['questions']:,}"
-    rows = [row("constants", heads), "|---" * (len(heads) + 1) + "|"]
-    for kind in ("one", "three"):
-        columns = zip(*(line["right"][kind] for line in lines))  # by turn, of all bases
-        rows.append(row(kind, [*(cell([[x] for x in column]) for column in columns), n]))
-    cues = [(part, x) for part in (0, 1) for x in lines[0]["rates"]["base"]]
-    heads = [f"{('right', 'wrong')[part]}, {operation}" for part, operation in cues]
-    rows += ["", row("changes, T=1", [*heads, "bases"]), "|---" * (len(heads) + 2) + "|"]
-    for arm in dict.fromkeys(arm for line in lines for arm in line["rates"]):
-        cells, have = [], [line["rates"][arm] for line in lines if arm in line["rates"]]
-        for part, operation in cues:
-            shares = [one[operation][part] for one in have if one[operation][part] is not None]
-            cells.append(f"{100 * statistics.mean(shares):.0f}" if shares else "")
-        rows.append(row(arm, [*cells, str(len(have))]))
-    return "\n".join(rows)
-
-
 def todays(path, now):
     """The lines of these {base seed: version}, by base."""
     lines = [one for one in lines_of(path, FIELDS) if one["version"] == now.get(one["base_seed"])]
@@ -175,10 +154,12 @@ def main():
     config = parse_flags(Config, __doc__)
     source = Path("results") / f"compare-{file_name('name', config.name)}.jsonl"
     path = Path("results") / f"controls-{config.name}.jsonl"
-    runs = {}  # of the first RL seed of each base
-    for line in read_lines(source):
-        if line["seed"] == 20 * line["base_seed"]:
-            runs.setdefault(line["base_seed"], []).append(line)
+    first_seeds = [line for line in read_lines(source) if line["seed"] == 20 * line["base_seed"]]
+    known = [line for line in first_seeds if line["arm"] in ARMS]
+    known.sort(key=lambda line: list(ARMS).index(line["arm"]))
+    runs = {}
+    for line in known:
+        runs.setdefault(line["base_seed"], []).append(line)
     now = {base: version(of) for base, of in runs.items()}
     there = {line["base_seed"] for line in todays(path, now)}
     todo = [base for base in sorted(runs.keys() - there) if base < config.bases]
@@ -188,7 +169,7 @@ def main():
     if not lines:
         raise BadInput(f"{path} has no controls of today's code for {source}: run tools.compare")
     with reading(path):
-        print(all_tables(lines))
+        print(controls_tables(lines, with_bases(known)))
 
 
 if __name__ == "__main__":

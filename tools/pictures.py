@@ -25,11 +25,11 @@ from tools import compare, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("solve-grpo-0", "solve-mgrpo-0")
-LOOKS = {  # arm of compare.py -> its name in the picture
+LOOKS = {  # arm of compare.py, or control of controls.py -> its name in the picture
     "base": "base",
-    "dial": "base, best constants",
+    "one": "base, best constant",
     "grpo": "GRPO",
-    "mgrpo": "MGRPO 4,3",
+    "question": "MGRPO 4,3",
     "chains": "chains 4,1,1,1",
 }
 HEIGHT = 19  # of a line of the tree, in pixels
@@ -114,18 +114,22 @@ def runs_picture(results, path):
 
 def looks_picture(results, path):
     """Accuracy at temperature 1 against the number of answers in a row, with 95 % intervals over
-    bases (tools/tables.py), of the arms in LOOKS and the bases before training. Dotted: what
-    perfect checks would give, with and without a memory of the candidates that were tried."""
+    bases (tools/tables.py), of the arms in LOOKS, the bases before training and their best
+    constant. Dotted: what perfect checks would give, with and without a memory of the candidates
+    that were tried."""
     import matplotlib
 
     lines = tables.with_bases(compare.read_lines(results / "compare-solve.jsonl"))
-    lines = [line for line in lines if line["arm"] in LOOKS]
     arms, turns = tables.arms_of(lines), tables.turns_in(lines)
+    controls = list(lines_of(results / "controls-solve.jsonl", ("right",)))
     looks = range(1, turns + 1)
     with matplotlib.rc_context(curves.STYLE):
         figure, axes = curves.new_figure((6.4, 3.6))
         for mark, (arm, name) in enumerate(LOOKS.items()):
-            groups = [tables.by_base(arms[arm], tables.value_of("T=1", f"t{k}")) for k in looks]
+            if arm == "one":
+                groups = [[[line["right"][arm][k - 1]] for line in controls] for k in looks]
+            else:
+                groups = [tables.by_base(arms[arm], tables.value_of("T=1", f"t{k}")) for k in looks]
             means, halves = zip(*map(tables.interval, groups))
             halves = [half or 0 for half in halves]
             places = [k + 0.03 * (mark - 2) for k in looks]  # side by side, so that bars are seen

@@ -1,6 +1,7 @@
 """Tables of compare.py: means over bases, with intervals that hold.
 
     python -m tools.compare --bases 0        # the tables of the runs that are there
+    python -m tools.tables                   # a line for each experiment of the map
 
 The idea. A result has three sources of chance: the base model, the RL seed, and the questions with
 their random numbers. All runs of a (base, seed) pair ask the same questions with the same random
@@ -15,11 +16,17 @@ Two bases have no interval of use (t is 12.7), so their two values are shown. Wi
 interval is over its seeds, and says nothing about other bases.
 """
 
+from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
+
+# isort: split
 import math
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval import turns_of
+from report.trees import lines_of
+from runtime.flags import BadInput, guarded, parse_flags, reading
 
 # Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -155,6 +162,27 @@ def short_table(lines, old=()):
     return "\n".join(rows)
 
 
+def map_table(experiments):
+    """Markdown: for each experiment of the map, {name: lines}, what its base does to a first answer
+    at T=1, the base's last accuracy, and what controls and arms gain in it over GRPO."""
+    heads = ["changes a right answer", "a wrong one", "base, last", "dial - GRPO"]
+    heads += ["mgrpo - GRPO", "chains - GRPO", "chains - dial", "bases"]
+    rows = [row("T=1", heads), "|---" * (len(heads) + 1) + "|"]
+    for name, lines in experiments.items():
+        arms, last = arms_of(with_bases(lines)), f"t{turns_in(lines)}"
+        base, have = arms["base"], lambda arm, of=arms: of.get(arm, [])
+        cells = [cell(by_base(base, value_of("T=1", x))) for x in ("no_right2", "no_wrong2", last)]
+        for arm, less in (
+            ("dial", "grpo"),
+            ("mgrpo", "grpo"),
+            ("chains", "grpo"),
+            ("chains", "dial"),
+        ):
+            cells.append(cell(differences(have(arm), have(less), "T=1", last), "+"))
+        rows.append(row(name, [*cells, str(len({line["base_seed"] for line in lines}))]))
+    return "\n".join(rows)
+
+
 def named(arm, old):
     """An arm's name in a row, which says so if other code made its runs."""
     return f"{arm} (other code)" if arm in old else arm
@@ -248,6 +276,45 @@ def footnotes(lines):
     return "\n".join(rows)
 
 
+def controls_tables(lines, runs):
+    """The constants' accuracies, what arms gain over them, and the rates by operation, as Markdown.
+
+    lines: of controls.py; runs: of compare.py, one RL seed for each base, in the order of the rows.
+    """
+    turns, questions = len(lines[0]["right"]["one"]), lines[0]["questions"]
+    heads = [*(f"Acc@t{k}" for k in range(1, turns + 1)), "bases x seeds x questions"]
+    rows = [row("constants", heads), "|---" * (len(heads) + 1) + "|"]
+    for kind in ("one", "three"):
+        columns = zip(*(line["right"][kind] for line in lines))  # by turn, of all bases
+        cells = [cell([[x] for x in column]) for column in columns]
+        rows.append(row(kind, [*cells, f"{len(lines)} x 1 x {questions:,}"]))
+
+    pairs = [(label, kind) for label in ROWS for kind in ("one", "three")]
+    heads = [f"{label}, minus {kind}" for label, kind in pairs]
+    rows += ["", row(f"Acc@t{turns}", heads), "|---" * (len(heads) + 1) + "|"]
+    last = {
+        kind: {line["base_seed"]: line["right"][kind][-1] for line in lines} for _, kind in pairs
+    }
+    for arm, of in arms_of([run for run in runs if run["base_seed"] in last["one"]]).items():
+        cells = []
+        for label, kind in pairs:
+            value, control = value_of(label, f"t{turns}"), last[kind]
+            groups = by_base(of, lambda run, v=value, c=control: v(run) - c[run["base_seed"]])
+            cells.append(cell(groups, "+"))
+        rows.append(row(arm, cells))
+
+    cues = [(part, x) for part in (0, 1) for x in lines[0]["rates"]["base"]]
+    heads = [f"{('right', 'wrong')[part]}, {operation}" for part, operation in cues]
+    rows += ["", row("changes, T=1", [*heads, "bases"]), "|---" * (len(heads) + 2) + "|"]
+    for arm in dict.fromkeys(arm for line in lines for arm in line["rates"]):
+        cells, have = [], [line["rates"][arm] for line in lines if arm in line["rates"]]
+        for part, operation in cues:
+            shares = [one[operation][part] for one in have if one[operation][part] is not None]
+            cells.append(f"{100 * statistics.mean(shares):.0f}" if shares else "")
+        rows.append(row(arm, [*cells, str(len(have))]))
+    return "\n".join(rows)
+
+
 def remark(lines, old):
     """How many of the runs are not today's, in a line; empty when all are."""
     stale = sum(line["arm"] in old for line in lines)
@@ -275,3 +342,28 @@ def bound(candidates, turns, memory=True):
 
     counts = range(1, candidates + 1)
     return [statistics.mean(hit(c, k) for c in counts) for k in range(1, turns + 1)]
+
+
+def experiments():
+    """{name: lines} of all files results/compare-<name>.jsonl."""
+    paths = sorted(Path("results").glob("compare-*.jsonl"))
+    return {path.stem.removeprefix("compare-"): list(lines_of(path, ("arm",))) for path in paths}
+
+
+@dataclass(frozen=True)
+class Config:
+    """No flags."""
+
+
+def main():
+    """Prints the map's first table."""
+    parse_flags(Config, __doc__)
+    found = experiments()
+    if not found:
+        raise BadInput("results/ has no runs of tools.compare: run python -m tools.compare --map")
+    with reading("results/compare-*.jsonl"):
+        print(map_table(found))
+
+
+if __name__ == "__main__":
+    guarded(main)
