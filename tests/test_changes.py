@@ -41,7 +41,7 @@ SMALL = (
 # Right in 40 % after seconds.
 EASY = (
     *("--task", "chain", "--modulus", "3", "--base-tokens", "180000"),
-    *("--prompts", "16", "--group-sizes", "2,3"),
+    *("--prompts", "16", "--group-sizes", "2,3", "--siblings", "parent"),
 )
 NEW = ("--base-tokens", "1", "--prompts", "4", "--tokens", "800")  # a base of two steps
 # Every row is trained, also of a base that is never right.
