@@ -577,8 +577,8 @@ def test_every_switch_runs(smoke):
     in one short run."""
     folder = smoke[0]
     words = """--tokens 15000 --eval-questions 32 --name switches --kl-coef 0.01 --failed raw
-        --sources wrong --epochs 2 --normalize token --clip 0.2,0.28 --format-weight 0.2
-        --layer-weights 1,0.5 --tokens-per-microbatch 400 --temperature 0.9 --eval-every 1"""
+        --siblings parent --sources wrong --epochs 2 --normalize token --clip 0.2,0.28
+        --format-weight 0.2 --layer-weights 1,0.5 --tokens-per-microbatch 400 --temperature 0.9 --eval-every 1"""
     script(folder, *SMOKE, *words.split())
     steps = lines_of(folder / "out/switches/metrics.jsonl")
     assert steps[-1]["updates"] == 4 and steps[-1]["kl"] > 0
