@@ -44,8 +44,9 @@ without official code. Phrases and settings come from public re-implementations.
  9. π_old is the sampler's own log-probability, in bf16 where compute is bf16. The log's `gauge`
     is |log π_θ - log π_old| before the first update. A rollout makes two optimiser steps by
     default, each on half of the questions.
-10. By default siblings are all corrections of one question (`--siblings question`): it learns more
-    here at the same cost (docs/controls.md). Those of one answer, as above, are `parent`.
+10. By default siblings are all corrections of one question (`--siblings question`): the policy
+    learns more here at about the same cost (docs/controls.md). `parent` compares those of one
+    answer, as above.
 
 Words: a completion is what the policy samples; it is called an answer in layer 1, a correction from
 layer 2 on. A row is a completion by its number in a layer; siblings are the rows that are compared.

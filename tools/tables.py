@@ -165,17 +165,18 @@ def short_table(lines, old=()):
 
 def map_table(experiments):
     """Markdown: for each experiment of the map, {name: lines}, what its base does to a first answer
-    at T=1, the base's last accuracy, and what controls and arms gain in it over GRPO."""
+    at T=1, its last accuracy, and what arms gain there over GRPO and over the best constants."""
     heads = ["rejects right", "rejects wrong", "base, last"]
     heads += ["mgrpo - GRPO", "mgrpo - dial", "chains - GRPO", "chains - dial", "bases"]
     rows = [row("T=1", heads), "|---" * (len(heads) + 1) + "|"]
     for name, lines in experiments.items():
         arms, last = arms_of(with_bases(lines)), f"t{turns_in(lines)}"
-        base, have = arms["base"], lambda arm, of=arms: of.get(arm, [])
-        cells = [cell(by_base(base, value_of("T=1", x))) for x in ("no_right2", "no_wrong2", last)]
+        names = ("no_right2", "no_wrong2", last)
+        cells = [cell(by_base(arms["base"], value_of("T=1", name))) for name in names]
         for arm in ("mgrpo", "chains"):
             for less in ("grpo", "dial"):
-                cells.append(cell(differences(have(arm), have(less), "T=1", last), "+"))
+                groups = differences(arms.get(arm, []), arms.get(less, []), "T=1", last)
+                cells.append(cell(groups, "+"))
         rows.append(row(name, [*cells, str(len({line["base_seed"] for line in lines}))]))
     return "\n".join(rows)
 
