@@ -28,7 +28,7 @@ PAGES = {
 README = PAGES["README.md"]
 ROOMS = ("engine", "verifier", "tasks", "huggingface", "runtime", "report", "tools")
 CODE = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
-MAP_PAGES = ("docs/map.md", "docs/depth.md")
+MAP_PAGES = ("docs/map.md", "docs/more-map.md", "docs/depth.md")
 OLD_NAMES = "docs/old-names.md"  # speaks of flags and scripts that are gone
 # Flags of other programs: torchrun, srun, docker, git, and those that every command has.
 FOREIGN = {

@@ -111,6 +111,7 @@ MAP = (
     ("candidates-2", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 2"),
     ("candidates-3", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 3"),
     ("candidates-8", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 8"),
+    ("reviewed-2", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.5"),
     ("reviewed-8", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.125"),
     (
         "reviewed-32",
