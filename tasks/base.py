@@ -49,10 +49,10 @@ from sample import Sampler
 from tasks.catalog import TaskConfig, difficulty, make_task
 from tasks.problems import dialogue, draw, prompt_text
 
-# Of a step at depth 4; a wider model takes more.
+# Of a step at width 128; a wider model takes more.
 DRILLS, FACTS = 96, 4  # texts of the first stage, and facts of each
 DIALOGUES = 8  # texts of the second stage
-LR = 4e-3  # peak learning rate at depth 4 (width 128), smaller as 1 / sqrt(width)
+LR = 4e-3  # peak learning rate at width 128, smaller as 1 / sqrt(width)
 DRILLED = 0.3  # loss of a result, in nats, that ends the first stage
 CHECK_EVERY, CHECK_ON = 25, 128  # steps between measurements of first answers; their questions
 LEARNT = 0.5  # share of the texts' own accuracy in first answers that begins the decay
@@ -69,7 +69,8 @@ PHRASE_TOKENS = 8  # room for a newline and a phrase in the context; today's tak
 class BaseConfig:
     """The base model of a built-in task."""
 
-    depth: Annotated[int, Between(1, 64)] = 4  # blocks, and heads; the width is 32 x depth
+    depth: Annotated[int, Between(1, 64)] = 2  # blocks
+    heads: Annotated[int, Between(1, 64)] = 4  # the width is 32 x heads
     base_seed: int = 0  # seed of its weights and of its texts
     # its training gives up after so many tokens; it stops earlier, by accuracy, as a rule
     base_tokens: Annotated[int, AtLeast(1)] = 6_000_000
@@ -81,9 +82,11 @@ class BaseConfig:
 PRESETS = {
     "cpu": {},  # the defaults: what two cores train in minutes
     # harder, since a larger model saturates the small task
-    "gpu": dict(candidates=5, operations=6, modulus=23, depth=12, base_tokens=200_000_000),
+    "gpu": dict(
+        candidates=5, operations=6, modulus=23, depth=12, heads=12, base_tokens=200_000_000
+    ),
     # the least that still learns both skills: a minute
-    "smoke": dict(candidates=2, operations=2, modulus=5, looks=2, depth=2, base_tokens=1_500_000),
+    "smoke": dict(candidates=2, operations=2, modulus=5, looks=2, heads=2, base_tokens=1_500_000),
 }
 
 
@@ -199,18 +202,18 @@ def shown(figures, looks):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def base_shape(task, depth):
+def base_shape(task, base):
     """-> ModelConfig of a base. Its context holds the longest question, as many completions as its
     texts have, and the phrases between them."""
-    width, heads = 32 * depth, depth
+    width = 32 * base.heads
     context = task.puzzle.prompt_tokens
     context += task.looks * task.puzzle.max_new_tokens + (task.looks - 1) * PHRASE_TOKENS
     return ModelConfig(
         task.encoding.n_vocab,
         width,
-        depth,
-        heads,
-        kv_heads=1 if heads % 4 else heads // 4,
+        base.depth,
+        base.heads,
+        kv_heads=1 if base.heads % 4 else base.heads // 4,
         head_size=32,
         hidden=3 * width,
         context=context,
@@ -229,19 +232,19 @@ def new_model(shape, seed, device, dtype):
 def pretrain(task, base, device, dtype, say=print):
     """Trains a base model -> GPT, {"skills": measured at temperature 1, "tokens"}."""
     looks = task.looks
-    model = new_model(base_shape(task, base.depth), base.base_seed, device, dtype)
+    model = new_model(base_shape(task, base), base.base_seed, device, dtype)
     # Blocks write about 0.3 into the residual stream at first. Embeddings of GPT-2's size, 0.02,
     # would drown in that, and arithmetic would be learnt several times later.
     with torch.no_grad():
         model.embed.weight *= 10
-    peak = LR * (4 / base.depth) ** 0.5
+    peak = LR * (4 / base.heads) ** 0.5
     optimizers = make_optimizers(model, peak)
     sampler, texts = in_parallel(Sampler(model)), skills_of_texts(task.puzzle, 8 * CHECK_ON)
     say(
         f"base: {sum(p.numel() for p in model.parameters()):,} parameters in {dtype}; its texts "
         f"are right in {shown(texts, looks)}"
     )
-    wider = max(1, (base.depth // 4) ** 2)  # a wider model takes more texts a step
+    wider = max(1, (base.heads // 4) ** 2)  # a wider model takes more texts a step
     tokens, step, drilling = 0, 0, True
     fall = None  # how the learning rate falls to 0: first step, steps, height; None: not yet
     figures = None  # `skills` at the end of a fall
@@ -412,7 +415,7 @@ def load_base(path, task, base, device, dtype, say):
         model, extra = load_checkpoint(path, getattr(torch, dtype), device)
         kinds = dict(skills=tuple[float, ...], tokens=int)
         check_fields(extra.get("measured"), kinds, f"{path}: what was measured of it")
-        if model.config != base_shape(task, base.depth):
+        if model.config != base_shape(task, base):
             raise BadInput(f"{path} holds a model of another shape")
         say(f"base: reusing {path}")
         return model, extra["measured"]

@@ -9,6 +9,7 @@ A policy is model.GPT. It comes from one of three places:
 Everything that can be wrong with flags, files and tokenizer is found before the weights are read.
 """
 
+import copy
 import os
 import time
 from dataclasses import fields
@@ -127,7 +128,8 @@ def refuse_real_flags(sets, real, subject):
 
 def open_base(task, puzzle, base, device, dtype, weights, say):
     """The base model of a built-in task; rank 0 makes or finds it -> policy."""
-    if base.start:
+    # (A run that is resumed has its weights in its state, so the file may be gone.)
+    if base.start and (weights or Path(base.start).exists()):
         policy, other = open_checkpoint(Path(base.start), device, dtype, 0)
         if other.puzzle != task.puzzle:
             raise BadInput(
@@ -142,7 +144,7 @@ def open_base(task, puzzle, base, device, dtype, weights, say):
     if weights and distributed.rank() == 0:
         policy, _, path = base_model(puzzle, base, device, name, say)
     else:
-        shape = base_shape(task, base.depth)
+        shape = base_shape(task, base)
         policy = new_model(shape, base.base_seed, device, name)
     if weights:
         distributed.broadcast(policy)
@@ -180,7 +182,7 @@ def open_checkpoint(path, device, dtype, max_new_tokens):
             "tasks"
         )
     # More turns than it was trained with need a longer context.
-    if policy.config.context < base_shape(task, policy.config.depth).context:
+    if policy.config.context < base_shape(task, BaseConfig()).context:
         raise BadInput(
             f"{path}: its context of {policy.config.context} tokens does not hold the longest "
             "dialogue of its task"
@@ -326,10 +328,10 @@ def make_sampler(policy, tasks, turns, cache_tokens=0, rollout_tokens=0, reserve
     return in_parallel(Sampler(policy, cache_tokens=cache_tokens, reserved=reserved))
 
 
-def training_sampler(config, policy, task, turns):
+def training_sampler(config, policy, task, turns, reference=None):
     """-> the Sampler of a training run, and the plan of its memory, {part: bytes}, printed.
 
-    config: train.Config with nothing left open.
+    config: train.Config with nothing left open. reference: the type that one is held in, if any.
     """
     hardware, total = config.hardware, memory.available(config.hardware.device)
     lengths = dict(
@@ -344,7 +346,7 @@ def training_sampler(config, policy, task, turns):
         prompts=config.prompts,
         tokens_per_microbatch=hardware.tokens_per_microbatch,
         cache_tokens=hardware.cache_tokens,
-        reference=config.kl_coef > 0,
+        reference=reference,
         recompute=hardware.recompute == "yes",
         device=hardware.device,
         total=total,
@@ -361,12 +363,15 @@ def training_sampler(config, policy, task, turns):
     return make_sampler(policy, [task], turns, cache_tokens, rollout_tokens, reserved), plan
 
 
-def frozen_reference(policy):
-    """A copy of the policy in its compute type, for a KL term, with the `checksum` of its weights.
+def make_reference(policy, follows=False):
+    """A copy of the policy, for a KL term or a method that looks at it, with the `checksum` of its
+    weights.
 
-    In the compute type, because every use would cast it anyway.
+    In the compute type, because every use would cast it anyway; in fp32 if it `follows` the policy:
+    bf16 would round its small steps away.
     """
-    reference = narrow_copy(policy)
+    reference = copy.deepcopy(policy) if follows else narrow_copy(policy)
+    reference.follows = follows
     reference.checksum = weights_checksum(policy)
     return reference
 

@@ -86,7 +86,7 @@ def test_prompts_and_completions_fit_their_bounds():
         assert max(len(encode(text)) + 1 for text in texts) <= task.max_new_tokens / 1.5
         row = task.prompt_tokens + task.puzzle.looks * task.max_new_tokens
         row += (task.puzzle.looks - 1) * longest_phrase(task.encoding)
-        assert row <= base.base_shape(task, 4).context
+        assert row <= base.base_shape(task, base.BaseConfig()).context
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_every_setting_of_a_base_changes_its_name():
         paths.append(base.base_path(task, dataclasses.replace(config, **other), "cpu", "float32"))
     paths.append(base.base_path(task, config, "cuda", "float32"))
     paths.append(base.base_path(task, config, "cpu", "bfloat16"))
-    assert len(set(paths)) == len(paths) == 16
+    assert len(set(paths)) == len(paths) == 17
     assert base.base_path(task, config, "cpu", "float32") == paths[0]
     assert paths[0].name.startswith("base-solve-") and paths[0].suffix == ".pt"
 
@@ -348,7 +348,7 @@ def test_a_base_is_made_once_and_reused(tmp_path, monkeypatch):
     """Catches minutes of training for a base that is there, and a file that is read as another
     model: what was measured comes back with the weights."""
     monkeypatch.chdir(tmp_path)
-    task, config, said = TaskConfig("chain"), base.BaseConfig(depth=1, base_tokens=1), []
+    task, config, said = TaskConfig("chain"), base.BaseConfig(depth=1, heads=1, base_tokens=1), []
     model, measured, path = base.base_model(task, config, "cpu", "float32", said.append)
     assert path.exists() and "WARNING" in said[-1]  # one step teaches nothing
     monkeypatch.setattr(base, "pretrain", lambda *_: pytest.fail("a second base was made"))
@@ -362,8 +362,8 @@ def test_a_damaged_base_is_put_aside_and_made_anew(tmp_path, monkeypatch):
     """Catches a base with a flipped bit or a block of zeros that trains on, a traceback, and a
     damaged file that is lost or met again."""
     monkeypatch.chdir(tmp_path)
-    task, config, said = TaskConfig(), base.BaseConfig(depth=1), []
-    shape = base.base_shape(make_task(task), 1)
+    task, config, said = TaskConfig(), base.BaseConfig(depth=1, heads=1), []
+    shape = base.base_shape(make_task(task), config)
     model, measured = base.new_model(shape, 0, "cpu", "float32"), dict(skills=(0.5, 0.5), tokens=1)
     monkeypatch.setattr(base, "pretrain", lambda *_: (model, measured))
     _, _, path = base.base_model(task, config, "cpu", "float32", said.append)
@@ -416,7 +416,7 @@ def test_a_base_goes_on_until_it_is_good_enough(budget, found, steps, weak, monk
     monkeypatch.setattr(base, "CHECK_EVERY", 8)
     monkeypatch.setattr(base, "skills_of_texts", lambda *_: (1.0,) * 4)
     monkeypatch.setattr(base, "in_parallel", lambda sampler: sampler)
-    config = base.BaseConfig(depth=1, base_tokens=budget)
+    config = base.BaseConfig(depth=1, heads=1, base_tokens=budget)
     task = make_task(TaskConfig(looks=3))
     _, extra = base.pretrain(task, config, "cpu", "float32", said.append)
     assert len(rates) == steps and extra["tokens"] == 100 * steps and not found
@@ -461,9 +461,10 @@ def test_texts_of_a_base_have_their_loss_on_every_answer():
 def test_the_loss_of_a_step_is_that_of_its_texts_one_by_one(gpt):
     """Catches a step whose halves are weighted or joined wrongly, and texts that see each other:
     gradients equal those of padded rows in one pass, on one thread and on two."""
-    task, config = make_task(TaskConfig("chain", operations=2, looks=2)), base.BaseConfig(depth=1)
+    task = make_task(TaskConfig("chain", operations=2, looks=2))
+    config = base.BaseConfig(depth=1, heads=1)
     texts = [base.dialogue_branches(task, config, index) for index in range(5)]
-    model = base.new_model(base.base_shape(task, 1), 0, "cpu", "float32")
+    model = base.new_model(base.base_shape(task, config), 0, "cpu", "float32")
     branches = [branch for text in texts for branch in text]
     prompts = [[i for _, tokens in b.path[:-1] for i in tokens] for b in branches]
     logp, _ = padded_logprobs(model, pad_rows(prompts, [b.sampled for b in branches], "cpu"))
