@@ -19,7 +19,7 @@ from runtime import flags  # noqa: F401 - first: Ctrl-C while torch is imported 
 
 # isort: split
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,9 +35,11 @@ from runtime.flags import (
     BadInput,
     Below,
     Between,
+    check_fields,
     flat,
     make_folder,
     parse_flags,
+    read_json,
 )
 from runtime.log import bar_of_rows, versions, write_json
 from runtime.transcripts import Dialogues
@@ -260,14 +262,22 @@ def turns_of(results):
 
 
 def table(rows, unit="held-out questions"):
-    """{name: result of evaluate} -> the paper's table as text, in percent."""
-    shown = columns(min(turns_of(results) for results in rows.values()))
-    heads = "".join(f"{title:>15}" for title in shown.values())
-    lines = [f"{'':24}{heads}{'questions':>12}"]
-    for name, results in rows.items():
-        cells = [percent(results[key], "+" if key == "delta" else "") for key in shown]
-        line = "".join(f"{cell:>15}" for cell in cells)
-        lines.append(f"{name:24}{line}{results['questions']:>12,}")
+    """{name: result of evaluate} -> the paper's table as text, in percent.
+
+    With more than two turns what changed stands below, so that lines are not too long.
+    """
+    turns = min(turns_of(results) for results in rows.values())
+    shown, lines = list(columns(turns).items()), []
+    first = turns + 1 if turns > 2 else len(shown)
+    for part, last in ((shown[:first], "questions"), (shown[first:], "")):
+        if part:
+            heads = "".join(f"{title:>15}" for _, title in part)
+            lines.append(f"{'':24}{heads}{last:>12}".rstrip())
+        for name, results in rows.items() if part else ():
+            cells = [percent(results[key], "+" if key == "delta" else "") for key, _ in part]
+            line = "".join(f"{cell:>15}" for cell in cells)
+            count = f"{results['questions']:,}" if last else ""
+            lines.append(f"{name:24}{line}{count:>12}".rstrip())
     return "\n".join([*lines, f"(percent ± standard error over {unit})"])
 
 
@@ -284,8 +294,8 @@ def details(rows, verifier):
             said = dict(right=f"no_right{turn}", wrong=f"no_wrong{turn}", fresh=f"fresh{turn}")
             said = {name: percent(results[key]) for name, key in said.items()}
             lines.append(
-                f"{name}, turn {turn} says no to {said['right']} of right answers, to "
-                f"{said['wrong']} of wrong ones; {said['fresh']} of its other answers are new"
+                f"{name}, turn {turn} changes {said['right']} of right answers, {said['wrong']} of "
+                f"wrong ones; {said['fresh']} of its other answers are new"
             )
         lengths = " and ".join(f"{results[f'length{turn}']:.0f}" for turn in turns)
         lines.append(
@@ -305,7 +315,8 @@ class Config:
     data: tuple[str, ...] = ()  # JSONL files of problems for a real model, separated by commas
     # How many; 0: all of a data set, 1,024 held-out ones of a built-in task.
     questions: Annotated[int, Between(0, 1 << 24)] = 0
-    turns: Annotated[int, Between(1, 16)] = 2  # answers to a question; 1: no correction
+    # Answers to a question; 1: no correction; 0: as many as the run trained, and at least 2.
+    turns: Annotated[int, Between(0, 16)] = 0
     samples: Annotated[int, Between(1, 1 << 20)] = 1  # per question at --temperature
     temperature: Annotated[float, AtLeast(0)] = 1.0  # besides greedy; 0: greedy alone
     top_k: Annotated[int, AtLeast(0)] = 0  # draw from the k likeliest tokens only; 0: from all
@@ -339,6 +350,7 @@ def main():
         )
     if config.json:
         make_folder(Path(config.json).parent)  # now, not after hours
+    config = replace(config, turns=config.turns or trained_turns(Path(config.model)))
 
     # Every data file is a set with a table of its own; a built-in task is a single set.
     policy, tasks = open_model_and_tasks(
@@ -364,6 +376,15 @@ def main():
             only = results[name] if len(tasks) == 1 else {}
             figures = dict(settings=settings, made_by=versions(), sets=results) | only
             write_json(config.json, figures)
+
+
+def trained_turns(folder):
+    """How many answers in a row the run in this folder trained, and at least 2."""
+    if not (folder / "metrics.jsonl").exists():
+        return 2
+    settings = read_json(folder / "config.json", "a run has one")
+    check_fields(settings, dict(group_sizes=tuple[int, ...]), folder / "config.json")
+    return max(2, len(settings["group_sizes"]))
 
 
 def measure(config, policy, task, sampler):

@@ -1,4 +1,5 @@
-"""MGRPO (Multi-Layer GRPO, arXiv 2506.04746): phrases, rollout, advantages and loss.
+"""MGRPO (Multi-Layer GRPO, arXiv 2506.04746): phrases, rollout, advantages, loss, and what a
+method is.
 
     grep -n "MGRPO:" mgrpo.py train.py        # the lines where it differs from plain GRPO
 
@@ -28,12 +29,12 @@ without official code. Phrases and settings come from public re-implementations.
  2. The formula of J_2, the weights w and the order of updates are unknown. Here: the same form,
     w = 1, one joint step.
  3. "Failed corrections are discarded", read literally, gives no gradient: what is left of a group
-    has equal rewards, so (1) is 0. Default (`--failed mask`): normalise over all siblings, THEN
+    has equal rewards, so (1) is 0. Default (`failed=mask`): normalise over all siblings, THEN
     discard: a failed correction counts in its siblings' mean and std and in the denominator, but
     has no gradient. So rare fixes weigh most. `keep` is plain GRPO in layer 2. `raw` takes the
-    reward itself as advantage, so confirmations in all-right groups count too.
+    reward itself as advantage there, so confirmations in all-right groups count too.
  4. H, the temperature, the optimiser and the epochs are unknown: see the defaults of train.py.
- 5. Whether right answers enter layer 2 is unknown. By default all do (`--sources`): with wrong
+ 5. Whether right answers enter layer 2 is unknown. By default all do (`sources=all`): with wrong
     ones only, no example teaches the policy to leave a right answer alone.
  6. std is the sample standard deviation (n - 1) plus 1e-4, as in TRL and verl. The paper's formula
     may divide by n.
@@ -44,9 +45,13 @@ without official code. Phrases and settings come from public re-implementations.
  9. π_old is the sampler's own log-probability, in bf16 where compute is bf16. The log's `gauge`
     is |log π_θ - log π_old| before the first update. A rollout makes two optimiser steps by
     default, each on half of the questions.
-10. By default siblings are all corrections of one question (`--siblings question`): the policy
+10. By default siblings are all corrections of one question (`siblings=question`): the policy
     learns more here at about the same cost (docs/controls.md). `parent` compares those of one
     answer, as above.
+
+The relatives of GRPO differ from it in a few places: the reward, the advantage, which rows and
+tokens are trained, the loss. A Method (below) names these places; variants/ holds a file for each
+relative. GRPO and MGRPO are Methods too. `--method-args failed=keep,siblings=parent` changes one.
 
 Words: a completion is what the policy samples; it is called an answer in layer 1, a correction from
 layer 2 on. A row is a completion by its number in a layer; siblings are the rows that are compared.
@@ -56,7 +61,8 @@ of a completion.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -129,15 +135,48 @@ class Layer:
     undecided: torch.Tensor  # [B] bool: the verifier failed, so the accuracy is 0
     questions: torch.Tensor  # [B] which of the P questions
     parents: torch.Tensor  # [B] row of the layer above that was continued; layer 1: the question
+    problems: list = None  # B problems
+    encoding: Any = None  # the task's, of ids and text
     phrases: list = None  # B phrases before the completions; None in layer 1
+    # See `credit`.
     siblings: torch.Tensor = None  # [B] equal for rows whose mean and std make the advantages
-    advantages: torch.Tensor = None  # [B] fp32, see `credit`
+    shaped: torch.Tensor = None  # [B] fp32: rewards as the method changes them
+    advantages: torch.Tensor = None  # [B] fp32
     trained: torch.Tensor = None  # [B] bool: in the loss at all
+    token_weights: torch.Tensor = None  # [B, T] fp32, times the surrogate; None: all 1
+    given: torch.Tensor = None  # [B] bool: text that the method put there; None: all was sampled
+    sampled_correct: torch.Tensor = None  # [B] bool: before the method put text there
+    counts: torch.Tensor = None  # [B] fp32: a row's part of the denominator; None: --normalize's
+    observed: dict = field(default_factory=dict)  # name -> [B, ...], see Method.observe
 
     @functools.cached_property
     def lengths(self):
         """[B] sampled tokens, end token included."""
         return self.completions.lengths.cpu()
+
+    @functools.cached_property
+    def mask(self):
+        """[B, T] bool: the sampled tokens, end token included.
+
+        From the lengths, never from token values: a sampled 0 is an action too.
+        """
+        return torch.arange(int(self.lengths.max())) < self.lengths[:, None]
+
+    @functools.cached_property
+    def tokens(self):
+        """[B, T] ids of the sampled tokens, end token included, zeros behind."""
+        return self.completions.tokens.cpu()[:, : self.mask.shape[1]]
+
+    @functools.cached_property
+    def old_logp(self):
+        """[B, T] fp32 log π_old of them."""
+        return self.completions.logprobs.cpu()[:, : self.mask.shape[1]]
+
+    @functools.cached_property
+    def pieces(self):
+        """B lists: the bytes of each token, but of no end token. (Real vocabularies have ids that
+        are no text.)"""
+        return [[bytes_of(self.encoding, token) for token in ids] for ids in self.completions.ids]
 
     @functools.cached_property
     def truncated(self):
@@ -159,6 +198,13 @@ class Layer:
         return self.trained if kl_coef else self.trained & (self.advantages != 0)
 
 
+def bytes_of(encoding, token):
+    try:
+        return encoding.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
 def step_seed(seed, step):
     """The seed of a step's rollout: all its random numbers derive from it and from row numbers."""
     return hash_seed(seed, step)
@@ -177,7 +223,7 @@ def rollout(sampler, task, problems, group_sizes, sampling, sources="all", forma
     layers = [grow(n=group_sizes[0])]
     for number, n in enumerate(group_sizes[1:], 2):  # MGRPO: the same, one level down
         above = layers[-1]
-        rows = choose_sources(above.correct, sources)
+        rows = choose_sources(above, sources, sampling.seed)
         if len(rows) == 0:
             break
         phrases = draw_phrases(sampling.seed, number, above.completions.numbers[rows].tolist())
@@ -224,16 +270,24 @@ def expand(
         undecided=torch.tensor([s.failed == 1 for s in scores]),
         questions=questions,
         parents=parents,
+        problems=[problems[q] for q in questions.tolist()],
+        encoding=task.encoding,
         phrases=None if above is None else [phrase for phrase in phrases for _ in range(n)],
     )
 
 
-def choose_sources(correct, rule="all"):
-    """MGRPO: which answers the next layer continues. correct: [B] bool -> ascending row numbers.
+SOURCES = {
+    "all": lambda layer, seed: torch.ones_like(layer.correct),
+    "wrong": lambda layer, seed: ~layer.correct,  # no pressure against breaking right answers
+}
 
-    "all" | "wrong" (no pressure against breaking right answers).
+
+def choose_sources(layer, rule="all", seed=0):
+    """MGRPO: which answers of a Layer the next layer continues -> ascending row numbers.
+
+    rule: a name in SOURCES, or a function of (layer, seed) that gives a [B] bool.
     """
-    return (torch.ones_like(correct) if rule == "all" else ~correct).nonzero()[:, 0]
+    return SOURCES.get(rule, rule)(layer, seed).nonzero()[:, 0]
 
 
 # ---- advantages ----------------------------------------------------------------------------------
@@ -261,33 +315,151 @@ def group_advantages(rewards, groups, std=True, eps=1e-4):
     return centred / (variance.sqrt() + eps)[groups]
 
 
-def correction_advantages(rewards, correct, siblings, failed="mask"):
-    """MGRPO: advantages [B] and trained [B] bool of corrections with these rewards.
+# ---- what a method is ----------------------------------------------------------------------------
 
-    failed: "mask" (normalise over all siblings, then discard failures: with a share p of successes
-    among n siblings a success has sqrt((1-p)/p · (n-1)/n)) | "keep" (failures push down, as in
-    layer 1) | "raw" (the advantage is the reward; failures are discarded).
+
+def split_by(labels):
+    """labels: [B] integers -> the row numbers of each label, ascending, a tensor for each."""
+    order = labels.argsort(stable=True)
+    return order.split(labels[order].unique_consecutive(return_counts=True)[1].tolist())
+
+
+@dataclass
+class Group:
+    """Siblings, the n rows of a layer that are compared: all that a Method's functions see.
+
+    Whatever a Layer has of its B rows, a Group has of its n: rewards [n] (from `advantage` on those
+    that `reward` made), correct [n], lengths [n], tokens and mask [n, T], old_logp [n, T], texts,
+    problems, advantages; and what the method observes: entropy [n, T], hidden [n, T, D], ...
     """
-    advantages = rewards.float() if failed == "raw" else group_advantages(rewards, siblings)
-    trained = torch.ones_like(correct) if failed == "keep" else correct
-    return advantages.masked_fill(~trained, 0.0), trained
+
+    layers: list  # of the rollout
+    layer: Any  # theirs
+    rows: torch.Tensor  # [n] their numbers
+    memory: dict  # what the method keeps from step to step
+
+    @property
+    def number(self):
+        return self.layer.number
+
+    @property
+    def rewards(self):
+        return self.layer.shaped[self.rows]
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # what copy and pickle ask for
+            raise AttributeError(name)
+        layer = self.layer
+        if name not in layer.observed and not hasattr(layer, name):
+            raise AttributeError(f"a group has no {name}: does the method's `observe` name it?")
+        column = layer.observed[name] if name in layer.observed else getattr(layer, name)
+        if isinstance(column, torch.Tensor):
+            return column[self.rows]
+        return column and [column[row] for row in self.rows.tolist()]
 
 
-def credit(layer, siblings="parent", failed="mask"):
-    """Fills layer.siblings, .advantages and .trained.
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes a method, in the order of a training step. The defaults are GRPO's.
 
-    siblings, from layer 2 on: "parent" compares the corrections of one answer, which isolates the
-    skill of correcting. "question" compares all corrections of one question, which also credits the
-    luck of a better answer above; it is needed where an answer has a single correction.
+    Functions take a Group of n siblings, where no other arguments are named. Their keyword
+    arguments are the method's constants; --method-args changes these, sources, siblings and failed.
     """
-    layer.siblings = layer.questions if siblings == "question" else layer.parents
-    if layer.number == 1:
-        layer.advantages = group_advantages(layer.rewards, layer.siblings)
-        layer.trained = torch.ones_like(layer.correct)
-    else:  # MGRPO: failed corrections are discarded
-        layer.advantages, layer.trained = correction_advantages(
-            layer.rewards, layer.correct, layer.siblings, failed
-        )
+
+    # What --help and the log say: the paper, and what here stands in for what is not known of it.
+    about: str = ""
+    flags: dict = field(default_factory=dict)  # defaults of train.py's flags that belong to it
+
+    # The rollout: answers that the next layer continues, see `choose_sources`; corrections that are
+    # compared, of one "parent" or of one "question". fits: group sizes -> "", or why not these.
+    sources: Any = "all"
+    siblings: str = "question"
+    fits: Callable = None
+    # (Layer 1, seed) -> {row: text}: answers to be replaced before anything is compared.
+    rewrite: Callable = None
+
+    # What it looks at in a pass without gradient under the policy that sampled: "entropy" [B, T],
+    # "hidden" [B, T, D] (the vectors that predict the tokens); under the reference: "ref_logp"
+    # [B, T], "ref_hidden". The reference is the base, unless it follows the policy: every
+    # `follow_every` steps it moves to decay * itself + (1 - decay) * policy.
+    observe: tuple = ()
+    decay: float = 1.0
+    follow_every: int = 10
+    # (layers, memory, gather): renews what is kept from step to step, a dict of numbers and tensors
+    # that saved states hold. gather: a list of this rank -> that of all ranks.
+    learn: Callable = None
+
+    # Credit.
+    reward: Callable = None  # -> [n] instead of the verifier's
+    advantage: Callable = None  # -> [n] instead of equation (1), which group.advantages has
+    alone: bool = False  # whether a row without siblings can have an advantage
+    # -> [n] bool: has a gradient. A row without one counts in mean, std and denominators.
+    keep: Callable = None
+    token_weight: Callable = None  # -> [n, T], times the surrogate of each token
+
+    # The loss. surrogate: "clipped", equation (2), or "likelihood", A log π. fresh: advantages are
+    # made anew before each optimiser step, from "new_logp" [B, T], the policy's there.
+    surrogate: str = "clipped"
+    fresh: bool = False
+    count: Callable = None  # -> [n] the rows' parts of the denominator, instead of --normalize's
+    normalize: str = ""  # instead of --normalize
+    constraint: Callable = None  # mean of log π_old - log π, a KL -> weight of that KL in the loss
+    then: Any = None  # a second Method for the same trees, with optimiser steps of its own
+    lr: float = 1.0  # times --lr, in `then`
+
+
+def successes(group):
+    """MGRPO: failed corrections are discarded, AFTER all siblings were normalised -> [n] bool.
+
+    With a share p of successes among n siblings a success has sqrt((1-p)/p · (n-1)/n): rare fixes
+    weigh most.
+    """
+    return group.correct | (group.number == 1)
+
+
+GRPO = Method("GRPO, arXiv 2402.03300: equations (1) and (2), in all layers")
+MGRPO = Method(
+    "Multi-Layer GRPO, arXiv 2506.04746: failed corrections are discarded", keep=successes
+)
+
+
+def credit(layers, method, memory=None):
+    """Fills siblings, shaped, advantages, trained, token_weights and counts of each layer.
+
+    method.siblings, from layer 2 on: "parent" compares the corrections of one answer, which
+    isolates the skill of correcting. "question" compares all corrections of one question, which
+    also credits the luck of a better answer above; it is needed where an answer has a single
+    correction.
+    """
+    for layer in layers:
+        layer.siblings = layer.questions if method.siblings == "question" else layer.parents
+        groups = [Group(layers, layer, rows, memory) for rows in split_by(layer.siblings)]
+        layer.shaped = layer.rewards.float()
+        layer.shaped = of_groups(method.reward, groups, layer.shaped)
+        layer.advantages = group_advantages(layer.shaped, layer.siblings)  # (1)
+        layer.advantages = of_groups(method.advantage, groups, layer.advantages)
+        # MGRPO: discards failures here.
+        layer.trained = of_groups(method.keep, groups, torch.ones_like(layer.correct))
+        layer.advantages = layer.advantages.masked_fill(~layer.trained, 0.0)
+        layer.token_weights = of_groups(method.token_weight, groups, None)
+        layer.counts = of_groups(method.count, groups, None)
+
+
+def of_groups(function, groups, otherwise):
+    """A Method's function of each Group -> one column [B, ...] of the layer; `otherwise` without a
+    function."""
+    if function is None:
+        return otherwise
+    column = None
+    for group in groups:
+        part = function(group)
+        if not isinstance(part, torch.Tensor) or part.shape[:1] != group.rows.shape:
+            raise TypeError(f"{function} must give a tensor with an entry for each row of a group")
+        if column is None:
+            B = sum(len(group.rows) for group in groups)
+            column = torch.zeros(B, *part.shape[1:], dtype=part.dtype)
+        column[group.rows] = part
+    return column if column.dtype == torch.bool else column.float()
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -326,15 +498,19 @@ def loss_denominator(lengths, normalize, max_new_tokens):
 def loss_inputs(layer, rows):
     """What the loss needs of some rows of a layer, besides log-probabilities under the policy.
 
-    -> old_logp [b, t], advantages [b], mask [b, t], on the sampler's device. t: the longest row.
+    -> old_logp [b, t], advantages [b], mask [b, t], token weights [b, t] or None, on the sampler's
+    device. t: the longest row.
     """
-    completions, lengths = layer.completions, layer.lengths[rows]
+    completions, t = layer.completions, int(layer.lengths[rows].max())
     device = completions.tokens.device
-    # The tokens in the loss: all that were sampled, the end token included. The mask comes from the
-    # lengths, never from token values: a sampled 0 is an action too.
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    old_logp = completions.logprobs[to_device(rows, device), : mask.shape[1]]
-    return old_logp, to_device(layer.advantages[rows], device), to_device(mask, device)
+    old_logp = completions.logprobs[to_device(rows, device), :t]
+    weights = layer.token_weights
+    return (
+        old_logp,
+        to_device(layer.advantages[rows], device),
+        to_device(layer.mask[rows, :t], device),
+        None if weights is None else to_device(weights[rows, :t], device),
+    )
 
 
 def policy_loss(
@@ -350,12 +526,15 @@ def policy_loss(
     kl="k3",
     normalize="sequence",
     denominator=None,
+    surrogate="clipped",
+    token_weights=None,
 ):
     """Equation (2) with its sign turned; the same for all layers.
 
     logp: [B, T] fp32 log π_θ of the sampled tokens, with gradient; old_logp: [B, T] the sampler's;
     advantages: [B]; mask: [B, T] bool, True on sampled tokens, end token included. denominator: see
-    `loss_denominator`; by default that of this batch alone, T being the constant.
+    `loss_denominator`; by default that of this batch alone, T being the constant. surrogate:
+    "clipped", or "likelihood", A log π, whose gradient is that at ratio 1. token_weights: [B, T].
     -> loss, sums over the masked tokens {tokens, clipped, kl, ratio}.
     """
     # One ratio a token. On the first update it is 1 up to rounding, and min and clamp do nothing.
@@ -364,16 +543,20 @@ def policy_loss(
     A = advantages[:, None]  # [B, 1]
     # min takes the worse of the two: a token that has moved far enough in the direction of its
     # advantage gains nothing more, one that has moved the wrong way keeps its full gradient.
-    surrogate = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [B, T]     (2)
+    gain = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [B, T]          (2)
+    # `clipped` counts the tokens where min picks the clipped term: their gain has no gradient.
+    clipped = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
+    if surrogate == "likelihood":
+        gain, clipped = logp * A, torch.zeros_like(clipped)
+    if token_weights is not None:
+        gain = gain * token_weights
     divergence = kl_estimate(logp, ref_logp, kl) if kl_coef else torch.zeros_like(logp)
-    loss = (kl_coef * divergence - surrogate) * mask
+    loss = (kl_coef * divergence - gain) * mask
     if denominator is None:
         denominator = loss_denominator(mask.sum(1), normalize, mask.shape[1])
     if normalize == "sequence":
         loss = loss / mask.sum(1, keepdim=True).clamp(min=1)  # 1/|o_i|                          (2)
 
-    # `clipped` counts the tokens where min picks the clipped term: their surrogate has no gradient.
-    clipped = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
     sums = dict(
         tokens=mask.sum(),
         clipped=(clipped & mask).sum(),

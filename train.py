@@ -2,6 +2,7 @@
 
     python train.py                          # CPU, no download: base model, MGRPO, table; minutes
     python train.py --group-sizes 16         # plain GRPO with as many answers a question
+    python train.py --method disco           # a relative of GRPO: python -m variants.table
     python train.py --preset smoke           # the same in about a minute, at toy size
     python train.py --init path/to/Qwen2.5-Math-1.5B --data gsm8k/train.jsonl
     python train.py --resume                 # continues the newest run, bit for bit
@@ -19,17 +20,19 @@ resume from), and the model: checkpoint.pt, or model/ in Hugging Face's format.
 from runtime import flags  # first: Ctrl-C while torch is imported is one sentence too
 
 # isort: split
+import copy
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
 from engine import packing
-from eval import as_metrics, evaluate, percent, table
+from eval import as_metrics, evaluate, percent
+from eval import table as accuracy_table
 from mgrpo import (
     SamplingParams,
     credit,
@@ -46,6 +49,7 @@ from runtime.log import Logging, Metrics, bar_of_rows, say
 from runtime.run import Run, origin_of, resumed_run, resumed_settings
 from tasks import opening
 from tasks.opening import BaseConfig, Hardware, RealConfig, TaskConfig
+from variants import observing, table
 
 
 @dataclass(frozen=True)
@@ -59,24 +63,22 @@ class Config:
     seed: int = 0  # of RL: questions, sampling, phrases (the base has its own)
     resume: Maybe = ""  # continue the newest run (of --name), or the folder or state file given
 
+    # A relative of GRPO, and changes to its constants: python -m variants.table lists both.
+    method: str = "mgrpo"
+    method_args: tuple[str, ...] = ()  # name=value,...; for all: sources, siblings, failed
+
     # The rollout.
 
     tokens: Annotated[int, AtLeast(1)] = 1_260_000  # generated, all layers; then the run ends
     prompts: Annotated[int, AtLeast(1)] = 32  # P, questions a step, of all ranks together
     # g_1,g_2,...: answers to each prompt of a layer. 16 is GRPO, 4,3 MGRPO, 4,3,2 has three layers.
+    # Other methods have one layer of as many rows, unless told otherwise.
     group_sizes: Annotated[tuple[int, ...], AtLeast(1)] = (4, 3)
     # Tokens of a completion at most. 0: half as much again as a right answer can need; for a model
     # of --init what fits into its context, at most 1,024.
     max_new_tokens: Annotated[int, AtLeast(0)] = 0
     temperature: Annotated[float, Above(0)] = 1.0  # of sampling and of trained log-probabilities
-
-    # Reward and advantages.
-
     format_weight: Annotated[float, Between(0, 0.5)] = 0.0  # reward for <think>..<answer>.. alone
-    sources: Literal["all", "wrong"] = "all"  # answers that the next layer continues
-    failed: Literal["mask", "keep", "raw"] = "mask"  # failed corrections: mgrpo.py, deviation 3
-    # Corrections that are compared: those of one answer (the paper) | of all answers to a question.
-    siblings: Literal["parent", "question"] = "question"
 
     # The loss and the optimiser.
 
@@ -105,7 +107,7 @@ class Config:
 
 
 # What is known of the paper's settings, as public re-implementations report them; g_2 is ours.
-PAPER = dict(prompts=32, group_sizes=(8, 4), siblings="parent", kl_coef=0.001)
+PAPER = dict(prompts=32, group_sizes=(8, 4), method_args=("siblings=parent",), kl_coef=0.001)
 # What a preset sets besides the size of the task and of its base (tasks/base.py).
 PRESETS = {
     "paper": PAPER,  # but not its learning rate, 5e-7: that is for a model of billions of weights
@@ -133,8 +135,8 @@ def train(config):
     check(config)
     policy, task = opening.open_model_and_task(
         # The weights of a resumed run are in its state; its KL term needs the base it began with.
-        origin_of(config) if config.resume and config.kl_coef else config.init,
-        weights=not config.resume or config.kl_coef > 0,
+        origin_of(config) if config.resume and needs_reference(config) else config.init,
+        weights=not config.resume or needs_reference(config),
         puzzle=config.puzzle,
         base=config.base,
         real=config.real,
@@ -147,6 +149,7 @@ def train(config):
         cache_tokens=config.hardware.cache_tokens,
     )
     config = settled(config, policy, task)
+    say(f"method: {config.method}: {method_of(config).about}")
     policy.recompute = config.hardware.recompute == "yes"
     distributed.agree("settings", config)
     first = task.train_problems(config.seed, 0, config.prompts)
@@ -154,8 +157,10 @@ def train(config):
 
     # The sampler decodes with a whole low-precision copy of the weights, so it is made before the
     # fp32 masters are cut into slices. (On one GPU `shard` does nothing.)
-    sampler, plan = opening.training_sampler(config, policy, task, turns(config))
-    reference = opening.frozen_reference(policy) if config.kl_coef else None
+    follows = method_of(config).decay < 1
+    kind = (torch.float32 if follows else policy.compute) if needs_reference(config) else None
+    sampler, plan = opening.training_sampler(config, policy, task, turns(config), kind)
+    reference = opening.make_reference(policy, follows) if kind else None
     policy, reference = distributed.shard(policy), reference and distributed.shard(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0.0, fused=True)
 
@@ -167,10 +172,16 @@ def train(config):
             run.table("base", held_out_tables("base", run, sampler, task, config))
         # Ctrl-C and SIGTERM end the loop after the step under way: it is saved, and no table made.
         while run.tokens < config.tokens and not run.stop_asked():
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * (1 - run.tokens / config.tokens)
             problems, layers, metrics = step(
-                policy, reference, sampler, optimizer, task, config, run.step, run.tokens
+                policy,
+                reference,
+                sampler,
+                optimizer,
+                task,
+                config,
+                run.step,
+                run.tokens,
+                run.memory,
             )
             run.finish_step(metrics)
             if run.due("eval"):
@@ -179,21 +190,23 @@ def train(config):
             if run.due("save"):  # ten times a run, and after its last step
                 run.save()
         if run.tokens >= config.tokens:  # else it was stopped
-            run.table(method(config), held_out_tables(method(config), run, sampler, task, config))
+            name = label(config)
+            run.table(name, held_out_tables(name, run, sampler, task, config))
             for row in run.results["base"]:  # greedy, temperature 1
                 rows = {name: results[row] for name, results in run.results.items()}
-                say(f"\n{row}\n{table(rows, task.unit)}")
+                say(f"\n{row}\n{accuracy_table(rows, task.unit)}")
             say(f"\n{run.where_time_went()}")
             say(f"{run.folder}: {run.minutes():.1f} minutes after the base; {how_to_evaluate(run)}")
     return run.folder
 
 
-def step(policy, reference, sampler, optimizer, task, config, number, generated):
-    """One step of MGRPO -> this rank's problems, their layers, metrics of all ranks.
+def step(policy, reference, sampler, optimizer, task, config, number, generated, memory=None):
+    """One step of a method -> this rank's problems, their layers, metrics of all ranks.
 
-    number: steps made before; generated: tokens of those steps.
+    number: steps made before; generated: tokens of those steps; memory: what the method keeps from
+    step to step, a dict.
     """
-    clock = time.perf_counter()
+    clock, method = time.perf_counter(), method_of(config)
 
     # 1. Questions: a pure function of (seed, step). Each rank takes its share of them.
     share = distributed.share(config.prompts)
@@ -215,28 +228,90 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
             problems,
             config.group_sizes,  # MGRPO: a number for each layer
             sampling,
-            config.sources,
+            method.sources,
             config.format_weight,
         )
+    new = distributed.sum_over_ranks(dict(new=sum(int(layer.lengths.sum()) for layer in layers)))
+    layers = observing.rewritten(policy, layers, method, task, config, sampling.seed)
     sampled = time.perf_counter()
 
-    # 3. Credit: every answer is compared with its siblings, by default all answers of its layer to
-    #    the same question.
-    for layer in layers:
-        credit(layer, config.siblings, config.failed)
+    # 3. Learn from the trees. (A method may have a second stage on the same ones.) AdamW's rate
+    #    falls to 0 in a straight line over the run's tokens.
+    rate, tally = config.lr * (1 - generated / config.tokens), Tally()
+    learn(policy, reference, optimizer, layers, method, rate, config, share.start, memory, tally)
+    if method.then:  # on copies: the log shows the first stage's advantages
+        again = [copy.copy(layer) for layer in layers]
+        rest = (rate, config, share.start, memory, tally)
+        learn(policy, reference, optimizer, again, method.then, *rest)
+    observing.follow(reference, policy, method, number + 1)
 
-    # 4. Learn. Each optimiser step sees its share of the questions, in micro-batches.
-    sums, norms, skipped, tried = Metrics(), [], 0, 0
-    for minibatch in minibatches(layers, share.start, config):
+    # 4. The sampler decodes with its own copy of the weights: renew it.
+    sampler.refresh(distributed.full_tensors(policy, policy.compute))
+    trained = time.perf_counter()
+
+    new, seconds = int(new["new"]), trained - clock
+    return (
+        problems,
+        layers,
+        {
+            "step": number + 1,
+            "generated": generated + new,
+            **tally.rewards,
+            **loss_metrics(tally),
+            "grad_norm": sum(tally.norms) / max(len(tally.norms), 1),
+            "updates": len(tally.norms),
+            "skipped": tally.skipped,
+            "tokens_per_s": new / seconds,
+            "seconds_sampling": sampled - clock,
+            "seconds_training": trained - sampled,
+            "lr": rate,
+        },
+    )
+
+
+@dataclass
+class Tally:
+    """What a step's optimiser steps leave for the log."""
+
+    rewards: dict = None  # metrics of the rollout
+    sums: Metrics = field(default_factory=Metrics)  # over tokens
+    norms: list = field(default_factory=list)  # of the gradients, one for each update
+    tried: int = 0  # optimiser steps, with those that were skipped
+    skipped: int = 0  # because the gradient was not finite
+
+
+def learn(policy, reference, optimizer, layers, method, rate, config, first, memory, tally):
+    """Credit and the optimiser steps of one method on one rollout. Adds to `tally`.
+
+    rate: the learning rate; first: number of this rank's first question in the step.
+    """
+    # Credit: every answer is compared with its siblings, by default all answers of its layer to the
+    # same question. Some methods look at entropies or vectors first: a pass without gradient.
+    observing.observe_all(policy, reference, layers, method, config)
+    if method.learn:
+        method.learn(layers, memory, observing.gathered)
+    credit(layers, method, memory)
+    tally.rewards = tally.rewards or rollout_metrics(layers, len(config.group_sizes))
+    for group in optimizer.param_groups:
+        group["lr"] = method.lr * rate
+
+    # Each optimiser step sees its share of the questions, in micro-batches.
+    for minibatch in minibatches(layers, first, config):
+        if method.fresh and tally.norms:  # the policy has moved since
+            observing.observe(policy, layers, minibatch, ["new_logp"], config)
+            credit(layers, method, memory)
         # Denominators count ALL rows of all ranks before the first backward pass: neither how rows
         # are cut into micro-batches and ranks nor which rows carry a gradient changes the result.
-        denominators = distributed.sum_over_ranks(loss_denominators(minibatch, config))
+        denominators = distributed.sum_over_ranks(loss_denominators(minibatch, method, config))
+        leash = observing.leash(minibatch, method)
+        # A KL term goes with the denominators of --normalize, not with a method's own.
+        kl_coef = config.kl_coef if method.count is None else 0.0
         # Only rows with a gradient go through the model. They share prefixes, so a micro-batch is a
         # packed tree in which every token stands once; to the loss a row is as if it were alone.
         branches = [
             packing.branch_of(layers, layer.number, row)
             for layer, rows in minibatch
-            for row in rows[layer.active(config.kl_coef)[rows]].tolist()
+            for row in rows[layer.active(kl_coef or leash)[rows]].tolist()
         ]
         batches = packing.microbatches(branches, config.hardware.tokens_per_microbatch)
         # All ranks make as many passes as the busiest one: gathering weights and summing gradients
@@ -245,61 +320,39 @@ def step(policy, reference, sampler, optimizer, task, config, number, generated)
         for batch in [*batches, *[[]] * (passes - len(batches))]:
             pack = packing.pack_trees(batch, policy.cos.device)
             batch_loss(
-                policy, reference, pack, denominators, config, sums, first_update=not norms
+                policy, reference, pack, denominators, method, kl_coef, leash, config, tally
             ).backward()
         if not passes:  # no row has a gradient: skip the update, or momentum alone would make one
             continue
-        tried += 1
+        tally.tried += 1
         norm = distributed.clip_gradient(policy, MAX_GRADIENT_NORM)
         if math.isfinite(norm):
             optimizer.step()
-            norms.append(norm)
+            tally.norms.append(norm)
         else:
-            skipped += 1
+            tally.skipped += 1
         optimizer.zero_grad(set_to_none=True)
 
-    # 5. The sampler decodes with its own copy of the weights: renew it.
-    sampler.refresh(distributed.full_tensors(policy, policy.compute))
-    trained = time.perf_counter()
 
-    new = distributed.sum_over_ranks(dict(new=sum(int(layer.lengths.sum()) for layer in layers)))
-    new, seconds = int(new["new"]), trained - clock
-    return (
-        problems,
-        layers,
-        {
-            "step": number + 1,
-            "generated": generated + new,
-            **rollout_metrics(layers, len(config.group_sizes)),
-            **loss_metrics(sums, tried),
-            "grad_norm": sum(norms) / max(len(norms), 1),
-            "updates": len(norms),
-            "skipped": skipped,
-            "tokens_per_s": new / seconds,
-            "seconds_sampling": sampled - clock,
-            "seconds_training": trained - sampled,
-            "lr": optimizer.param_groups[0]["lr"],
-        },
-    )
+def batch_loss(policy, reference, pack, denominators, method, kl_coef, leash, config, tally):
+    """The part of the loss of one micro-batch -> scalar. Adds the metrics of its tokens to `tally`.
 
-
-def batch_loss(policy, reference, pack, denominators, config, sums, first_update):
-    """The part of the loss of one micro-batch -> scalar. Adds the metrics of its tokens to `sums`.
-
-    Nothing here waits for the device. first_update: the policy is still the one that sampled, so
-    its log-probabilities are compared with the sampler's (the gauge). On-policy the ratio is 1 and
-    the advantages of a group sum to 0, so the loss is about 0, but its gradient is not.
+    Nothing here waits for the device. leash: weight of each token's log π_old - log π, the method's
+    constraint. Before the first update the policy is still the one that sampled, so its
+    log-probabilities are compared with the sampler's (the gauge). On-policy the ratio is 1 and the
+    advantages of a group sum to 0, so the loss is about 0, but its gradient is not.
     """
+    sums = tally.sums
     logp, entropy = packing.tree_logprobs(policy, pack, config.temperature)  # [B, T] each
     ref_logp = torch.zeros_like(logp)
-    if reference is not None:
+    if kl_coef:
         with torch.no_grad():
             ref_logp, _ = packing.tree_logprobs(reference, pack, config.temperature)
 
     clip_low, clip_high = config.clip[0], config.clip[-1]
     losses = []
     for layer, places, rows in pack.layers:  # places [b] in this batch, rows [b] in the layer
-        old_logp, advantages, mask = loss_inputs(layer, rows)  # [b, t], [b], [b, t]
+        old_logp, advantages, mask, weights = loss_inputs(layer, rows)  # [b, t], [b], [b, t] twice
         layer_logp, layer_ref = (x[places, : mask.shape[1]] for x in (logp, ref_logp))
         loss, found = policy_loss(
             layer_logp,
@@ -309,13 +362,18 @@ def batch_loss(policy, reference, pack, denominators, config, sums, first_update
             clip_low=clip_low,
             clip_high=clip_high,
             ref_logp=layer_ref,
-            kl_coef=config.kl_coef,
-            normalize=config.normalize,
+            kl_coef=kl_coef,
+            normalize=method.normalize or config.normalize,
             denominator=denominators[layer.number],
+            surrogate=method.surrogate,
+            token_weights=weights,
         )
-        losses.append(config.layer_weights[layer.number - 1] * loss)  # MGRPO: J = Σ w_k J_k
+        loss = config.layer_weights[layer.number - 1] * loss  # MGRPO: J = Σ w_k J_k
+        if leash:
+            loss = loss + leash * ((old_logp - layer_logp) * mask).sum()
+        losses.append(loss)
         sums.add(**found, loss=losses[-1].detach())
-        if first_update:
+        if not tally.norms:  # before the first update
             gap = ((layer_logp.detach() - old_logp) * mask).abs()
             sums.add(gauge=gap.sum(), gauge_tokens=mask.sum())
             sums.largest(gauge_max=gap.max())
@@ -341,13 +399,15 @@ def minibatches(layers, first_question, config):
             yield minibatch
 
 
-def loss_denominators(minibatch, config):
+def loss_denominators(minibatch, method, config):
     """-> {layer's number: this rank's part of its denominator}, of all layers of the run."""
     denominators = dict.fromkeys(range(1, len(config.group_sizes) + 1), 0)
     for layer, rows in minibatch:
         denominators[layer.number] = loss_denominator(
-            layer.lengths[rows], config.normalize, config.max_new_tokens
+            layer.lengths[rows], method.normalize or config.normalize, config.max_new_tokens
         )
+        if layer.counts is not None:
+            denominators[layer.number] = float(layer.counts[rows].sum())
     return denominators
 
 
@@ -386,8 +446,12 @@ def layer_sums(layers, number):
     if number > len(layers):
         return dict.fromkeys(names, 0)
     layer = layers[number - 1]
-    right = layer.correct
-    before = layers[number - 2].correct[layer.parents] if number > 1 else right
+    right, own = layer.correct, slice(None) if layer.given is None else ~layer.given
+    before = right
+    if number > 1:  # what was corrected, though the method may have put other text in its place
+        above = layers[number - 2]
+        before = above.correct if above.sampled_correct is None else above.sampled_correct
+        before = before[layer.parents]
     values = dict(
         undecided=layer.undecided,
         reward=layer.rewards,
@@ -404,22 +468,23 @@ def layer_sums(layers, number):
         of_wrong=~before,
     )
     return dict(
-        rows=len(right),
+        rows=len(right[own]),  # that were sampled
         groups=len(layer.siblings.unique()),
         with_signal=len(layer.siblings[layer.active(0)].unique()),
-        **{name: value.double().sum().item() for name, value in values.items()},
+        **{name: value[own].double().sum().item() for name, value in values.items()},
     )
 
 
-def loss_metrics(sums, tried):
+def loss_metrics(tally):
     """Means over the trained tokens of all ranks; of the loss over the optimiser steps."""
     names = ("tokens", "clipped", "kl", "ratio", "loss", "entropy")
     names += ("gauge", "gauge_tokens", "packed", "padding")
+    sums = tally.sums
     gauge_max = distributed.max_over_ranks(float(sums.get("gauge_max", 0.0)))
     sums = distributed.sum_over_ranks({name: float(sums.get(name, 0.0)) for name in names})
     tokens = max(sums["tokens"], 1)
     return dict(
-        loss=sums["loss"] / max(tried, 1),
+        loss=sums["loss"] / max(tally.tried, 1),
         **{name: sums[name] / tokens for name in ("clipped", "entropy", "kl", "ratio")},
         gauge_max=gauge_max,
         gauge_mean=sums["gauge"] / max(sums["gauge_tokens"], 1),
@@ -469,8 +534,27 @@ def quick_evaluation(run, sampler, task, config):
 # ---- settings ------------------------------------------------------------------------------------
 
 
-def method(config):
-    return "MGRPO" if len(config.group_sizes) > 1 else "GRPO"
+def label(config):
+    """Name of the method in folders and tables."""
+    if config.method == "mgrpo":
+        return "MGRPO" if len(config.group_sizes) > 1 else "GRPO"
+    return config.method
+
+
+def method_of(config):
+    """mgrpo.Method. BadInput for a method or a constant that does not exist."""
+    try:
+        return table.method_of(config.method, config.method_args)
+    except ValueError as error:
+        flag = "--method-args" if config.method in table.METHODS else "--method"
+        raise BadInput(f"{flag}: {error}") from None
+
+
+def needs_reference(config):
+    """A KL term does, and a method that looks at a reference."""
+    return bool(config.kl_coef) or any(
+        name.startswith("ref_") for name in method_of(config).observe
+    )
 
 
 def turns(config):
@@ -504,14 +588,37 @@ def check(config):
             f"--turns {config.turns}: --group-sizes {text} trains {len(sizes)} answers in a row; "
             "ask for as many or more"
         )
-    if sizes == (1,):
+    method = method_of(config)
+    why = method.fits(sizes) if method.fits else ""
+    if why:
+        own = ",".join(map(str, table.METHODS[config.method].flags["group_sizes"]))
         raise BadInput(
-            "--group-sizes 1: a single answer has no siblings to be compared with; use 2 or more"
+            f"--group-sizes {text}: --method {config.method} {why}; say --group-sizes {own}"
         )
-    if 1 in sizes[1:] and config.siblings == "parent" and config.failed != "raw":
+    if max(sizes) == 1 and not method.alone:
+        raise BadInput(
+            f"--group-sizes {text}: no answer has a sibling to be compared with; use 2 or more in "
+            "some layer"
+        )
+    if 1 in sizes[1:] and method.siblings == "parent" and not method.alone:
         raise BadInput(
             f"--group-sizes {text}: an answer's only correction has no siblings, so its layer "
-            "would learn nothing; use 2 or more, --siblings question, or --failed raw"
+            "would learn nothing; use 2 or more, or --method-args siblings=question or failed=raw"
+        )
+    unread = dict(
+        normalize=bool(method.normalize) and "its own denominator",
+        clip=method.surrogate != "clipped" and "a loss without a clip",
+    )
+    for name, has in unread.items():
+        if has and getattr(config, name) != getattr(Config, name):
+            raise BadInput(
+                f"--{name.replace('_', '-')} means nothing to --method {config.method}, which has "
+                f"{has}; leave it out"
+            )
+    if config.kl_coef and (method.decay < 1 or method.count):
+        why = "its reference follows the policy" if method.decay < 1 else "it has a constraint"
+        raise BadInput(
+            f"--kl-coef: --method {config.method} goes with no KL term ({why}); drop --kl-coef"
         )
     parts = config.minibatches * distributed.size()
     if config.prompts % parts:
@@ -519,11 +626,6 @@ def check(config):
         raise BadInput(
             f"--prompts {config.prompts} does not divide into --minibatches {config.minibatches}"
             f"{ranks}: choose a multiple of {parts}"
-        )
-    if config.failed == "raw" and config.siblings == "question":
-        raise BadInput(
-            "--failed raw takes the reward itself as advantage, so --siblings question would "
-            "change nothing; drop one of them"
         )
     if config.layer_weights and len(config.layer_weights) != len(sizes):
         raise BadInput(
@@ -554,7 +656,7 @@ def settled(config, policy, task):
     return dataclasses.replace(
         config,
         preset=opening.preset_name(config.preset, config.hardware.device),
-        name=config.name or f"{what}-{method(config).lower()}-{config.seed}",
+        name=config.name or f"{what}-{label(config).lower()}-{config.seed}",
         max_new_tokens=task.max_new_tokens,
         layer_weights=config.layer_weights or (1.0,) * len(config.group_sizes),
         real=dataclasses.replace(config.real, template=opening.template_of(policy)),
@@ -585,13 +687,16 @@ BIASED = (
 )
 REFUSED = dict.fromkeys(("top_k", "top_p", "min_p"), BIASED)
 RENAMED = dict(
+    failed="--method-args failed=keep",
+    sources="--method-args sources=wrong",
+    siblings="--method-args siblings=parent",
     layers="--group-sizes 4,3 has as many layers as numbers",
     attempts="the first number of --group-sizes",
     corrections="the second number of --group-sizes",
     layer2_weight="--layer-weights 1,1",
     clip_low="--clip 0.2",
     clip_high="--clip 0.2,0.28",
-    group="--siblings parent or question",
+    group="--method-args siblings=parent",
     kl="the estimator is k3; mgrpo.kl_estimate has the others",
     pack="trees are always packed",
     update="all layers share one optimiser step",
@@ -627,16 +732,30 @@ def presets(given):
                 "--data gsm8k/train.jsonl"
             )
         # The paper's; tokens and transcripts are ours.
-        return PAPER | dict(lr=5e-7, tokens=100_000_000, transcripts=1)
+        return of_method(given, PAPER | dict(lr=5e-7, tokens=100_000_000, transcripts=1))
     for name in {"data", "eval_data", *flat(RealConfig())} & given.keys():
         raise BadInput(
             f"--{name.replace('_', '-')} needs --init: the built-in tasks make their own problems"
         )
-    return opening.preset(given, PRESETS)
+    return of_method(given, opening.preset(given, PRESETS))
+
+
+def of_method(given, values):
+    """The values of a preset, with those that belong to the method of --method."""
+    name = given.get("method", "mgrpo")
+    if name == "mgrpo" or name not in table.METHODS:  # `check` refuses the latter
+        return values
+    # One layer of as many answers as the preset's tree has, and nothing that is MGRPO's.
+    sizes = values.get("group_sizes", Config.group_sizes)
+    values = {k: x for k, x in values.items() if k not in ("method_args", "kl_coef")}
+    values["group_sizes"] = (sum(rows_per_question(sizes)),)
+    return values | table.METHODS[name].flags
 
 
 def main():
-    config = parse_flags(Config, __doc__, presets, refused=REFUSED, renamed=RENAMED)
+    config = parse_flags(
+        Config, f"{__doc__}\n{table.listing()}\n", presets, refused=REFUSED, renamed=RENAMED
+    )
     if config.resume:
         folder = resumed_run(config.resume, config.name)
         config = dataclasses.replace(config, name=folder.name)

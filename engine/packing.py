@@ -72,12 +72,15 @@ def branch_of(layers, number, row):
     # Off by one: of the completion c d END only c and d go through the model, as END predicts
     # nothing.
     sampled = completions.sampled[row]
-    own = ((number, row), sampled[:-1])
+    # Given text is no beginning of what its corrections continue: it has a segment of its own.
+    given = layer.given is not None and layer.given[row]
+    own = ((number, ~row if given else row), sampled[:-1])
     if number == 1:
         return Branch(layer, row, (((0, row // completions.n), prompt), own), sampled)
     # The segments above the parent stay as they are. The parent's own segment becomes all that this
     # prompt has beyond them: the whole answer and the phrase.
-    *above, (key, _) = branch_of(layers, number - 1, int(layer.parents[row])).path
+    parent = int(layer.parents[row])
+    above, key = branch_of(layers, number - 1, parent).path[:-1], (number - 1, parent)
     start = sum(len(tokens) for _, tokens in above)
     return Branch(layer, row, (*above, (key, prompt[start:]), own), sampled)
 
@@ -398,14 +401,22 @@ def tree_logprobs(model, pack, temperature=1.0):
 
     -> two fp32 [B, T], zeros behind each row's end.
     """
+    columns = tree_columns(model, pack, temperature, ("logp", "entropy"))
+    return columns["logp"], columns["entropy"]
+
+
+def tree_columns(model, pack, temperature, kinds):
+    """-> {kind: column} of the sampled tokens: "logp" and "entropy" [B, T], as tree_logprobs, and
+    "hidden" [B, T, D], the vectors that predict them."""
     on_cuda = pack.tokens.is_cuda
     attend = flex_attention_for(pack, compiled_flex()) if on_cuda else level_attention_for(pack)
     # Of the S vectors only the M that predict a sampled token meet the vocabulary.
     hidden = model(pack.tokens[None], pack.positions[None], attend)[0, pack.source]  # [M, D]
     logp, entropy = token_logprobs(hidden, model.head.weight, pack.target, temperature)
     # From [M] to the padded [B, T] of the loss.
-    zeros, index = torch.zeros(pack.size, device=logp.device), (pack.row, pack.column)
-    return zeros.index_put(index, logp), zeros.index_put(index, entropy)
+    padded = lambda x: x.new_zeros(*pack.size, *x.shape[1:]).index_put((pack.row, pack.column), x)
+    columns = dict(logp=logp, entropy=entropy, hidden=hidden)
+    return {kind: padded(columns[kind]) for kind in kinds}
 
 
 # Padded rows: what the tests and the bench hold the packed trees against.

@@ -276,7 +276,7 @@ def transcripts_part(kept, answers, total):
         else f"All {total:,} trees that were kept ({answers:,} answers)."
     )
     return (
-        f"<p class=soft>{shown} Each is a question and the attempts at it; below an answer stand "
+        f"<p class=soft>{shown} Each is a question and the answers to it; below an answer stand "
         "the guiding phrase and the corrections. R is the reward, A the advantage over the "
         "siblings; numbers have four decimals. From training, the first questions of every step "
         "are kept: questions are drawn at random, so this is a fair sample.</p>"

@@ -187,22 +187,22 @@ def full_state(model, optimizer):
     if optimizer.state:
         moments = get_optimizer_state_dict(model, optimizer, options=options)
         moments = moments.get("state", {})  # rank 0 alone has it
+    return full_weights(model), moments
+
+
+def full_weights(model):
+    """The first of what `full_state` returns. All ranks must call."""
+    release(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
-    if not weights:
-        return {}, {}
     # tied weights stay one tensor, or a file would hold them twice
-    return {name: weights[first] for name, first in names(model).items()}, moments
+    return {name: weights[first] for name, first in names(model).items()} if weights else {}
 
 
 def load_full_state(model, optimizer, weights, moments):
     """Puts rank 0's weights and moments, of `full_state`, into a model and its optimizer, on any
     number of ranks. Learning rate and other settings of the optimizer stay. All ranks must call."""
-    release(model)
-    options = StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=size() > 1, strict=False
-    )  # not strict: tied weights are loaded once
-    first = {name: weights[name] for name in set(names(model).values()) & weights.keys()}
-    set_model_state_dict(model, first if rank() == 0 else {}, options=options)
+    options = load_full_weights(model, weights)
     # Only rank 0 has moments, and setting them is a collective: all ranks must take the same
     # branch.
     if broadcast_object(lambda: bool(moments)):
@@ -214,6 +214,17 @@ def load_full_state(model, optimizer, weights, moments):
         ]
         state = dict(state=moments, param_groups=groups) if rank() == 0 else {}
         set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def load_full_weights(model, weights):
+    """Puts rank 0's weights into a model -> the options that did. All ranks must call."""
+    release(model)
+    options = StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=size() > 1, strict=False
+    )  # not strict: tied weights are loaded once
+    first = {name: weights[name] for name in set(names(model).values()) & weights.keys()}
+    set_model_state_dict(model, first if rank() == 0 else {}, options=options)
+    return options
 
 
 def names(model):

@@ -6,7 +6,7 @@ Six things take memory, and each has its flag:
 
     weights      the sampler's copy, in the compute type
     masters      fp32 weights, gradients and Adam's two moments: 16 bytes a parameter
-    reference    one more copy in the compute type, with --kl-coef
+    reference    one more copy, with --kl-coef or a method that looks at it
     KV cache     2 x L x K x C numbers a token of the rollout (--cache-tokens limits it)
     activations  what backward needs of a micro-batch (--tokens-per-microbatch); with --recompute a
                  vector a token and block
@@ -151,7 +151,7 @@ def plan(
     phrase,
     tokens_per_microbatch,
     cache_tokens=0,
-    reference=False,
+    reference=None,
     recompute=False,
     device="cuda",
     total=None,
@@ -159,9 +159,9 @@ def plan(
 ):
     """-> {part: bytes} on the device of each rank, for a training step of a model of this shape.
 
-    prompt, completion, phrase: their most tokens. prompts: questions of a step, of all ranks. The
-    other names are those of the flags. total: bytes of the device; the KV cache then gets at most
-    CACHE_SHARE of what the rest leaves.
+    prompt, completion, phrase: their most tokens. prompts: questions of a step, of all ranks.
+    reference: the type that one is held in, if any. The other names are those of the flags. total:
+    bytes of the device; the KV cache then gets at most CACHE_SHARE of what the rest leaves.
     """
     count, flash = parameters(shape), device == "cuda" and compute == torch.bfloat16
     longest = row_tokens(len(group_sizes), prompt, completion, phrase)
@@ -173,7 +173,7 @@ def plan(
         "weights": count * compute.itemsize,
         "masters and gradients": 8 * count // ranks,
         "Adam": 8 * count // ranks,
-        "reference": frozen_bytes(shape, compute, ranks) if reference else 0,
+        "reference": frozen_bytes(shape, reference, ranks) if reference else 0,
         "gathered": gathered(shape, compute) if ranks > 1 else 0,
         "KV cache": min(cached, cache_tokens or cached) * kv_bytes(shape, compute, device),
         "activations": activations(shape, rows, longest, compute, recompute, flash),

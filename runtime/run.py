@@ -88,6 +88,10 @@ class Run:
     def __init__(self, config, settings, policy, reference, optimizer, save_model, plan):
         self.config, self.settings, self.plan = config, settings, plan
         self.policy, self.optimizer, self.save_model = policy, optimizer, save_model
+        # What a method keeps from step to step: plain values and tensors, and the weights of a
+        # reference that follows the policy.
+        self.memory = {}
+        self.following = reference if reference and reference.follows else None
         checksum = reference.checksum if reference else ""
         if config.resume:
             self.folder = resumed_run(config.resume, config.name)
@@ -98,7 +102,7 @@ class Run:
             if checksum != state["progress"]["reference"]:
                 raise BadInput(
                     f"{policy.origin}: its weights are not those that {self.folder} began with, "
-                    "and its KL term needs those: restore the file, or start a new run"
+                    "and its reference needs those: restore the file, or start a new run"
                 )
             self.restore(state)
         else:
@@ -213,7 +217,7 @@ class Run:
             )
         if self.tokens >= config.tokens and not progress.updates:
             say(
-                "nothing was learnt: no group had both right and wrong answers. An easier task, "
+                "nothing was learnt: no answer had an advantage over its siblings. An easier task, "
                 "larger --group-sizes or longer answers may help"
             )
 
@@ -231,6 +235,7 @@ class Run:
             progress.best, progress.accuracy = progress.step, accuracy
         progress.recent = []
         weights, moments = distributed.full_state(self.policy, self.optimizer)  # rank 0 has them
+        following = distributed.full_weights(self.following) if self.following else {}
         if distributed.rank() == 0:
             state = dict(
                 settings=self.settings,
@@ -239,6 +244,8 @@ class Run:
                 best=progress.best,
                 generator=torch.get_rng_state(),
                 progress=dataclasses.asdict(progress),
+                memory=self.memory,
+                following=following,
             )
             save_state(self.folder / "state", progress.step, state, KEPT_STATES)
             self.save_model(self.policy, self.folder, weights, self.settings)
@@ -248,6 +255,9 @@ class Run:
         distributed.load_full_state(
             self.policy, self.optimizer, state["weights"], state["optimizer"]
         )
+        if self.following:
+            distributed.load_full_weights(self.following, state["following"])
+        self.memory = state["memory"]
         torch.set_rng_state(state["generator"])
         self.progress = Progress(**state["progress"])
         cut_log(self.folder, self.step)
@@ -436,8 +446,8 @@ def origin_of(config):
     check_fields(made_by, dict(base=str), f"{path}: made_by")
     if not Path(made_by["base"]).exists():
         raise BadInput(
-            f"{made_by['base']} is not there: {path.parent} began with its weights, and its KL "
-            "term needs those; restore it, or start a new run"
+            f"{made_by['base']} is not there: {path.parent} began with its weights, and its "
+            "reference needs those; restore it, or start a new run"
         )
     return made_by["base"]
 
@@ -489,8 +499,8 @@ def resumed_settings(given, kinds):
         was = tuple(was) if isinstance(was, list) else was
         if given[name] != was and name not in FREE:
             raise BadInput(
-                f"{flag} {shown(given[name])}: {folder} was made with {shown(was)}, and would not "
-                f"be continued by this; leave {flag} out, or start a new run"
+                f"{flag} {shown(given[name])}: {folder} was made with {shown(was) or 'none'}, and "
+                f"would not be continued by this; leave {flag} out, or start a new run"
             )
         if given[name] != was:
             say(f"resume: {flag} {shown(given[name])} (was {shown(was)})")
@@ -524,7 +534,7 @@ def check_state(state, path, settings, shape):
     """
     kinds = dict(
         settings=dict, weights=dict, optimizer=dict, best=int, generator=torch.Tensor, progress=dict
-    )
+    ) | dict(memory=dict, following=dict)
     if not isinstance(state, dict) or state.keys() != kinds.keys():
         raise BadInput(
             f"{path} does not hold {', '.join(kinds)}: it is no state of this version; resume with "
@@ -542,6 +552,9 @@ def check_state(state, path, settings, shape):
             )
     try:
         check_weights(state["weights"], shape)
+        if state["following"]:
+            check_weights(state["following"], shape)
+        check_memory(state["memory"])
         check_progress(state["progress"], int(NAME.fullmatch(Path(path).name)[1]), state["best"])
         check_moments(state["optimizer"], shape, state["progress"]["updates"])
         torch.Generator().set_state(state["generator"])
@@ -582,6 +595,18 @@ def check_progress(values, step, best):
     base = p.results.get("base") if p.results.keys() == {"base"} else None
     if not isinstance(base, dict) or not base or not all(map(is_result, base.values())):
         raise ValueError("progress: results do not hold the table of the base")
+
+
+def check_memory(values):
+    """ValueError unless what a method keeps is made of names, finite numbers and tensors."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_memory(value)
+        elif not isinstance(name, str) or not (
+            (isinstance(value, torch.Tensor) and value.isfinite().all())
+            or (type(value) in (int, float) and math.isfinite(value))
+        ):
+            raise ValueError(f"memory: {name!r:.40} = {value!r:.40} is no finite number or tensor")
 
 
 def is_result(row):

@@ -77,6 +77,7 @@ def node(layer, number, row, encoding, entropies):
         undecided=bool(layer.undecided[row]),
         truncated=not bool(completions.ended[row]),
         trained=bool(layer.trained[row]),
+        **(dict(given=True) if layer.given is not None and layer.given[row] else {}),
         reward=reward,
         advantage=advantage,
         tokens=pieces(encoding, completions.sampled[row]),

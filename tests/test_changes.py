@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from conftest import PATIENCE, ROOT
 
 from mgrpo import PHRASES
 
-PAGES = [ROOT / "docs" / name for name in ("recipes.md", "more-recipes.md")]
-ROOMS = ("engine", "verifier", "tasks", "huggingface", "runtime", "report", "tools")
+PAGES = [ROOT / "docs" / name for name in ("recipes.md", "more-recipes.md", "a-method.md")]
+ROOMS = ("engine", "verifier", "tasks", "huggingface", "variants", "runtime", "report", "tools")
 FILES = {  # the label of each answer -> the files that its diff changes
     "The reward": {"reward.py"},
     "The advantage": {"mgrpo.py"},
@@ -31,7 +32,8 @@ FILES = {  # the label of each answer -> the files that its diff changes
     "The task": {"tasks/catalog.py", "tasks/chain.py"},
     "The guiding phrase": {"mgrpo.py"},
     "The learning rate": {"train.py"},
-    "Who goes on": {"mgrpo.py", "train.py", "tools/compare.py"},
+    "Who goes on": {"mgrpo.py", "tools/compare.py"},
+    "A method of your own": {"variants/signs.py", "variants/table.py"},
     "The model": {"model.py", "engine/kernels.py"},
 }
 SMALL = (
@@ -41,11 +43,11 @@ SMALL = (
 # Right in 40 % after seconds.
 EASY = (
     *("--task", "chain", "--modulus", "3", "--base-tokens", "180000"),
-    *("--prompts", "16", "--group-sizes", "2,3", "--siblings", "parent"),
+    *("--prompts", "16", "--group-sizes", "2,3", "--method-args", "siblings=parent"),
 )
 NEW = ("--base-tokens", "1", "--prompts", "4", "--tokens", "800")  # a base of two steps
 # Every row is trained, also of a base that is never right.
-ALL_ROWS = ("--kl-coef", "0.1", "--failed", "keep")
+ALL_ROWS = ("--kl-coef", "0.1", "--method-args", "failed=keep")
 
 
 def answers():
@@ -89,7 +91,8 @@ def apply(label, folder, only=None):
         f"the diff under '{label}' does not apply to the code any more; make it anew\n{done.stderr}"
     )
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
-    changed = {name for name in names if (folder / name).read_text() != (ROOT / name).read_text()}
+    before = lambda name: (ROOT / name).read_text() if (ROOT / name).exists() else None
+    changed = {name for name in names if (folder / name).read_text() != before(name)}
     assert changed == ({only} if only else FILES[label])
     return folder
 
@@ -163,10 +166,11 @@ def test_every_recipe_is_short_and_links_its_files():
     assert found.keys() == FILES.keys()
     for label, (text, diff) in found.items():
         assert 1 <= len(changed_lines(diff)) <= 16, label
-        for mark in ("+++ b", "--- a"):
+        for mark in ("+++ b", "--- a"):  # a new file has no line of the second kind
             names = re.findall(rf"^{re.escape(mark)}/(\S+)$", diff, re.M)
-            assert set(names) == FILES[label], label
-        assert all(f"[{name}](../{name})" in text for name in FILES[label]), label
+            there = {name for name in FILES[label] if mark == "+++ b" or (ROOT / name).exists()}
+            assert set(names) == there, label
+        assert all(f"[{name}](../{name})" in text for name in there), label
         assert max(map(len, changed_lines(diff))) <= 101, label  # code at 100 columns, and a mark
 
 
@@ -334,15 +338,28 @@ def test_mixed_questions_are_chosen(change):
     right = torch.tensor([1, 1, 0, 1, 0, 0, 1, 0], dtype=torch.bool)
     questions = torch.tensor([0, 0, 1, 1, 2, 2, 4, 4])
     choose = module(folder, "mgrpo.py").choose_sources
-    assert choose(right, questions, "mixed").tolist() == [2, 3, 6, 7]
-    assert choose(right, questions, "wrong").tolist() == [2, 4, 5, 7]
-    assert module(folder, "tools/compare.py").ARMS["mixed"] == "--siblings parent --sources mixed"
+    layer = SimpleNamespace(correct=right, questions=questions)
+    assert choose(layer, "mixed").tolist() == [2, 3, 6, 7]
+    assert choose(layer, "wrong").tolist() == [2, 4, 5, 7]
+    arm = module(folder, "tools/compare.py").ARMS["mixed"]
+    assert arm == "--method-args siblings=parent,sources=mixed"
+
+
+@pytest.mark.slow
+def test_a_method_of_ones_own_trains(change, plain):
+    """Catches a recipe that names a function which no step calls: a run with the new method has the
+    same rollout, and another gradient."""
+    base, before = plain
+    words = (*EASY[:-2], "--method", "signs", "--method-args", "siblings=parent,size=2")
+    (step, *_), _ = run(change("A method of your own"), *words, "--tokens", "1000", base=base)
+    assert step["accuracy1"] == before["accuracy1"] and step["signal1"] == before["signal1"]
+    assert step["grad_norm"] > 1.2 * before["grad_norm"]
 
 
 @pytest.mark.slow
 def test_mixed_questions_alone_are_corrected(change, plain):
     base, before = plain
-    words = (*EASY, "--tokens", "1000", "--sources", "mixed")
+    words = (*EASY[:-1], "siblings=parent,sources=mixed", "--tokens", "1000")
     (step, *_), _ = run(change("Who goes on"), *words, base=base)
     assert step["accuracy1"] == before["accuracy1"] and step["signal1"] == before["signal1"]
     # fewer corrections

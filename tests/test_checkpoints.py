@@ -165,6 +165,8 @@ def real_state():
             best=1,
             generator=torch.get_rng_state(),
             progress=dataclasses.asdict(progress),
+            memory=dict(q={"2/3": 0.5}, preference=dict(w1=torch.ones(3))),
+            following={name: x.clone() for name, x in model.state_dict().items()},
         ),
         settings,
         shape,
@@ -224,6 +226,13 @@ FORGED = [
     (("progress", "results", "base", "greedy", "t1"), 0.5),
     (("progress", "base"), 1),
     (("progress", "more"), 1),
+    (("memory",), 3),
+    (("memory", "q", "2/3"), NAN),
+    (("memory", "q", 2), 0.5),
+    (("memory", "preference", "w1"), torch.full((3,), NAN)),
+    (("memory", "more"), "text"),
+    (("following",), None),
+    (("following", "norm.weight"), torch.ones(31)),
 ]
 
 
@@ -625,7 +634,7 @@ def refused(outcome, *says):
     [
         ("a list", "holds a list"),
         ("nothing", "was made with"),
-        (dict(depth="left out"), "was made with depth = 2, and its run's config.json now says 4"),
+        (dict(heads="left out"), "was made with heads = 2, and its run's config.json now says 4"),
         (dict(seed=1), "was made with seed = 0"),
         (dict(base_seed=1), "was made with base_seed = 0"),
         (dict(candidates=3), "was made with candidates = 2"),
@@ -679,6 +688,16 @@ def test_no_base_is_needed_to_go_on_without_a_kl_term(resume):
         path.unlink()
     code, printed, wrong = resume("--resume", "out/whole", "--tokens", str(TOKENS + 3000))
     assert code == 0 and "base: " not in printed and not list(Path("out").glob("base-*.pt")), wrong
+
+
+@pytest.mark.slow
+def test_the_start_may_be_gone(resume):
+    """Catches a run that cannot go on because the run that it started from was deleted."""
+    code, _, wrong = resume(*RUN[1:], "--tokens", "1", "--start", "out/whole", "--name", "later")
+    assert code == 0, wrong
+    shutil.rmtree("out/whole")
+    code, _, wrong = resume("--resume", "out/later", "--tokens", "3000")
+    assert code == 0, wrong
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ def test_the_version_is_of_the_code_and_the_arms_flags(tmp_path, monkeypatch):
         assert source.count(old) == 1
         (tmp_path / name).write_text(source.replace(old, new))
         assert version() == before, name
-    monkeypatch.setitem(compare.ARMS, "keep", "--failed keep --clip 0.2,0.28")
+    monkeypatch.setitem(compare.ARMS, "keep", "--method-args failed=keep --clip 0.2,0.28")
     assert version() != before
 
 
@@ -348,10 +348,7 @@ def test_every_arm_can_run():
     config = compare.Config(arms=tuple(compare.ARMS), flags="--device cpu --dtype float32")
     compare.check_arms(config)
     runs = {arm: compare.run_words(config, arm, 0, 0) for arm in compare.ARMS if arm != "dial"}
-    settings = {
-        arm: [compare.parse_flags(train.Config, "", argv=run) for run in words]
-        for arm, words in runs.items()
-    }
+    settings = {arm: [compare.parsed(run, {}) for run in words] for arm, words in runs.items()}
     assert len(
         {str([one.__dict__ | {"name": ""} for one in of]) for of in settings.values()}
     ) == len(runs)
@@ -365,6 +362,8 @@ def test_every_arm_can_run():
         assert getattr(paper, name) == getattr(preset, name)
     first, second = settings["rounds"]
     assert second.base.start == f"out/{first.name}" and first.group_sizes == (16,)
+    assert settings["disco"][0].group_sizes == (16,) == settings["unlikely"][0].group_sizes
+    assert settings["unlikely-4,3"][0].epochs == 2 and settings["igrpo"][0].group_sizes == (4, 4)
     assert (second.group_sizes, second.layer_weights) == ((4, 3), (0, 1))
 
 
@@ -386,7 +385,7 @@ def test_every_experiment_of_the_map_can_run(name, arms, bases, words):
         (["--bases", "21"], "--bases 21: must be a number from 0 to 20"),
         (
             ["--map", "moon"],
-            "--map moon: there is no such experiment; choose from solve, reviewer-doubting",
+            "--map moon: there is no such experiment; choose from solve, switches, reviewer-doubting",
         ),
         (["--arms", "chains", "--flags", "--looks 2"], "asks for 4 answers in a row"),
         (["--jobs", "0"], "--jobs 0: must be a number of at least 1"),

@@ -21,6 +21,7 @@ from eval import (
     several_samples,
     summarise,
     table,
+    trained_turns,
     what_reviews_say,
 )
 from mgrpo import SamplingParams, draw_phrases, rollout
@@ -94,14 +95,24 @@ def test_the_table_of_three_turns_has_each_pair_of_neighbours():
     of."""
     three = TWO_TURNS | dict(t3=(0.75, 0.027), fix3=(0.125, 0.02), broke3=(0.0273, 0.01))
     lines = table({"MGRPO": three}, "questions").splitlines()
-    heads = "Acc@t1 Acc@t2 Acc@t3 Δ(t1,t3) Δ i→c t2 Δ c→i t2 Δ i→c t3 Δ c→i t3 questions"
-    assert " ".join(lines[0].split()) == heads
-    assert "75.0 ± 2.7" in lines[1] and "12.5 ± 2.0" in lines[1] and "2.7 ± 1.0" in lines[1]
+    assert " ".join(lines[0].split()) == "Acc@t1 Acc@t2 Acc@t3 Δ(t1,t3) questions"
+    assert " ".join(lines[2].split()) == "Δ i→c t2 Δ c→i t2 Δ i→c t3 Δ c→i t3"
+    assert "75.0 ± 2.7" in lines[1] and "12.5 ± 2.0" in lines[3] and "2.7 ± 1.0" in lines[3]
     assert lines[1].index("75.0 ± 2.7") + 10 == lines[0].index("Acc@t3") + 6
-    assert lines[2] == "(percent ± standard error over questions)"
+    assert lines[3].index("12.5 ± 2.0") + 10 == lines[2].index("Δ i→c t3") + 8
+    assert lines[4] == "(percent ± standard error over questions)"
     # rows of different turns share what both have
     mixed = table({"GRPO": TWO_TURNS, "MGRPO": three}).splitlines()
     assert "Acc@t3" not in mixed[0] and len({len(line) for line in mixed[:3]}) == 1
+
+
+@pytest.mark.parametrize("sizes, turns", [([16], 2), ([4, 3], 2), ([4, 1, 1, 1], 4)])
+def test_a_run_is_asked_as_often_as_it_trained(tmp_path, sizes, turns):
+    """Catches two answers in a row shown of a run that trained four."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.json").write_text(json.dumps(dict(group_sizes=sizes)))
+    assert trained_turns(tmp_path) == turns
+    assert trained_turns(tmp_path / "checkpoint.pt") == 2
 
 
 def test_results_become_fields_of_the_log():
@@ -174,8 +185,8 @@ def test_details_name_all_that_is_asked():
     assert details({"greedy": row}, "rules").splitlines() == [
         "greedy, turn 1: pass@1 100.0 ± 0.0, pass@2 100.0 ± 0.0, maj@2 100.0 ± 0.0",
         "greedy, turn 2: pass@1 100.0 ± 0.0, pass@2 100.0 ± 0.0, maj@2 100.0 ± 0.0",
-        "greedy, turn 2 says no to 25.0 ± 1.0 of right answers, to - of wrong ones; 100.0 ± 0.0 of "
-        "its other answers are new",
+        "greedy, turn 2 changes 25.0 ± 1.0 of right answers, - of wrong ones; 100.0 ± 0.0 of its "
+        "other answers are new",
         "greedy: 12 and 46 tokens an answer, 25.0 % of answers truncated; verifier rules, "
         "7 undecided",
     ]

@@ -285,8 +285,11 @@ def test_help_starts_no_work(name, monkeypatch, capsys):
     "words, says",
     [
         (["train.py", "--group-size", "3"], "did you mean --group-sizes?"),
-        (["train.py", "--siblings", "parent", "--group-sizes", "4,1"], "no siblings"),
-        (["train.py", "--group-sizes", "1"], "no siblings"),
+        (
+            ["train.py", "--method-args", "siblings=parent", "--group-sizes", "4,1"],
+            "no siblings",
+        ),
+        (["train.py", "--group-sizes", "1"], "no answer has a sibling"),
         (["train.py", "--group-sizes", "4,0"], "each must be a number of at least 1"),
         (["train.py", "--group-sizes", "9999,9999"], "too many rows a step"),
         (["train.py", "--layer-weights", "1,1,1"], "give one for each"),
@@ -299,7 +302,6 @@ def test_help_starts_no_work(name, monkeypatch, capsys):
         (["train.py", "--tokens-per-microbatch", "0"], "at least 1"),
         (["train.py", "--modulus", "98"], "must be a number from 3 to 97"),
         (["train.py", "--eval-questions", "1"], "--eval-questions 1"),
-        (["train.py", "--failed", "raw", "--siblings", "question"], "would change nothing"),
         (["train.py", "--top-p", "0.9"], "the gradient is biased"),
         (["train.py", "--attempts", "4"], "the first number of --group-sizes"),
         (["train.py", "--device", "cuda"], "sees no CUDA device"),

@@ -168,7 +168,7 @@ def test_every_part_of_the_plan_by_hand():
     """Catches a wrong factor: a tiny model in bf16, with every part worked out."""
     count = 7 * 4 + (4 + 4 * 8 + 4 * 4 + 4 + 4 * 6 + 3 * 4) + 4
     assert parameters(TINY) == count
-    planned = plan(TINY, **KNOWN, reference=True)
+    planned = plan(TINY, **KNOWN, reference=torch.bfloat16)
     for part, size in {
         "weights": 2 * count,
         "masters and gradients": 8 * count,
@@ -206,9 +206,9 @@ def test_tokens_of_one_two_and_three_layers(sizes, longest, cached):
 
 def test_the_cache_gets_half_of_what_the_rest_leaves():
     """Catches a cache that is planned beyond the device, and a limit of the flags overruled."""
-    whole = plan(TINY, **KNOWN, reference=True)
+    whole = plan(TINY, **KNOWN, reference=torch.bfloat16)
     rest = sum(whole.values()) - whole["KV cache"]
-    tight = plan(TINY, **KNOWN, reference=True, total=rest + 100)
+    tight = plan(TINY, **KNOWN, reference=torch.bfloat16, total=rest + 100)
     assert tight == whole | {"KV cache": 50}
     assert plan(TINY, **KNOWN, cache_tokens=100, total=1)["KV cache"] == 100 * 8
     cpu = plan(TINY, **KNOWN, device="cpu")
@@ -220,7 +220,7 @@ def test_the_cache_gets_half_of_what_the_rest_leaves():
 def test_each_of_eight_ranks_plans_for_its_part():
     """Catches a plan that counts whole masters on every rank, or forgets what is gathered."""
     shape = memory_table.SHAPES["Qwen2.5-Math-7B"]
-    known = KNOWN | dict(prompts=32, prompt=512, completion=1024, reference=True)
+    known = KNOWN | dict(prompts=32, prompt=512, completion=1024, reference=torch.bfloat16)
     one, eight = plan(shape, **known), plan(shape, **known, ranks=8)
     for part in ("masters and gradients", "Adam", "KV cache"):
         assert eight[part] == one[part] // 8, part

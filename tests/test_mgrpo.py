@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from conftest import END, SHARED
 
 from engine.packing import pad_rows, padded_logprobs
 from mgrpo import (
+    MGRPO,
     PHRASES,
     SamplingParams,
     choose_sources,
-    correction_advantages,
     credit,
     draw_phrases,
     group_advantages,
@@ -31,6 +32,7 @@ from mgrpo import (
 )
 from sample import Completions, Sampler
 from tasks.problems import Problem
+from variants.table import with_constants
 
 GOLDEN = SHARED / "golden" / "trl_loss.json"
 needs_golden = pytest.mark.skipif(
@@ -129,15 +131,14 @@ ANSWERS = {
 
 
 def scripted_rollout(encoding, group_sizes=(2, 2), policy=None, **options):
-    """The rollout of ANSWERS, at most three layers -> layers, sampler, task. options: of `credit`,
-    and `sources`."""
+    """The rollout of ANSWERS, at most three layers -> layers, sampler, task. options: constants of
+    --method-args."""
     sampler = ScriptedSampler(encoding, lambda k, row: answer(ANSWERS[k][row]), policy)
     task = FixedTask(encoding, [Problem("a", "1", None), Problem("b", "2", None)])
     sources = options.pop("sources", "all")
     sampling = SamplingParams(12, 1.0, 0)
     layers = rollout(sampler, task, task.problems, group_sizes, sampling, sources)
-    for layer in layers:
-        credit(layer, **options)
+    credit(layers, with_constants(MGRPO, dict(siblings="parent") | options))
     return layers, sampler, task
 
 
@@ -177,13 +178,27 @@ def test_a_single_sibling_has_advantage_zero():
     assert group_advantages(torch.tensor([1.0, 5.0]), torch.tensor([0, 1])).tolist() == [0.0, 0.0]
 
 
+def corrections(rewards, siblings, failed):
+    """Advantages and trained rows of a second layer with these rewards and siblings."""
+    layer = SimpleNamespace(
+        number=2,
+        rewards=rewards,
+        correct=rewards == 1,
+        questions=siblings,
+        parents=siblings,
+        observed={},
+    )
+    credit([layer], with_constants(MGRPO, dict(failed=failed)))
+    return layer.advantages, layer.trained
+
+
 def test_failed_corrections_are_discarded_after_normalising():
     """Catches a filter before the normalisation: what is left of a group has equal rewards, so the
     advantages are all 0."""
     rewards = torch.tensor([1.0, 0, 0, 1, 1, 1])
     correct = rewards == 1
     siblings = torch.tensor([0, 0, 0, 1, 1, 1])
-    advantages, trained = correction_advantages(rewards, correct, siblings, "mask")
+    advantages, trained = corrections(rewards, siblings, "mask")
     p = 1 / 3
     expected = math.sqrt((1 - p) / p) * math.sqrt(2 / 3)
     assert advantages[0].item() == pytest.approx(expected, rel=1e-3)
@@ -207,7 +222,7 @@ R = 0.5 / (math.sqrt(0.5) + 1e-4)  # the advantage in a group of one right and o
 def test_advantages_of_corrections_truth_table(failed, siblings, advantages, trained):
     """Catches a switch that changes nothing: each row was computed by hand for rewards 1 0 1 1."""
     rewards = torch.tensor([1.0, 0, 1, 1])
-    found = correction_advantages(rewards, rewards == 1, torch.tensor(siblings), failed)
+    found = corrections(rewards, torch.tensor(siblings), failed)
     torch.testing.assert_close(
         found[0], torch.tensor(advantages, dtype=torch.float32), atol=1e-4, rtol=0
     )
@@ -217,8 +232,9 @@ def test_advantages_of_corrections_truth_table(failed, siblings, advantages, tra
 def test_sources_by_rule():
     """Catches a rule that continues the wrong answers' siblings, or in another order."""
     correct = torch.tensor([0, 1, 1, 0, 0, 0]).bool()
-    assert choose_sources(correct, "all").tolist() == [0, 1, 2, 3, 4, 5]
-    assert choose_sources(correct, "wrong").tolist() == [0, 3, 4, 5]
+    layer = SimpleNamespace(correct=correct)
+    assert choose_sources(layer, "all").tolist() == [0, 1, 2, 3, 4, 5]
+    assert choose_sources(layer, "wrong").tolist() == [0, 3, 4, 5]
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -272,7 +288,8 @@ def test_policy_loss_is_called_as_documented():
     names = inspect.signature(policy_loss)
     assert str(names) == (
         "(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2, ref_logp=None, "
-        "kl_coef=0.0, kl='k3', normalize='sequence', denominator=None)"
+        "kl_coef=0.0, kl='k3', normalize='sequence', denominator=None, surrogate='clipped', "
+        "token_weights=None)"
     )
 
 
@@ -489,7 +506,7 @@ def test_a_third_layer_is_compared_with_its_own_siblings(encoding):
 
 @pytest.mark.parametrize("failed", ["mask", "keep"])
 def test_siblings_by_question_pool_all_corrections_of_a_question(encoding, failed):
-    """Catches --siblings question that compares within one parent only, or reaches layer 1."""
+    """Catches siblings=question that compares within one parent only, or reaches layer 1."""
     layers, _, _ = scripted_rollout(encoding, (2, 2, 2), siblings="question", failed=failed)
     torch.testing.assert_close(layers[0].advantages, torch.tensor([R, -R, -R, R]))
     for layer in layers[1:]:

@@ -27,7 +27,7 @@ from engine.packing import (
     place_segments,
     tree_logprobs,
 )
-from mgrpo import loss_inputs, policy_loss
+from mgrpo import MGRPO, loss_inputs, policy_loss
 from model import GPT, ModelConfig
 
 WITHOUT_LIMIT = 10**9
@@ -45,7 +45,10 @@ def random_layers(rng, depth, questions=3, most=9):
         completions = SimpleNamespace(prompts=prompts, n=n, sampled=sampled)
         layers.append(
             SimpleNamespace(
-                number=number, completions=completions, parents=rows.repeat_interleave(n)
+                number=number,
+                completions=completions,
+                parents=rows.repeat_interleave(n),
+                given=None,
             )
         )
         continued = sorted(rng.sample(range(len(sampled)), rng.randint(1, len(sampled))))
@@ -223,7 +226,7 @@ def test_loss_is_on_sampled_tokens_alone(encoding, gpt, shape):
     assert [layer.number for layer, _, _ in pack.layers] == [1, 2, 3][: len(shape)]
     loss, masks = 0, torch.zeros(logp.shape, dtype=torch.bool)
     for layer, places, rows in pack.layers:
-        old, advantages, mask = loss_inputs(layer, rows)
+        old, advantages, mask, _ = loss_inputs(layer, rows)
         T = mask.shape[1]
         assert mask.sum(1).tolist() == layer.lengths[rows].tolist()
         for place, row in zip(places.tolist(), rows.tolist()):
@@ -253,7 +256,7 @@ def test_targets_keep_the_samplers_numbers(encoding):
     branches = [branch_of([first, second], 2, row) for row in (6, 0, 2)]
     (layer, places, rows), *others = pack_trees(branches).layers
     assert rows.tolist() == [6, 0, 2] and places.tolist() == [0, 1, 2] and not others
-    old, advantages, _ = loss_inputs(layer, rows)
+    old, advantages, *_ = loss_inputs(layer, rows)
     assert old[:, 0].tolist() == [6, 0, 2]
     assert advantages.tolist() == second.advantages[[6, 0, 2]].tolist()
 
@@ -269,7 +272,6 @@ def test_a_pass_never_synchronises(monkeypatch):
     wait: torch raises on any."""
     cuda_only()
     import train
-    from runtime.log import Metrics
 
     torch.manual_seed(0)
     gpt = GPT(ModelConfig(VOCABULARY, width=64, depth=2, heads=2, head_size=32, context=256)).cuda()
@@ -277,7 +279,8 @@ def test_a_pass_never_synchronises(monkeypatch):
     for layer in layers:
         sampled = layer.completions.sampled
         layer.lengths = torch.tensor([len(row) for row in sampled])
-        layer.advantages = torch.ones(len(sampled))
+        layer.advantages, layer.token_weights = torch.ones(len(sampled)), None
+        layer.mask = torch.arange(int(layer.lengths.max())) < layer.lengths[:, None]
         zeros = torch.zeros(len(sampled), int(layer.lengths.max()))
         layer.completions.tokens = layer.completions.logprobs = zeros.cuda()
     config = train.Config(layer_weights=(1.0, 1.0))
@@ -285,8 +288,8 @@ def test_a_pass_never_synchronises(monkeypatch):
         torch.cuda.set_sync_debug_mode(mode)
         try:
             pack = pack_trees(whole_pack(branches_of(layers)), "cuda")
-            sums = Metrics()
-            train.batch_loss(gpt, None, pack, {1: 8, 2: 16}, config, sums, True).backward()
+            rest = ({1: 8, 2: 16}, MGRPO, 0.0, config, train.Tally())
+            train.batch_loss(gpt, None, pack, *rest).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -45,8 +45,8 @@ HARD = (
     "0.05",
     "--recompute",
     "yes",
-    "--sources",
-    "wrong",
+    "--method-args",
+    "sources=wrong",
     "--normalize",
     "token",
     "--tokens-per-microbatch",
@@ -212,14 +212,14 @@ def test_the_same_rollouts_are_drawn(runs, group_sizes):
 
 ROLLOUTS = """
 import json, sys
-from mgrpo import SamplingParams, credit, rollout, step_seed
+from mgrpo import MGRPO, SamplingParams, credit, rollout, step_seed
 from runtime import distributed
 from tasks.opening import BaseConfig, TaskConfig, make_sampler, open_model_and_task
 def main():
     group_sizes = tuple(map(int, sys.argv[1].split(",")))
     policy, task = open_model_and_task(
         puzzle=TaskConfig(candidates=2, operations=2, modulus=5),      # as in the preset smoke
-        base=BaseConfig(depth=2, base_tokens=300_000),
+        base=BaseConfig(depth=2, heads=2, base_tokens=300_000),
         dtype="float32",
         device="cpu",
         turns=len(group_sizes),
@@ -230,9 +230,9 @@ def main():
         task.max_new_tokens, 1.0, seed=step_seed(0, 3), first_row=share.start * group_sizes[0]
     )
     sampler = make_sampler(policy, [task], len(group_sizes), cache_tokens=300)
-    rows = []
-    for layer in rollout(sampler, task, problems, group_sizes, sampling):
-        credit(layer)
+    rows, layers = [], rollout(sampler, task, problems, group_sizes, sampling)
+    credit(layers, MGRPO)
+    for layer in layers:
         c = layer.completions
         for i in range(len(layer.texts)):
             question, phrase = layer.questions[i] + share.start, layer.phrases and layer.phrases[i]

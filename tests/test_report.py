@@ -203,6 +203,7 @@ def layer_of(completions, encoding, phrases, above):
         rewards=torch.rand(size),
         advantages=torch.randn(size),
         correct=torch.rand(size) < 0.5,
+        given=None,
         undecided=torch.rand(size) < 0.2,
         trained=torch.rand(size) < 0.8,
         parents=parents,
@@ -1141,8 +1142,8 @@ def test_three_layers_in_a_browser(browser, tmp_path):
     tab.goto(f"file://{folder}/report.html")
     tree = tab.locator("#trees > article").first
     assert tree.locator(".head span:nth-child(2)").all_inner_texts() == [
-        *("attempt 1", "correction 1.1", "correction 1.1.1", "correction 1.1.2"),
-        *("correction 1.2", "attempt 2"),
+        *("answer 1", "correction 1.1", "correction 1.1.1", "correction 1.1.2"),
+        *("correction 1.2", "answer 2"),
     ]
     assert tree.locator(".phrase").all_inner_texts() == [PHRASES[0], PHRASES[1]]
     assert tree.locator("ul > li > ul > li > .phrase").all_inner_texts() == [PHRASES[1]]

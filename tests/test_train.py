@@ -11,6 +11,7 @@ import resource
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from test_mgrpo import FixedTask, ScriptedSampler, answer, scripted_rollout
 import train
 from engine.keys import hash_seed
 from engine.packing import pad_rows, padded_logprobs
-from mgrpo import SamplingParams, credit, kl_estimate, rollout
+from mgrpo import MGRPO, SamplingParams, credit, kl_estimate, rollout
 from runtime import distributed, log, run
 from runtime.checkpoints import load_checkpoint
 from runtime.device import Hardware
@@ -101,7 +102,7 @@ def by_hand(policy, reference, layers, config, part):
         c, rewards = layer.completions, layer.rewards.tolist()
         rows = (layer.questions % config.minibatches == part).nonzero()[:, 0].tolist()
         for row in rows:
-            groups = layer.questions if config.siblings == "question" else layer.parents
+            groups = layer.questions if "siblings=question" in config.method_args else layer.parents
             siblings = [rewards[i] for i in rows if groups[i] == groups[row]]
             A = rewards[row] - statistics.mean(siblings)
             A = A / (statistics.stdev(siblings) + 1e-4) if max(siblings) > min(siblings) else 0.0
@@ -144,7 +145,7 @@ def test_a_step_is_the_equation_written_out(
         temperature=0.9,
         normalize=normalize,
         kl_coef=kl_coef,
-        siblings=siblings,
+        method_args=(f"siblings={siblings}",),
         minibatches=2,
         tokens_per_microbatch=150,
     )
@@ -175,8 +176,8 @@ def grown(gpt, encoding, monkeypatch):
             problems = task.train_problems(0, 0, 4)
             grown = rollout(Sampler(gpt), task, problems, shape, SamplingParams(12, 1.0, 5))
             generator = torch.Generator().manual_seed(0)
+            credit(grown, replace(MGRPO, siblings="parent"))
             for layer in grown:
-                credit(layer)
                 B = len(layer.texts)
                 layer.advantages = torch.randn(B, generator=generator)
                 layer.trained = torch.rand(B, generator=generator) < 0.8
@@ -255,7 +256,7 @@ def test_gauge_is_near_zero_before_the_first_update(grown, shape):
     and the ratio is 1."""
     policy = grown.policy
     optimizer = torch.optim.AdamW(policy.parameters(), 0.0)
-    _, metrics = grown(config_of(shape, epochs=2, minibatches=2), optimizer=optimizer)
+    _, metrics = grown(config_of(shape, epochs=2, minibatches=2, lr=0.0), optimizer=optimizer)
     assert 0 < metrics["gauge_mean"] <= metrics["gauge_max"] < 1e-4
     assert metrics["ratio"] == pytest.approx(1, abs=1e-4)
     assert metrics["updates"] == 4 and metrics["clipped"] == 0 and metrics["entropy"] > 0
@@ -311,7 +312,7 @@ def test_a_step_without_a_second_layer(encoding, gpt):
     task = FixedTask(encoding, [Problem("a", "1", None)] * 2)
     sampler = ScriptedSampler(encoding, lambda layer, row: answer(1))
     optimizer = torch.optim.AdamW(gpt.parameters(), 0.1)
-    config = config_of((2, 2), prompts=2, sources="wrong")
+    config = config_of((2, 2), prompts=2, method_args=("sources=wrong",))
     _, layers, metrics = train.step(gpt, None, sampler, optimizer, task, config, 0, 0)
     assert len(layers) == 1 and metrics["updates"] == 0 and metrics["signal1"] == 0
     assert "reward2" not in metrics and metrics["generated"] == int(layers[0].lengths.sum())
@@ -576,8 +577,8 @@ def test_every_switch_runs(smoke):
     """Catches a switch that crashes, or that does nothing: those that the defaults leave alone, all
     in one short run."""
     folder = smoke[0]
-    words = """--tokens 15000 --eval-questions 32 --name switches --kl-coef 0.01 --failed raw
-        --siblings parent --sources wrong --epochs 2 --normalize token --clip 0.2,0.28
+    words = """--tokens 15000 --eval-questions 32 --name switches --kl-coef 0.01 --method-args
+        failed=raw,sources=wrong --epochs 2 --normalize token --clip 0.2,0.28
         --format-weight 0.2 --layer-weights 1,0.5 --tokens-per-microbatch 400 --temperature 0.9 --eval-every 1"""
     script(folder, *SMOKE, *words.split())
     steps = lines_of(folder / "out/switches/metrics.jsonl")
