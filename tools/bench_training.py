@@ -35,11 +35,10 @@ import torch
 import train
 from engine import packing
 from engine.workers import in_parallel
-from mgrpo import Layer, loss_inputs, policy_loss
+from mgrpo import MGRPO, Layer, loss_inputs, policy_loss
 from reward import score
 from runtime import memory
 from runtime.flags import AtLeast, guarded, parse_flags
-from runtime.log import Metrics
 from sample import Sampler
 from tasks.tokenizer import build_encoding
 from tools import machine
@@ -180,9 +179,8 @@ class Bench:
         denominators = dict(enumerate(self.config.rows, 1))
         if kind == "tree":
             pack = packing.pack_trees(batch, self.device)
-            return train.batch_loss(
-                self.model, None, pack, denominators, self.settings, Metrics(), first_update=True
-            )
+            rest = (denominators, MGRPO, 0.0, 0.0, self.settings, train.Tally())
+            return train.batch_loss(self.model, None, pack, *rest)
         # Padded rows: each row repeats the prompt and all that is above it.
         prompts = [[t for _, tokens in branch.path[:-1] for t in tokens] for branch in batch]
         sampled = [branch.sampled for branch in batch]
@@ -190,7 +188,7 @@ class Bench:
         logp, _ = packing.padded_logprobs(self.model, rows)  # [B, T]
         losses = []
         for layer, places, numbers in packing.rows_by_layer(batch, self.device):
-            old_logp, advantages, mask = loss_inputs(layer, numbers)
+            old_logp, advantages, mask, _ = loss_inputs(layer, numbers)
             loss, _ = policy_loss(
                 logp[places, : mask.shape[1]],
                 old_logp,

@@ -4,6 +4,7 @@
     python -m tools.compare --arms grpo,mgrpo,keep,raw --bases 3
     python -m tools.compare --name chain --flags "--task chain"
     python -m tools.compare --bases 0                         # only prints what is there
+    python -m tools.compare --arms family --bases 2 --seeds 3 # the relatives of GRPO
     python -m tools.compare --map                             # every experiment of MAP, for hours
 
 The idea. All runs of a pair (base, RL seed) start from one base, end after the same number of
@@ -29,6 +30,7 @@ import hashlib
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
@@ -66,66 +68,104 @@ from tasks.base import base_model, base_path
 from tasks.catalog import TaskConfig, difficulty, make_task
 from tools.dial import dialled
 from tools.tables import ROWS, all_tables, turns_in
+from variants.table import METHODS
 
 ARMS = {  # name -> what it adds to train.py's defaults
     # No training: the base with the best shift of its verdict and temperature.
-    "dial": "--siblings parent",
+    "dial": "--method-args siblings=parent",
     # One layer of as many answers as MGRPO's tree has nodes: see `arm_words`.
-    "grpo": "--siblings parent",
+    "grpo": "--method-args siblings=parent",
     # The paper's groups: corrections of one answer are compared. The next arms change one thing.
-    "mgrpo": "--siblings parent",
+    "mgrpo": "--method-args siblings=parent",
     "question": "",  # train.py's defaults
-    "longer": "--siblings parent --tokens 2100000",  # for as long as `chains` takes on a CPU
-    "lr": "--siblings parent --lr 3e-4",  # three times train.py's
-    "paper": "--siblings parent --group-sizes 8,4 --kl-coef 0.001",  # --preset paper
-    "kl": "--siblings parent --kl-coef 0.001",
-    "three": "--siblings parent --group-sizes 3,2,2",
-    "keep": "--siblings parent --failed keep",
-    "raw": "--siblings parent --failed raw",
-    "wrong": "--siblings parent --sources wrong",
+    # For as long as `chains` takes on a CPU.
+    "longer": "--method-args siblings=parent --tokens 2100000",
+    "lr": "--method-args siblings=parent --lr 3e-4",  # three times train.py's
+    "paper": "--method-args siblings=parent --group-sizes 8,4 --kl-coef 0.001",  # --preset paper
+    "kl": "--method-args siblings=parent --kl-coef 0.001",
+    "three": "--method-args siblings=parent --group-sizes 3,2,2",
+    "keep": "--method-args siblings=parent,failed=keep",
+    "raw": "--method-args siblings=parent,failed=raw",
+    "wrong": "--method-args siblings=parent,sources=wrong",
     # The whole tree is sampled, only corrections are trained.
-    "layer2": "--siblings parent --layer-weights 0,1",
-    "weights1:3": "--siblings parent --layer-weights 1,3",
+    "layer2": "--method-args siblings=parent --layer-weights 0,1",
+    "weights1:3": "--method-args siblings=parent --layer-weights 1,3",
     # Steps towards right corrections, no others.
-    "supervised": "--siblings parent --failed raw --layer-weights 0,1",
+    "supervised": "--method-args siblings=parent,failed=raw --layer-weights 0,1",
     # GRPO for half of the tokens, then corrections alone: see `run_words`.
-    "rounds": "--siblings parent",
+    "rounds": "--method-args siblings=parent",
     "chains": "--group-sizes 4,1,1,1",  # four layers, one correction of each answer
     "chains3": "--group-sizes 4,1,1",
     "chains2": "--group-sizes 4,1",
 }
+# The relatives of GRPO (variants/), one layer each; some of them as MGRPO, in both layers.
+ARMS |= {name: f"--method {name}" for name in METHODS if name not in ("grpo", "mgrpo")}
+COMPOSED = dict.fromkeys(("dr-grpo", "lambda-grpo", "unlikely"), " --method-args failed=mask")
+COMPOSED |= {"disco": "", "e-grpo": ""}  # these need failures
+ARMS |= {
+    f"{name}-4,3": f"--method {name}{args} --group-sizes 4,3" for name, args in COMPOSED.items()
+}
+FAMILY = ("grpo", "mgrpo", *(name for name in METHODS if name not in ("grpo", "mgrpo")))
+FAMILY += tuple(f"{name}-4,3" for name in COMPOSED)
+ON_SOLVE = ("mgrpo", "igrpo", "edge", "edge-gec", "unlikely")  # their claims are about corrections
+ON_LONG = ("disco", "e-grpo", "grpo-lead", "group-dro")  # about hard questions
+ON_CHAIN = tuple(name for name in METHODS if name not in ("grpo", *ON_SOLVE, *ON_LONG))
 README_ARMS = ("dial", "grpo", "mgrpo", "question", "chains")
 # The experiments of --map: name of the result file, arms, bases, flags.
 MAP = (
     ("solve", README_ARMS, 5, ""),
+    # Bases of four blocks from here on, twice the default's.
     (
-        "solve",
-        tuple(arm for arm in ARMS if arm not in ("lr", "chains2", "chains3", "wrong")),
-        3,
-        "",
+        "switches",
+        tuple(x for x in ARMS if x not in ("chains3", "wrong", *FAMILY[2:])),
+        2,
+        "--depth 4",
     ),
-    ("reviewer-doubting", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer doubting"),
-    ("reviewer-lazy", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer lazy"),
-    ("reviewer-fair", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer fair"),
-    ("depth", ("grpo", "chains2", "chains3", "chains"), 2, "--looks 6"),
-    ("candidates-2", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 2"),
-    ("candidates-3", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 3"),
-    ("candidates-8", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 8"),
-    ("reviewed-2", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.5"),
-    ("reviewed-8", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.125"),
+    ("reviewer-doubting", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer doubting --depth 4"),
+    ("reviewer-lazy", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer lazy --depth 4"),
+    ("reviewer-fair", ("dial", "grpo", "mgrpo", "chains"), 2, "--reviewer fair --depth 4"),
+    ("depth", ("grpo", "chains2", "chains3", "chains"), 2, "--looks 6 --depth 4"),
+    ("candidates-2", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 2 --depth 4"),
+    ("candidates-3", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 3 --depth 4"),
+    ("candidates-8", ("dial", "grpo", "mgrpo", "chains"), 2, "--candidates 8 --depth 4"),
+    ("reviewed-2", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.5 --depth 4"),
+    ("reviewed-8", ("grpo", "mgrpo", "chains"), 2, "--reviewed 0.125 --depth 4"),
     (
         "reviewed-32",
         ("grpo", "mgrpo", "chains", "longer", "lr", "keep"),
         2,
-        "--reviewed 0.03125",
+        "--reviewed 0.03125 --depth 4",
     ),
-    ("habit-0.5", ("grpo", "mgrpo"), 2, "--habit 0.005"),
-    ("habit-5", ("grpo", "mgrpo"), 2, "--habit 0.05"),
-    ("habit-20", ("grpo", "mgrpo"), 2, "--habit 0.2"),
-    ("chain", ("grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task chain"),
-    ("countdown", ("dial", "grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task countdown"),
+    ("habit-0.5", ("grpo", "mgrpo"), 2, "--habit 0.005 --depth 4"),
+    ("habit-5", ("grpo", "mgrpo"), 2, "--habit 0.05 --depth 4"),
+    ("habit-20", ("grpo", "mgrpo"), 2, "--habit 0.2 --depth 4"),
+    ("chain", ("grpo", "mgrpo", "keep", "layer2", "question"), 2, "--task chain --depth 4"),
+    (
+        "countdown",
+        ("dial", "grpo", "mgrpo", "keep", "layer2", "question"),
+        2,
+        "--task countdown --depth 4",
+    ),
+    # What GRPO's relatives claim, on the task where it would show (tools/family.py). Two blocks.
+    ("family-chain", ("grpo",), 5, "--task chain"),
+    ("family-chain", ON_CHAIN, 3, "--task chain"),
+    ("family-long", ("grpo", "disco"), 5, "--task chain --operations 8"),
+    ("family-long", ON_LONG[1:], 3, "--task chain --operations 8"),
+    ("family", ("grpo", "mgrpo", "unlikely", "edge"), 5, ""),
+    ("family", ("question", "igrpo", "edge-gec", *(f"{name}-4,3" for name in COMPOSED)), 3, ""),
 )
-VALUES = ("README_ARMS", "ARMS", "MAP", "PRESETS", "PAPER")  # constants that hold values of flags
+VALUES = (
+    "README_ARMS",
+    "ARMS",
+    "COMPOSED",
+    "FAMILY",
+    "ON_SOLVE",
+    "ON_LONG",
+    "ON_CHAIN",
+    "MAP",
+    "PRESETS",
+    "PAPER",
+)  # constants that hold values of flags
 # Flags of train.py that --flags may not have.
 REFUSED = (
     train.REFUSED
@@ -147,7 +187,7 @@ LOCK = threading.Lock()  # of the result file
 class Config:
     # of the result file, results/compare-<name>.jsonl, and of the runs, out/compare-<name>-...
     name: str = "solve"
-    arms: tuple[str, ...] = README_ARMS  # see ARMS in this file
+    arms: tuple[str, ...] = README_ARMS  # see ARMS in this file; family: all relatives of GRPO
     bases: Annotated[int, Between(0, 20)] = 5  # bases 0, 1, ...; 0 only prints what is there
     seeds: Annotated[int, Between(1, 20)] = 1  # RL seeds of each arm from each base
     flags: str = ""  # more flags for every train.py, in quotes
@@ -259,8 +299,10 @@ def code_and_imports(source):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             for field in node.body:
                 field.value = None
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in VALUES:
-            node.value = ast.Constant(None)
+        elif isinstance(node, (ast.Assign, ast.AugAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) in VALUES:
+                node.value = ast.Constant(None)
         elif isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):  # `from a import b`: b may be a file, too
@@ -359,8 +401,23 @@ def run_once(config, arm, base_seed, seed):
         seconds=round(seconds, 1),
         base_result=result["base"],
         result=after,
+        log=summary([line for part in steps for line in part]),
         extra=more_answers(config, folder / "checkpoint.pt", seed),
     )
+
+
+def summary(log):
+    """Lines of metrics.jsonl -> {column: its means in the first fifth of the steps, in the first
+    half and in the last tenth, its median, its largest}, of columns with numbers in all lines."""
+    columns = {}
+    fifth, half, tenth = (max(1, len(log) // part) for part in (5, 2, 10))
+    for name in log[0]:
+        values = [line[name] for line in log if isinstance(line.get(name), (int, float))]
+        if len(values) == len(log):
+            parts = (values[:fifth], values[:half], values[-tenth:])
+            means = [sum(part) / len(part) for part in parts]
+            columns[name] = [*means, statistics.median(values), max(values)]
+    return columns
 
 
 def run_dial(config, base_seed, seed):
@@ -471,6 +528,8 @@ def one_version(lines, now=lambda line: False):
 
 def compare(config):
     """Makes the runs that are missing, and prints the tables."""
+    if config.arms == ("family",):
+        config = replace(config, arms=FAMILY)
     check_arms(config)
     path = Path("results") / f"compare-{file_name('name', config.name)}.jsonl"
     todo = missing_runs(config, read_lines(path))

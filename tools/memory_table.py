@@ -91,7 +91,7 @@ def row(name, shape, completion, group_sizes, config):
         phrase=PHRASE,
         tokens_per_microbatch=config.tokens_per_microbatch,
         cache_tokens=config.cache_tokens,
-        reference=config.reference == "yes",
+        reference=getattr(torch, config.dtype) if config.reference == "yes" else None,
         recompute=config.recompute == "yes",
         ranks=config.ranks,
     )
