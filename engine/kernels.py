@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from engine.keys import INTERPRETED, _exponential_noise, _mix, exponential_noise, jit, tl, triton
+from engine.keys import INTERPRETED, _exp2, _log2, _mix, _waits, exponential_noise, jit, tl, triton
 from model import rms_normalise, rotate, scaled
 
 
@@ -477,10 +477,92 @@ def choose_torch(logits, temperature, rows):
     return token, p.gather(1, token[:, None])[:, 0].log()
 
 
+LOG2_E = 1.4426950408889634
+
+
+def choose_splits(rows, blocks):
+    """-> the number of programs that read a row's logits, so that few rows still make 4 FILL: a
+    power of two, at most `blocks`, the tiles of logits in a row."""
+    wanted = power_of_2(max(1, 4 * FILL // rows))
+    return min(wanted, 1 << (blocks.bit_length() - 1))
+
+
+@jit
+def _read_tile(z, first, lane, state, scale, position_key, row_key, GREEDY: tl.constexpr):
+    """A tile of logits [LANES, WIDTH] goes into the state that each lane keeps."""
+    top, base, total, best, choice = state
+    z = z.to(tl.float32)
+    top = tl.maximum(top, tl.max(z, 1))
+    # A lane's sum is relative to 2^base, and fades when a larger logit comes.
+    higher = top * scale
+    total = total * _exp2(base - higher) + tl.sum(_exp2(tl.fma(z, scale, -higher[:, None])), 1)
+    race = z
+    if not GREEDY:
+        # first is a multiple of the tile, so that this is (first + lane) ^ (first + lane >> 16).
+        folded = (lane ^ (first ^ (first >> 16))).to(tl.uint32)
+        race = tl.fma(z, scale, -_log2(_waits(row_key, position_key, folded)))
+    choice = tl.where(race > best, first, choice)
+    return top, higher, total, tl.maximum(best, race), choice
+
+
 @jit
 def _choose(
     logits,
     key,
+    length,
+    alive,
+    races,
+    bases,
+    totals,
+    choices,
+    V,
+    stride,
+    scale,
+    GREEDY: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    # A row that has ended stays as it is.
+    r, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(alive + r):
+        # The token's number in its row seeds the noise.
+        row_key = tl.load(key + r).to(tl.uint32, bitcast=True)
+        position_key = _mix(row_key ^ _mix((tl.load(length + r) + 1).to(tl.uint32)))
+        # Lane i reads logits i x WIDTH .. of each tile, and keeps its own maximum, sum and race:
+        # no lane waits for another in the loop.
+        TILE: tl.constexpr = LANES * WIDTH
+        lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        at = logits + r * stride + lane
+        # Finite, since -inf - -inf is no number; less than any logit that can be chosen.
+        top = tl.full([LANES], -1e30, tl.float32)
+        total = tl.zeros([LANES], tl.float32)
+        best = tl.full([LANES, WIDTH], -float("inf"), tl.float32)
+        state = top, top * scale, total, best, tl.zeros([LANES, WIDTH], tl.int32)
+        share = tl.cdiv(tl.cdiv(V, TILE), SPLITS) * TILE  # logits of a split, whole tiles
+        begin = split * share
+        end = tl.maximum(begin, tl.minimum(begin + share, V))
+        whole = begin + (end - begin) // TILE * TILE
+        for first in range(begin, whole, TILE):
+            z = tl.load(at + first)
+            state = _read_tile(z, first, lane, state, scale, position_key, row_key, GREEDY)
+        if whole < end:
+            z = tl.load(at + whole, whole + lane < V, -float("inf"))
+            state = _read_tile(z, whole, lane, state, scale, position_key, row_key, GREEDY)
+        # The lanes meet. Of level tokens the first one wins, as in torch.argmax.
+        top, base, total, best, choice = state
+        high, win = tl.max(base, 0), tl.max(tl.max(best, 1), 0)
+        choice = tl.where(best == win, choice + lane, 2147483647)
+        part = r * SPLITS + split
+        tl.store(races + part, win)
+        tl.store(bases + part, high)
+        tl.store(totals + part, tl.sum(total * _exp2(base - high), 0))
+        tl.store(choices + part, tl.min(tl.min(choice, 1), 0))
+
+
+@jit
+def _settle(
+    logits,
     token,
     position,
     length,
@@ -490,47 +572,30 @@ def _choose(
     row,
     tokens,
     logprobs,
-    V,
-    stride,
-    temperature,
     ends,
     most,
-    GREEDY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    races,
+    bases,
+    totals,
+    choices,
+    stride,
+    scale,
+    SPLITS: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
-    # A row that has ended stays as it is.
     if tl.load(alive + r):
-        # The token's number in its row: it seeds the noise, and is its column in the result.
+        part = r * SPLITS + tl.arange(0, SPLITS)
+        race, base = tl.load(races + part), tl.load(bases + part)
+        choice = tl.where(race == tl.max(race, 0), tl.load(choices + part), 2147483647)
+        choice, high = tl.min(choice, 0), tl.max(base, 0)
+        total = tl.sum(tl.load(totals + part) * tl.exp2(base - high), 0)
+        z = tl.load(logits + r * stride + choice).to(tl.float32)
+        logprob = (tl.fma(z, scale, -high) - tl.log2(total)) * 0.6931472  # log 2
+        # The row moves on, as in RowState.advance.
         t = tl.load(length + r)
-        row_key = tl.load(key + r).to(tl.uint32, bitcast=True)
-        position_key = _mix(row_key ^ _mix((t + 1).to(tl.uint32)))
-        # The largest p / E of the blocks read so far, its logit and its token.
-        best, best_z, choice = 0.0, -float("inf"), 0
-        top, total = -float("inf"), 0.0
-        for first in range(0, V, BLOCK):
-            v = first + tl.arange(0, BLOCK)
-            z = tl.load(logits + r * stride + v, v < V, -float("inf")).to(tl.float32) / temperature
-            higher = tl.maximum(top, tl.max(z, 0))
-            # A filter may leave no token of a block.
-            safe = tl.where(higher == -float("inf"), 0.0, higher)
-            weight, fade = tl.exp(z - safe), tl.exp(top - safe)  # p, but for a factor
-            total, best, top = total * fade + tl.sum(weight, 0), best * fade, higher
-            # The largest p / E wins: the same token as the smallest E / p.
-            race = weight if GREEDY else weight / _exponential_noise(row_key, position_key, v)
-            # z_high is the winner's logit, picked out of the block by a sum with one term.
-            winner = tl.argmax(race, 0)
-            high = tl.max(race, 0)
-            z_high = tl.sum(tl.where(v == first + winner, z, 0.0), 0)
-            # `best` has faded to this block's maximum, so the two compare.
-            choice = tl.where(high > best, first + winner, choice)
-            best_z = tl.where(high > best, z_high, best_z)
-            best = tl.maximum(best, high)
-        # most: columns of the result.
-        out = tl.load(row + r) * most + t
+        out = tl.load(row + r) * most + t  # most: columns of the result
         tl.store(tokens + out, choice.to(tl.int64))
-        tl.store(logprobs + out, best_z - top - tl.log(total))
-        # The state of the row moves on, as in RowState.advance.
+        tl.store(logprobs + out, logprob)
         tl.store(token + r, choice.to(tl.int64))
         tl.store(position + r, tl.load(position + r) + 1)
         tl.store(slot + r, tl.load(slot + r) + 1)
@@ -540,10 +605,14 @@ def _choose(
 
 
 def choose(logits, temperature, rows):
-    """The kernel of `rows.advance(*choose_torch(logits, temperature, rows))`: one pass over the
+    """The kernels of `rows.advance(*choose_torch(logits, temperature, rows))`: one pass over the
     logits, with the sum of exponentials and the race side by side.
 
-    Grid: R, one program a row.
+    The largest log2 p - log2 E wins: the same token as the smallest E / p, without a division. Two
+    races that differ by less than 1e-5 of themselves may end as in torch or the other way around.
+
+    Grid: R x splits, one program a row and part of the vocabulary. Then R, one program a row that
+    compares the parts.
     """
     R, V = logits.shape
     check(
@@ -551,9 +620,30 @@ def choose(logits, temperature, rows):
         f"choose: logits {tuple(logits.shape)} for {len(rows.token)} rows",
     )
     check_dense(tokens=rows.tokens, logprobs=rows.logprobs)
-    _choose[(R,)](
+    width = 16 // logits.itemsize  # what a thread loads at a time: 16 bytes
+    lanes = min(256, power_of_2(triton.cdiv(V, width)))
+    splits = choose_splits(R, triton.cdiv(V, lanes * width))
+    # Of each part the winner's race, the sum of exponentials and what it is relative to.
+    races, bases, totals = torch.empty(3, R, splits, device=logits.device)
+    choices = torch.empty(R, splits, dtype=torch.int32, device=logits.device)
+    parts, scale = (races, bases, totals, choices), LOG2_E / (temperature or 1)
+    _choose[(R, splits)](
         logits,
         rows.key,
+        rows.length,
+        rows.alive,
+        *parts,
+        V,
+        logits.stride(0),
+        scale,
+        GREEDY=temperature == 0,
+        LANES=lanes,
+        WIDTH=width,
+        SPLITS=splits,
+        num_warps=max(1, lanes // 32),
+    )
+    _settle[(R,)](
+        logits,
         rows.token,
         rows.position,
         rows.length,
@@ -563,14 +653,13 @@ def choose(logits, temperature, rows):
         rows.row,
         rows.tokens,
         rows.logprobs,
-        V,
-        logits.stride(0),
-        float(temperature or 1),
         rows.ends,
         rows.tokens.shape[1],
-        GREEDY=temperature == 0,
-        BLOCK=min(4096, power_of_2(V)),
-        num_warps=8 if V > 4096 else 4,
+        *parts,
+        logits.stride(0),
+        scale,
+        SPLITS=splits,
+        num_warps=1,
     )
 
 

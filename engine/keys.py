@@ -63,7 +63,12 @@ def mix(x):
 @jit
 def _mix(x):
     """`mix` of a uint32."""
-    x = x ^ (x >> 16)
+    return _mix_folded(x ^ (x >> 16))
+
+
+@jit
+def _mix_folded(x):
+    """`_mix` of a number whose upper half is folded into its lower half already."""
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
     x = x * 0x846CA68B
@@ -130,21 +135,50 @@ def exponential_from_bits(bits, keys):
     return bits.float().add_(r).abs_().mul_(-TO_UNIT).log1p_().neg_()
 
 
+# The hardware's logarithm and exponential, one instruction each: log2 is right to 2⁻²² (absolutely
+# near 1, where log2 is 0). tl.log is a subroutine of thirty, tl.exp2 tests for numbers below 2⁻¹²⁶,
+# which become 0 here. The interpreter has numpy's instead.
+FAST = tl.constexpr(not INTERPRETED) if tl else None
+
+
 @jit
-def _exponential_from_bits(bits, key):
-    """`exponential_from_bits`. log(1 - v) has too few digits at small v, and Triton has no log1p:
-    below 1/64 four terms of its series, exact to 2⁻²⁶."""
+def _log2(x):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@jit
+def _exp2(x):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@jit
+def _waits_from_bits(bits, key):
+    """`exponential_from_bits`, divided by log 2: a race is the same in any unit of time.
+
+    log2(1 - v) has too few digits at small v: below 1/16 a polynomial, the nearest of its degree,
+    right to 2e-6 of itself.
+    """
     # bitcast: the signed number with the same bits, as torch has it.
     r = key.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283053e-10 + 0.5  # TO_HALF, in fp32
     v = tl.abs(bits.to(tl.int32, bitcast=True).to(tl.float32) + r) * 4.6566126e-10  # TO_UNIT
-    return tl.where(
-        v < 0.015625, v * (1.0 + v * (0.5 + v * (0.33333334 + v * 0.25))), -tl.log(1.0 - v)
-    )
+    near = v * (1.4426980 + v * (0.7204905 + v * 0.5167808))
+    return tl.where(v < 0.0625, near, -_log2(1.0 - v))
 
 
 @jit
-def _exponential_noise(key, position_key, token):
-    """`exponential_noise` of one row and a block of tokens."""
-    bits = (position_key ^ _mix(token.to(tl.uint32))) * 0x7FEB352D
+def _waits(key, position_key, folded):
+    """`exponential_noise` of one row and a block of tokens, divided by log 2. folded: their
+    numbers, ready for `_mix_folded`."""
+    bits = (position_key ^ _mix_folded(folded)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return _exponential_from_bits(bits, key)
+    return _waits_from_bits(bits, key)

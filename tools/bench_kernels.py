@@ -30,7 +30,7 @@ from runtime.flags import AtLeast, BadInput, guarded, parse_flags
 from tools.machine import RENAMED, SHAPES, Load, type_name
 
 CAPABILITIES = (80, 90)  # A100, H100
-KERNELS = ("_add_norm", "_swiglu", "_rope_store", "_attend", "_merge", "_choose")
+KERNELS = ("_add_norm", "_swiglu", "_rope_store", "_attend", "_merge", "_choose", "_settle")
 TRITON_TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -119,7 +119,8 @@ def work_of(m, dtype, rows, prompt, own, group):
             4 * rows * (prompt + own) * N * C,
         ),
         _merge=(partial + byte * rows * N * C, 2 * rows * N * parts * C),
-        _choose=(byte * rows * m.vocab_size, 60 * rows * m.vocab_size),
+        _choose=(byte * rows * m.vocab_size, 34 * rows * m.vocab_size),
+        _settle=(100 * rows, 100 * rows),
     )
 
 
