@@ -281,9 +281,11 @@ class PrefillAttention:
             lengths = torch.zeros_like(segments.lengths).index_copy_(0, nodes, filled)
             self.prefixes.append(SharedPrefix(replace(segments, lengths=lengths), nodes))
         column = torch.arange(S, device=device)
-        self.real = column < new[:, None]  # [R, S]: not a pad
+        real = column < new[:, None]  # [R, S]: not a pad
+        # Numbers, not the mask: to index by a mask the host waits for the device, in every block.
+        self.real = real.flatten().nonzero()[:, 0]
         # New token j of a row goes into slot start + filled + j; pads go nowhere.
-        self.slots = (segments.starts()[nodes][:, None] + filled[:, None] + column)[self.real]
+        self.slots = (segments.starts()[nodes][:, None] + filled[:, None] + column)[real]
         if device.type == "cuda" and not self.prefixes:
             return  # attend needs no bias: torch's kernel knows the causal triangle
         # [R, S, slots], True where a token must not look: behind the end of a prefix, and at new
@@ -299,8 +301,8 @@ class PrefillAttention:
 
     def attend(self, block, q, k, v):
         """q: [R, S, N, C]; k, v: [R, S, K, C] -> [R, S, N, C]."""
-        self.segments.store.k[block].index_copy_(0, self.slots, k[self.real])
-        self.segments.store.v[block].index_copy_(0, self.slots, v[self.real])
+        for store, x in ((self.segments.store.k, k), (self.segments.store.v, v)):
+            store[block].index_copy_(0, self.slots, x.flatten(0, 1).index_select(0, self.real))
         if q.is_cuda and not self.prefixes:
             return causal_attention(block, q, k, v)
         # The keys and values of prefixes come from the cache, those of the new tokens from this
