@@ -30,7 +30,8 @@ class Hardware:
 
 def pick_device(name):
     """ "auto", "cpu" or "cuda" -> "cpu" or "cuda". BadInput for cuda where there is none, or fewer
-    devices than torchrun started processes on this machine."""
+    devices than torchrun started processes on this machine. On CUDA products in bf16 are then
+    summed in fp32 throughout."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +41,9 @@ def pick_device(name):
             f"torchrun's --nproc_per_node is more than the {gpus} GPUs of this machine: use "
             f"{gpus}, or --device cpu"
         )
+    if device == "cuda":
+        # A product whose sum is split over programs adds the parts in bf16 otherwise.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device
 
 
