@@ -9,6 +9,8 @@ A graph has a fixed number of rows: there is one for each number in BUCKETS. The
 empty and write nothing.
 """
 
+import functools
+
 import torch
 
 # Rows of a graph. From 16 on each is at most half as large again as the one before, so less than a
@@ -40,6 +42,11 @@ class StepGraphs:
         )
         self.graphs = {}  # (places, layers of the path) -> torch.cuda.CUDAGraph
 
+    @functools.cached_property
+    def stream(self):
+        """Where all graphs are captured: cuBLAS keeps its working memory for each stream."""
+        return torch.cuda.Stream()
+
     def replay(self, step, R):
         """-> logits [R, V] of a step of the R rows in flight, valid until the next call."""
         layers = len(self.cache.path)
@@ -66,25 +73,26 @@ class StepGraphs:
     def capture(self, step, places):
         """-> the graph of a step of the first `places` places."""
         arguments = self.cache.rows.part(0, places), self.cache, self.logits[:places]
-        # A first run on a side stream: kernels compile and libraries set themselves up outside of
+        # A first run on that stream: kernels compile and libraries set themselves up outside of
         # the capture.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             step(*arguments)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         # All graphs work in the same memory, since no two run at the same time.
         memory = next((other.pool() for other in self.graphs.values()), None)
         # thread_local: NCCL's watchdog, another thread, may call CUDA meanwhile
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        options = dict(stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.graph(graph, pool=memory, **options):
             step(*arguments)
         return graph
 
 
 class AliveMirror:
     """The host's copy of the rows' `alive` flags. On CUDA it is POLL_EVERY steps old: the host
-    never waits for the newest step, and the device always has steps queued."""
+    never waits for the newest step, and the device always has steps queued. The first copy begins
+    with the first step after rows have moved."""
 
     def __init__(self, device):
         self.event = torch.cuda.Event() if device.type == "cuda" else None
@@ -92,7 +100,7 @@ class AliveMirror:
 
     def forget(self):
         """Rows have moved: a copy that is under way describes other rows."""
-        self.steps, self.copy = 0, None
+        self.steps, self.copy = -1, None
 
     def read(self, alive):
         """alive: [R] bool -> the same on the CPU, perhaps of an earlier step; None while there is

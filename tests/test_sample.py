@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import END, VOCABULARY
 
-from engine import in_flight, kernels, workers
+from engine import cuda_graphs, in_flight, kernels, workers
 from engine.cache import SlotPool
 from engine.cuda_cache import CudaCache
 from engine.cuda_graphs import StepGraphs
@@ -716,6 +716,22 @@ def test_a_host_that_learns_late_of_ends_changes_nothing(
     assert len(set(results[0][0].lengths.tolist())) > 20, (
         "rows must end at different times, or nothing is late"
     )
+
+
+def test_the_first_look_at_ended_rows_begins_when_rows_have_moved(monkeypatch):
+    """Catches a first copy that begins POLL_EVERY steps late, a copy of rows from before they
+    moved, and one that is read before it is POLL_EVERY steps old."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **kind: empty(*size, **kind))
+    mirror = cuda_graphs.AliveMirror(torch.device("cpu"))
+    mirror.event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    for _ in range(2):
+        seen = [mirror.read(torch.arange(20) == step) for step in range(20)]
+        every = cuda_graphs.POLL_EVERY
+        assert [None if x is None else x.tolist().index(True) for x in seen] == [
+            step - every if step and step % every == 0 else None for step in range(20)
+        ]
+        mirror.forget()
 
 
 def test_an_outdated_cache_is_not_used(gpt, random_prompts):
