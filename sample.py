@@ -302,10 +302,9 @@ class Sampler:
             # x + delta, the last block's MLP, is added here, in the operation that reads it anyway.
             x, h = ops.add_norm(x, delta, block.norm1.weight, c.norm_eps)
             qkv = F.linear(h, block.qkv.weight, block.qkv.bias)  # [R, (N + 2K) C]
-            k, v, norms = cache.k[i], cache.v[i], self.norms[i]
             # Turns q and k by the rows' positions; k and v go straight into the rows' cache slots.
-            q = ops.rope_store(qkv, norms, cos, sin, rows.slot, k, v, c.heads, c.norm_eps)
-            delta = F.linear(cache.attend(i, q).flatten(1), block.out.weight)  # q: [R, N, C]
+            attended = cache.attend(i, qkv, self.norms[i], cos, sin)  # [R, N, C]
+            delta = F.linear(attended.flatten(1), block.out.weight)
             x, h = ops.add_norm(x, delta, block.norm2.weight, c.norm_eps)
             delta = F.linear(ops.swiglu(F.linear(h, block.gate_up.weight)), block.down.weight)
         _, h = ops.add_norm(x, delta, model.norm.weight, c.norm_eps)
@@ -329,7 +328,7 @@ class Sampler:
         if not self.fused:
             c = self.model.config
             rows = RowState.blank(capacity, len(layers), c.end_tokens, self.device)
-            return CpuCache(self.pool, layers, rows, most, keep)
+            return CpuCache(c, self.pool, layers, rows, most, keep)
         config, old = self.model.config, self.cuda_cache
         self.cuda_cache = CudaCache.opened(old, config, self.pool, layers, capacity, most)
         if self.graph and self.cuda_cache is not old:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from engine.kernels import rope_store_torch
 from model import causal_attention
 
 # The part of the free CUDA memory that the cache may take when no limit is given.
@@ -323,7 +324,8 @@ class CpuCache:
     the same methods.
     """
 
-    def __init__(self, pool, path, rows, most, keep):
+    def __init__(self, config, pool, path, rows, most, keep):
+        self.heads, self.eps = config.heads, config.norm_eps
         self.pool, self.path, self.rows, self.most, self.keep = pool, path, rows, most, keep
         self.T, self.longest = GROWTH, 0
         self.left = []  # [(row numbers, k, v [L, rows, T, K, C])] of the rows that have left
@@ -386,10 +388,13 @@ class CpuCache:
         newest = self.bias.shape[2] - self.T - 1 + self.rows.length[:R]
         self.bias.scatter_(2, newest.repeat_interleave(self.k.shape[2])[:, None, None], 0.0)
 
-    def attend(self, block, q):
-        """q: [R, N, C] -> [R, N, C]."""
-        (R, N, C), K = q.shape, self.k.shape[2]
-        k, v = self.k[block].view(R, self.T, K, C), self.v[block].view(R, self.T, K, C)
+    def attend(self, block, qkv, norms, cos, sin):
+        """Stores the new keys and values, and attends: the arguments are those of
+        kernels.rope_store_torch -> [R, N, C]."""
+        k, v, slot = self.k[block], self.v[block], self.rows.slot[: len(qkv)]
+        q = rope_store_torch(qkv, norms, cos, sin, slot, k, v, self.heads, self.eps)
+        (R, N, C), K = q.shape, k.shape[1]
+        k, v = k.view(R, self.T, K, C), v.view(R, self.T, K, C)
         if K == 1:  # views; with more heads, copies of [R * K, T, C]
             k, v = k[:, :, 0], v[:, :, 0]
         else:

@@ -44,16 +44,16 @@ class CudaCache:
     def __init__(self, config, pool, places, layers):
         self.pool, self.moves = pool, pool.moves
         self.rows = RowState.blank(places, layers, config.end_tokens, pool.device)
-        self.members = kernels.members_for(pool.dtype, config.heads, config.kv_heads)
-        self.index = torch.arange(places, device=pool.device)  # row r sees its own segment, line r
-        self.tables = [  # of each layer of the path: rows [lines, members], starts, lengths [lines]
-            (
-                torch.full((places, self.members), -1, device=pool.device),
-                torch.zeros_like(self.index),
-                torch.zeros_like(self.index),
-            )
-            for _ in range(layers)
-        ]
+        self.members = kernels.members_for(config.heads, config.kv_heads)
+        self.index = torch.arange(places, device=pool.device)
+        self.heads, self.eps = config.heads, config.norm_eps
+        # Of each layer of the path: R rows need at most R lines.
+        zeros = torch.zeros(layers, places, dtype=torch.long, device=pool.device)
+        members = zeros[:, :, None].repeat(1, 1, self.members)
+        self.tables = kernels.Shared(members, zeros, zeros.clone(), zeros[:, 0].clone())
+        # Counts the parts of attention that each row and head has; zero between two launches.
+        shape = places, config.heads
+        self.arrived = torch.zeros(shape, dtype=torch.int32, device=pool.device)
 
     @staticmethod
     def opened(old, config, pool, path, capacity, most):
@@ -66,14 +66,14 @@ class CudaCache:
         own = pool.take(capacity, most, unused)  # lengths are those of the rows
         places, layers = bucket_for(capacity), max(2, len(path))
         if old is not None:  # never smaller than before: a large call would capture all graphs anew
-            places, layers = max(places, len(old.index)), max(layers, len(old.tables))
+            places, layers = max(places, len(old.index)), max(layers, len(old.tables.used))
         # The old cache serves again if nothing has moved: graphs captured on it still read the
         # right addresses.
         cache = old
         if (
             old is None
             or old.moves != pool.moves
-            or (places, layers) != (len(old.index), len(old.tables))
+            or (places, layers) != (len(old.index), len(old.tables.used))
         ):
             cache = CudaCache(config, pool, places, layers)
         cache.rows.clear()  # an interrupted call may have left rows
@@ -93,8 +93,7 @@ class CudaCache:
     def close(self):
         """No row sees or writes anything, until `write_tables` and new slots."""
         self.rows.slot.fill_(-1)
-        for members, _, _ in self.tables:
-            members.fill_(-1)
+        self.tables.used.zero_()
 
     def admit(self, R, count):
         """`count` new rows take the places behind the first R, and a vacant segment each."""
@@ -120,9 +119,8 @@ class CudaCache:
         node of each row   0 0 0 1 2 2     lines   [0 1] [2 .] [3 .] [4 5]
         """
         index = self.index[:R]
-        for segments, node, (members, starts, lengths) in zip(
-            self.path, self.rows.nodes, self.tables
-        ):
+        for layer, (segments, node) in enumerate(zip(self.path, self.rows.nodes)):
+            members, starts, lengths, used = (x[layer] for x in self.tables)
             # sibling: a row's number among the rows of its node. The running maximum of "first row
             # of a node" gives each row the number that its siblings begin with.
             node = node[:R]
@@ -131,23 +129,32 @@ class CudaCache:
             sibling = index - torch.where(first_of_node, index, 0).cummax(0)[0]  # 0, 1, 2, 0, ...
             # A line begins with every node, and again after `members` siblings.
             line = (sibling % self.members == 0).cumsum(0) - 1
-            # Emptied first: lines behind the last one could still name rows of an earlier step.
+            # Emptied first: a line that is not full could still name rows of an earlier step.
             members.fill_(-1)[line, sibling % self.members] = index
             starts[line] = segments.starts()[node]
-            lengths.zero_()[line] = segments.lengths[node]
+            lengths[line] = segments.lengths[node]
+            used.fill_(line[-1] + 1 if R else 0)
 
     def make_room(self, R):
         """Nothing to do: a row's segment has all its slots from the start."""
 
-    def attend(self, block, q):
-        """q: [R, N, C] -> [R, N, C]."""
-        R, K = len(q), self.k.shape[2]
-        # R rows need at most R lines. The last group is the rows' own segments, a line each with
-        # one member.
-        groups = [tuple(x[:R] for x in table) for table in self.tables[: len(self.path)]]
-        groups.append((self.index[:R, None], self.rows.start[:R], self.rows.length[:R]))
+    def attend(self, block, qkv, norms, cos, sin):
+        """Stores the new keys and values, and attends -> [R, N, C]."""
+        R, rows = len(qkv), self.rows
         return kernels.attend(
-            q, self.k[block], self.v[block], groups, splits=kernels.splits_for(R, K)
+            qkv,
+            norms,
+            cos,
+            sin,
+            rows.slot[:R],
+            self.k[block],
+            self.v[block],
+            kernels.Shared(*(x[: len(self.path)] for x in self.tables)),
+            rows.start[:R],
+            rows.length[:R],
+            self.arrived,
+            self.heads,
+            self.eps,
         )
 
     def finish(self, lengths):

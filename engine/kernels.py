@@ -19,6 +19,7 @@ width of the MLP. A slot holds one token's keys and values: the cache is k, v [s
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,114 +167,49 @@ def rope_store_torch(qkv, norms, cos, sin, slot, k, v, heads, eps):
 
 
 @jit
-def _rope_store(
-    qkv,
-    norms,
-    cos,
-    sin,
-    slot,
-    q,
-    k,
-    v,
-    eps,
-    N,
-    K,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    # Heads 0 .. N - 1 are queries, the next K keys, the last K values.
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    c = tl.arange(0, BLOCK)
-    inside, other = c < C, (c + C // 2) % C  # the partner that RoPE turns c with
-    at = qkv + row * (N + 2 * K) * C + head * C
-    # x: the head's numbers; y: of each the partner.
-    x, y = (
-        tl.load(at + c, inside, 0.0).to(tl.float32),
-        tl.load(at + other, inside, 0.0).to(tl.float32),
-    )
-    to = tl.load(slot + row)
-    if head < N + K:
+def _turned(qkv, norms, cos, sin, at, head, row, live, c, eps, C: tl.constexpr, NORM: tl.constexpr):
+    """Heads as they enter attention, normalised and turned: fp32 [M, C]. at, head, row, live: [M],
+    where in qkv a head begins, its number among q's and k's, its row, whether it is one."""
+    inside, other = live[:, None] & (c < C)[None, :], (c + C // 2) % C  # RoPE turns c with `other`
+    x = tl.load(qkv + at[:, None] + c[None, :], inside, 0.0).to(tl.float32)
+    y = tl.load(qkv + at[:, None] + other[None, :], inside, 0.0).to(tl.float32)
+    if NORM:
         # Both are normalised by the head's one scale, each with the weight of its own column.
-        if NORM:
-            scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / C + eps)
-            x *= scale * tl.load(norms + head * C + c, inside, 0.0).to(tl.float32)
-            y *= scale * tl.load(norms + head * C + other, inside, 0.0).to(tl.float32)
-        # The minus sign of the rotation is in sin (model.rope_tables).
-        turn = row * C + c
-        x = x * tl.load(cos + turn, inside, 0.0).to(tl.float32) + y * tl.load(
-            sin + turn, inside, 0.0
-        ).to(tl.float32)
-    x = x.to(q.dtype.element_ty)
-    # A query goes to q, a key or value into its slot. Slot -1, an empty place, masks every column.
-    if head < N:
-        tl.store(q + (row * N + head) * C + c, x, inside)
-    elif head < N + K:
-        tl.store(k + (to * K + head - N) * C + c, x, c < tl.where(to >= 0, C, 0))
-    else:
-        tl.store(v + (to * K + head - N - K) * C + c, x, c < tl.where(to >= 0, C, 0))
-
-
-def rope_store(qkv, norms, cos, sin, slot, k, v, heads, eps):
-    """The kernel of `rope_store_torch`. A row whose slot is -1 is an empty place: it writes
-    nothing.
-
-    Grid: R x (N + 2K), one program a row and head.
-    """
-    (R, K, C), N = (len(qkv), *k.shape[1:]), heads
-    check(
-        qkv.shape[1] == (N + 2 * K) * C and C % 2 == 0,
-        f"rope_store: {qkv.shape[1]} columns are not ({N} + 2 x {K}) x {C}, C even",
-    )
-    check(
-        k.dtype == v.dtype == qkv.dtype,
-        f"rope_store: cache of {k.dtype}, activations of {qkv.dtype}",
-    )
-    check_dense(
-        qkv=qkv,
-        cos=cos,
-        sin=sin,
-        slot=slot,
-        k=k,
-        v=v,
-        **({} if norms is None else dict(norms=norms)),
-    )
-    q = qkv.new_empty(R, N, C)
-    _rope_store[(R, N + 2 * K)](
-        qkv,
-        qkv if norms is None else norms,
-        cos,
-        sin,
-        slot,
-        q,
-        k,
-        v,
-        eps,
-        N,
-        K,
-        C=C,
-        BLOCK=power_of_2(C),
-        NORM=norms is not None,
-        num_warps=1,
-    )
-    return q
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / C + eps)[:, None]
+        weights = norms + head[:, None] * C
+        x *= scale * tl.load(weights + c[None, :], inside, 0.0).to(tl.float32)
+        y *= scale * tl.load(weights + other[None, :], inside, 0.0).to(tl.float32)
+    # The minus sign of the rotation is in sin (model.rope_tables).
+    turn = row[:, None] * C + c[None, :]
+    x *= tl.load(cos + turn, inside, 0.0).to(tl.float32)
+    return x + y * tl.load(sin + turn, inside, 0.0).to(tl.float32)
 
 
 # ---- decode attention ----------------------------------------------------------------------------
 
 
-def attend_torch(q, k, v, groups):
+class Shared(NamedTuple):
+    """The segments that rows share, H layers of them. A line is a segment and as many of its rows
+    as one tile holds; a layer's lines stand at the front, and those behind them are not read."""
+
+    rows: torch.Tensor  # [H, lines, M] rows that see the segment, -1 behind them
+    starts: torch.Tensor  # [H, lines] first slot
+    lengths: torch.Tensor  # [H, lines]
+    used: torch.Tensor  # [H] lines in use
+
+
+def attend_torch(q, k, v, shared, starts, lengths):
     """softmax(q·kᵀ / sqrt C) · v over ALL segments that a row sees, in fp32.
 
-    q: [R, N, C]; k, v: [slots, K, C]. groups: [(rows [I, M], starts [I], lengths [I]), ...].
-    Segment i of a group is slots starts[i] .. starts[i] + lengths[i] - 1; the rows named in rows[i]
-    see its keys (-1: no row). -> [R, N, C]; 0 for rows without keys.
+    q: [R, N, C]; k, v: [slots, K, C]; shared: Shared; starts, lengths: [R], the rows' own segments.
+    A segment is slots start .. start + length - 1. -> [R, N, C]; 0 for rows without keys.
     """
-    (R, N, C), K, visible = q.shape, k.shape[1], [[] for _ in q]
-    for rows, starts, lengths in groups:
-        for members, start, length in zip(rows.tolist(), starts.tolist(), lengths.tolist()):
-            for row in set(members) - {-1}:
-                visible[row] += range(start, start + length)
+    (R, N, C), K = q.shape, k.shape[1]
+    visible = [list(range(s, s + n)) for s, n in zip(starts.tolist(), lengths.tolist())]
+    for rows, first, length, used in zip(*shared):
+        for line in range(int(used)):
+            for row in set(rows[line].tolist()) - {-1}:
+                visible[row] += range(int(first[line]), int(first[line] + length[line]))
     out = torch.zeros(R, K, N // K, C, dtype=torch.float32)
     for row, slots in enumerate(visible):
         scores = q[row].view(K, -1, C).float() @ k[slots].float().permute(1, 2, 0)  # [K, G, T]
@@ -285,57 +221,28 @@ def attend_torch(q, k, v, groups):
 FILL = 256  # programs that occupy a GPU
 
 
-def splits_for(rows, kv_heads):
-    """-> the number of parts that a segment's keys are split into, so that few rows still make FILL
-    programs: a power of two, at most 16."""
-    return max(1, min(16, power_of_2(FILL // (rows * kv_heads))))
+def splits_for(tiles, kv_heads):
+    """-> the number of parts that a segment's keys are split into, so that few tiles (rows, or
+    lines of rows that share a segment) still make FILL programs: a power of two, at most 16."""
+    return max(1, min(16, power_of_2(FILL // (tiles * kv_heads))))
 
 
-def members_for(dtype, heads, kv_heads):
-    """-> the number of rows that meet a shared segment in one tile: 64 queries on the tensor cores,
-    G of each row. In fp32 16: products are then summed in ordinary registers, and 64 queries would
-    spill 5 to 10 kB a thread."""
-    return max(1, (16 if dtype.itemsize == 4 else 64) * kv_heads // heads)
+def members_for(heads, kv_heads):
+    """-> the number of rows that meet a shared segment in one tile: 16 queries, the fewest that
+    tensor cores multiply, G of each row. With more, a program has so many registers that few of
+    them share a multiprocessor."""
+    return max(1, 16 * kv_heads // heads)
 
 
 @jit
-def _attend(
-    q,
-    k,
-    v,
-    rows,
-    starts,
-    lengths,
-    out,
-    lse,
-    first_part,
-    scale,
-    R,
-    N,
-    K,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    PARTS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+def _meet(
+    tile, k, v, start, begin, end, head, scale, K,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
-):
-    # item: a segment and its rows; head: of keys and values; split: a part of the segment's keys.
-    item, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    m, n, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
-    # query m: member m // G, head m % G
-    row = tl.load(rows + item * MEMBERS + m // G, m // G < MEMBERS, -1).to(tl.int64)
-    live = (row >= 0) & (row < R)
-    length, start = tl.load(lengths + item), tl.load(starts + item)
-    # 100 keys in blocks of 32 are 4 blocks: 2 splits take keys 0..63 and 64..99.
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N  # keys of a split, whole blocks
-    begin = split * share
-    end = tl.minimum(begin + share, length)
-    at_q = (row * N + head * G + m % G) * C
-    tile = tl.load(q + at_q[:, None] + c[None, :], live[:, None] & (c < C)[None, :], 0.0)  # [M, C]
+):  # fmt: skip
+    """Queries [M, C] meet keys begin .. end - 1 of a segment -> the mean of its values, and the
+    logarithm of the sum of exponentials, which is what this part weighs in `_merge`."""
+    n, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     # Online softmax (arXiv 1805.02867): one pass over the keys. Sums so far are relative to the
     # largest score so far, and fade when a larger one comes.
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # running maximum, sum, weighted values
@@ -357,103 +264,226 @@ def _attend(
         weight, fade = tl.exp(score - higher[:, None]), tl.exp(top - higher)
         acc = acc * fade[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         total, top = total * fade + tl.sum(weight, 1), higher
-    # lse, the logarithm of the sum of exponentials, is what this part weighs in _merge.
-    part = (row * N + head * G + m % G) * PARTS + first_part + split
-    tl.store(lse + part, top + tl.log(total), live & (total > 0))
-    tl.store(lse + part, top, live & (total == 0))  # -inf: no key
-    tl.store(
-        out + part[:, None] * C + c[None, :],
-        acc / tl.maximum(total, 1e-30)[:, None],
-        live[:, None] & (c < C)[None, :],
-    )
+    lse = tl.where(total > 0, top + tl.log(total), -float("inf"))
+    return acc / tl.maximum(total, 1e-30)[:, None], lse
 
 
 @jit
-def _merge(parts, lse, out, C, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    at, p, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    # A part without keys has lse -inf and weighs 0.
-    size = tl.load(lse + at * PARTS + p, p < PARTS, -float("inf"))
-    top = tl.max(size, 0)
-    weight = tl.where(size > -float("inf"), tl.exp(size - top), 0.0)
-    value = tl.load(
-        parts + (at * PARTS + p)[:, None] * C + c[None, :],
-        (p < PARTS)[:, None] & (c < C)[None, :],
-        0.0,
-    )
-    value = tl.sum(value * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
-    tl.store(out + at * C + c, value.to(out.dtype.element_ty), c < C)
+def _merge(
+    mean, size, query, live, part, means, sizes, arrived, out,
+    C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Writes part number `part` of each query. Whoever brings a query's last part merges them, in
+    the order of their numbers: o = Σ o_p exp(size_p) / Σ exp(size_p)."""
+    c = tl.arange(0, BLOCK_C)
+    at = query * PARTS + part
+    tl.store(sizes + at, size, live)
+    tl.store(means + at[:, None] * C + c[None, :], mean, live[:, None] & (c < C)[None, :])
+    # All threads of this program have written before one of them says so.
+    tl.debug_barrier()
+    last = live & (tl.atomic_add(arrived + query, 1, live) == PARTS - 1)
+    tl.debug_barrier()
+    if tl.max(last.to(tl.int32), 0) > 0:
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        for p in range(PARTS):
+            top = tl.maximum(top, tl.load(sizes + query * PARTS + p, last, -float("inf")))
+        top = tl.where(top == -float("inf"), 0.0, top)  # a row without keys
+        total, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        inside = last[:, None] & (c < C)[None, :]
+        for p in range(PARTS):
+            at = query * PARTS + p
+            weight = tl.exp(tl.load(sizes + at, last, -float("inf")) - top)
+            total += weight
+            acc += weight[:, None] * tl.load(means + at[:, None] * C + c[None, :], inside, 0.0)
+        acc /= tl.maximum(total, 1e-30)[:, None]
+        tl.store(out + query[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), inside)
+        tl.store(arrived + query, 0, last)  # for the next launch
 
 
-def attend(q, k, v, groups, splits=1):
-    """The kernels of `attend_torch`. Two steps: o_p, lse_p of each part p of a row's keys, then
-    o = Σ o_p exp(lse_p) / Σ exp(lse_p).
+@jit
+def _attend(
+    qkv,
+    norms,
+    cos,
+    sin,
+    slot,
+    k,
+    v,
+    shared_rows,
+    shared_starts,
+    shared_lengths,
+    used,
+    starts,
+    lengths,
+    means,
+    sizes,
+    arrived,
+    out,
+    scale,
+    eps,
+    R,
+    N,
+    K,
+    lines,
+    programs,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    LAYERS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OWN_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NORM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    program, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    m, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
+    heads = head * G + m % G  # query m: member m // G of a line, head m % G
+    PARTS: tl.constexpr = LAYERS * SPLITS + OWN_SPLITS
+    width = (N + 2 * K) * C  # of a row of qkv: N heads of queries, K of keys, K of values
+    # The shared segments of a layer: each program takes every so-manieth item of those in use. The
+    # programs behind the last layer have one item each, of a row's own segment.
+    layer = tl.minimum(program // programs, LAYERS)
+    first = program - layer * programs
+    splits, stop = OWN_SPLITS, first + 1
+    if layer < LAYERS:
+        splits, stop = SPLITS, tl.load(used + layer) * SPLITS
+    for item in range(first, stop, programs):
+        line, split, newest = item // splits, item % splits, tl.full((), -1, tl.int64)
+        if layer < LAYERS:
+            at = layer * lines + line
+            row = tl.load(shared_rows + at * MEMBERS + m // G, m // G < MEMBERS, -1)
+            row = tl.where(row < R, row, -1)
+            start, length = tl.load(shared_starts + at), tl.load(shared_lengths + at)
+        else:
+            # Slot -1 is an empty place: nothing is read or written for it.
+            newest = tl.load(slot + line)
+            row = tl.where((m < G) & (newest >= 0), line, -1)
+            start, length = tl.load(starts + line), tl.load(lengths + line, newest >= 0, 0)
+        # 100 keys in blocks of 32 are 4 blocks: 2 splits take keys 0..63 and 64..99.
+        share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+        begin = split * share
+        end = tl.minimum(begin + share, length)
+        if (newest >= 0) & (begin < end) & (end == length):
+            # The newest key is among this program's: it is computed and stored here.
+            one = tl.zeros([1], tl.int64)
+            number = one + N + head
+            key = _turned(
+                qkv, norms, cos, sin, line * width + number * C, number, one + line,
+                number > 0, c, eps, C, NORM,
+            )  # fmt: skip
+            inside = (c < C)[None, :]
+            source = line * width + (number + K)[:, None] * C + c[None, :]
+            value = tl.load(qkv + source, inside, 0.0)
+            to = (one + newest * K + head)[:, None] * C + c[None, :]
+            tl.store(k + to, key.to(k.dtype.element_ty), inside)
+            tl.store(v + to, value, inside)
+        tl.debug_barrier()  # then all threads of the program see it
+        live = row >= 0
+        tile = _turned(
+            qkv, norms, cos, sin, row * width + heads * C, heads, row, live, c, eps, C, NORM
+        ).to(qkv.dtype.element_ty)
+        mean, size = _meet(
+            tile, k, v, start, begin, end, head, scale, K, C, BLOCK_M, BLOCK_N, BLOCK_C, WIDE
+        )
+        _merge(
+            mean, size, row * N + heads, live, layer * SPLITS + split,
+            means, sizes, arrived, out, C, PARTS, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
 
-    Grid: segments x K x splits. A program holds M = members x G queries, and reads the segment's
-    keys ONCE for all of them. Then R x N, one program a row and head that merges the parts.
 
-    A group is a launch and gives `splits` parts of every row: a group for each layer of shared
-    prefixes, whose members are siblings, and one for the rows' own segments. Lengths are read on
-    the device, so a captured graph stays right while they grow. A row named in no group gets
-    undefined values: it must be an empty place. (WIDE: the interpreter cannot multiply bf16.)
+def attend(qkv, norms, cos, sin, slot, k, v, shared, starts, lengths, arrived, heads, eps):
+    """The kernel of `attend_torch(rope_store_torch(...), ...)`: turns q and k, stores the new keys
+    and values, and attends -> [R, N, C]. Two steps: o_p, size_p of each part p of a row's keys,
+    then o = Σ o_p exp(size_p) / Σ exp(size_p), by the program that finishes a row's last part.
+
+    Grid: (H x programs for shared segments + R x splits for the rows' own) x K. A program holds
+    M = members x G queries, and reads a shared segment's keys ONCE for all of them.
+
+    Each row stands in one line of every layer. Its newest slot is the last of its own segment; a
+    row whose slot is -1 is an empty place, which writes nothing and gets undefined values. Lengths
+    and lines in use are read on the device, so a captured graph stays right while they change.
+    arrived: int32 zeros, at least [R, N], and zeros again afterwards. (WIDE: the interpreter cannot
+    multiply bf16.)
     """
-    (R, N, C), K = q.shape, k.shape[1]
-    G, parts, first = N // K, splits * len(groups), 0
+    (R, K, C), N = (len(qkv), *k.shape[1:]), heads
+    (layers, lines, members), G = shared.rows.shape, N // K
     check(
-        N % K == 0 and k.shape == v.shape and k.shape[2] == C and k.dtype == v.dtype == q.dtype,
-        f"attend: q {tuple(q.shape)} {q.dtype} does not go with keys {tuple(k.shape)} {k.dtype}, "
-        f"values {tuple(v.shape)} {v.dtype}",
+        N % K == 0 and C % 2 == 0 and qkv.shape[1] == (N + 2 * K) * C and k.shape == v.shape,
+        f"attend: {qkv.shape[1]} columns are not ({N} + 2 x {K}) x {C}, C even, or the values are "
+        f"{tuple(v.shape)}, the keys {tuple(k.shape)}",
     )
-    wide = q.itemsize == 4
-    block = (64 if C <= 64 else 32) // (2 if wide else 1)  # keys at a time, as registers allow
-    # Without a limit ptxas spills 8 or 16 bytes in fp32.
-    registers = 128 if wide else None
+    check(
+        k.dtype == v.dtype == qkv.dtype,
+        f"attend: cache of {k.dtype} and {v.dtype}, activations of {qkv.dtype}",
+    )
+    check(
+        arrived.dtype == torch.int32 and arrived.numel() >= R * N,
+        f"attend: {tuple(arrived.shape)} counters of {arrived.dtype} for {R} x {N} heads",
+    )
+    check_dense(
+        qkv=qkv,
+        cos=cos,
+        sin=sin,
+        slot=slot,
+        k=k,
+        v=v,
+        starts=starts,
+        lengths=lengths,
+        arrived=arrived,
+        **{f"shared.{name}": x for name, x in shared._asdict().items()},
+        **({} if norms is None else dict(norms=norms)),
+    )
+    wide = qkv.itemsize == 4
+    # R rows have R lines at most, R / members when all of them are siblings.
+    splits, own_splits = splits_for(triton.cdiv(R, members), K), splits_for(R, K)
+    programs = min(R * splits, triton.cdiv(2 * FILL, K))
+    parts = layers * splits + own_splits
     # In fp32: the parts are summed once more.
-    partial = torch.empty(R, N, parts, C, device=q.device)
-    lse = torch.empty(R, N, parts, device=q.device)
-    # Launch g fills parts g x splits .. (g + 1) x splits - 1 of every row.
-    for rows, starts, lengths in groups:
-        check(
-            rows.dim() == 2 and len(rows) == len(starts) == len(lengths),
-            "attend: a start and a length for each row of members",
-        )
-        check_dense(q=q, k=k, v=v, rows=rows, starts=starts, lengths=lengths)
-        _attend[(len(rows), K, splits)](
-            q,
-            k,
-            v,
-            rows,
-            starts,
-            lengths,
-            partial,
-            lse,
-            first,
-            C**-0.5,
-            R,
-            N,
-            K,
-            G=G,
-            C=C,
-            PARTS=parts,
-            MEMBERS=rows.shape[1],
-            SPLITS=splits,
-            BLOCK_M=max(16, power_of_2(rows.shape[1] * G)),
-            BLOCK_N=block,
-            BLOCK_C=max(16, power_of_2(C)),
-            WIDE=INTERPRETED,
-            num_warps=4 if C * q.itemsize <= 256 else 8,
-            maxnreg=registers,
-        )
-        first += splits
-    out = torch.empty_like(q)
-    _merge[(R * N,)](
-        partial,
-        lse,
+    means = torch.empty(R, N, parts, C, device=qkv.device)
+    sizes = torch.empty(R, N, parts, device=qkv.device)
+    out = qkv.new_empty(R, N, C)
+    _attend[(layers * programs + R * own_splits, K)](
+        qkv,
+        qkv if norms is None else norms,
+        cos,
+        sin,
+        slot,
+        k,
+        v,
+        shared.rows,
+        shared.starts,
+        shared.lengths,
+        shared.used,
+        starts,
+        lengths,
+        means,
+        sizes,
+        arrived,
         out,
-        C,
-        PARTS=parts,
-        BLOCK_P=power_of_2(parts),
-        BLOCK_C=power_of_2(C),
-        num_warps=1,
+        C**-0.5,
+        eps,
+        R,
+        N,
+        K,
+        lines,
+        programs,
+        G=G,
+        C=C,
+        LAYERS=layers,
+        MEMBERS=members,
+        SPLITS=splits,
+        OWN_SPLITS=own_splits,
+        BLOCK_M=max(16, power_of_2(members * G)),
+        BLOCK_N=16 if wide and C > 64 else 32,  # as registers allow
+        BLOCK_C=max(16, power_of_2(C)),
+        NORM=norms is not None,
+        WIDE=INTERPRETED,
+        num_warps=4 if C * qkv.itemsize <= 256 else 8,
+        # 128: so that four programs of four warps share a multiprocessor.
+        maxnreg=128 if C <= 128 else 255,
     )
     return out
 
@@ -664,7 +694,5 @@ def choose(logits, temperature, rows):
 
 
 # The same operations under the same names: a decode step takes one of the two sets.
-FUSED = SimpleNamespace(add_norm=add_norm, swiglu=swiglu, rope_store=rope_store)
-REFERENCE = SimpleNamespace(
-    add_norm=add_norm_torch, swiglu=swiglu_torch, rope_store=rope_store_torch
-)
+FUSED = SimpleNamespace(add_norm=add_norm, swiglu=swiglu)
+REFERENCE = SimpleNamespace(add_norm=add_norm_torch, swiglu=swiglu_torch)

@@ -77,137 +77,165 @@ def test_swiglu(R, size, dtype):
     assert error(kernels.swiglu(gate_up), kernels.swiglu_torch(gate_up)) < TYPES[dtype]
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("R, N, K, C", [(1, 1, 1, 16), (3, 6, 2, 24), (2, 4, 4, 80), (4, 7, 1, 64)])
-def test_rope_store(R, N, K, C, dtype):
-    """Catches the wrong partner in the rotation, norms of the wrong head, and keys in values'
-    place."""
-    qkv, norms = randn(R, (N + 2 * K) * C, dtype=dtype), randn(N + K, C, dtype=dtype)
-    cos, sin = randn(R, C, dtype=dtype), randn(R, C, dtype=dtype, seed=3)
-    slot = torch.tensor([5, 3, 0, 9][:R], device=DEVICE)
-    for weights in (norms, None):
-        stores = [torch.full((10, K, C), 7.0, dtype=dtype, device=DEVICE) for _ in range(4)]
-        out = kernels.rope_store(qkv, weights, cos, sin, slot, *stores[:2], N, 1e-6)
-        ref = kernels.rope_store_torch(qkv, weights, cos, sin, slot, *stores[2:], N, 1e-6)
-        assert (
-            error(out, ref) < TYPES[dtype]
-            and error(stores[0], stores[2]) < TYPES[dtype]
-            and torch.equal(stores[1], stores[3])
-        )
-
-
-def segments(rows, starts, lengths):
-    return tuple(torch.tensor(x, device=DEVICE) for x in (rows, starts, lengths))
-
-
-CASES = {  # heads, key/value heads, head size, groups of (members, starts, lengths)
-    "one row, one key": (1, 1, 16, [([[0]], [3], [1])]),
-    "empty suffix": (
-        4,
-        2,
-        32,
-        [([[0, 1, 2]], [0], [5]), ([[0], [1], [2]], [10, 20, 30], [0, 1, 2])],
-    ),
+CASES = {  # heads, key/value heads, head size, shared layers [(members, starts, lengths)], own
+    # (starts, lengths)
+    "one row, one key": (1, 1, 16, [([[0]], [9], [0])], ([3], [1])),
+    "nothing shared": (2, 1, 24, [], ([0, 40], [3, 37])),
+    "one shared layer": (4, 2, 32, [([[0, 1, 2]], [0], [5])], ([10, 20, 30], [1, 1, 2])),
     "around a block": (
         4,
         1,
         64,
-        [
-            ([[0, 1], [2, 3]], [0, 70], [64, 63]),
-            ([[0], [1], [2], [3]], [200, 300, 400, 500], [65, 64, 63, 0]),
-        ],
+        [([[0, 1], [2, 3]], [0, 70], [64, 63])],
+        ([200, 300, 400, 500], [65, 64, 63, 1]),
     ),
     "seven heads a key, odd head size": (
         14,
         2,
         24,
-        [
-            ([[0, 1, -1], [2, -1, -1]], [0, 40], [33, 17]),
-            ([[0], [1], [2]], [90, 110, 150], [9, 31, 3]),
-        ],
+        [([[0, 1, -1], [2, -1, -1]], [0, 40], [33, 17])],
+        ([90, 110, 150], [9, 31, 3]),
     ),
     "three generations": (
         4,
         2,
         128,
-        [
-            ([[0, 1, 2, 3]], [0], [40]),
-            ([[0, 1], [2, 3]], [50, 90], [33, 7]),
-            ([[0], [1], [2], [3]], [120] * 4, [1, 2, 3, 4]),
-        ],
+        [([[0, 1, 2, 3]], [0], [40]), ([[0, 1], [2, 3]], [50, 90], [33, 7])],
+        ([120, 130, 140, 150], [1, 2, 3, 4]),
     ),
     "two tiles of fourteen queries and one of seven": (
         14,
         2,
         64,
-        [
-            ([[0, 1], [2, 3], [4, -1]], [0, 0, 0], [70] * 3),
-            ([[0], [1], [2], [3], [4]], [80, 90, 100, 110, 120], [1, 2, 3, 4, 0]),
-        ],
+        [([[0, 1], [2, 3], [4, -1]], [0, 0, 0], [70] * 3)],
+        ([80, 90, 100, 110, 120], [1, 2, 3, 4, 1]),
     ),
-    "four tiles of sixteen queries, long heads": (
+    "two tiles of thirty-two queries, long heads": (
         8,
-        2,
+        1,
         256,
         [([[0, 1, 2, 3], [4, 5, 6, 7]], [0, 40], [33, 16])],
+        (list(range(100, 180, 10)), [1] * 8),
     ),
-    "nine rows, an unused line": (
+    "nine rows, two empty places, lines of other rows": (
         2,
         1,
         80,
-        [([[0, 1, 2, 3], [4, 5, 6, 7], [8, -1, -1, -1], [-1] * 4], [0, 0, 0, 0], [21, 21, 21, 0])],
+        [
+            (
+                [[0, 1, 2, 3], [4, 5, 6, 8], [10, 700, -1, -1], [11, 12, -1, -1]],
+                [0, 0, 600, 620],
+                [21, 21, 9, 5],
+            )
+        ],
+        (list(range(30, 140, 10)), [1, 2, 3, 4, 5, 6, 7, 0, 9, 0, 1]),
     ),
 }
+
+
+def inputs(N, K, C, layers, own, norm, dtype=torch.float32, places=0):
+    """What kernels.attend takes, of a case. Whatever is not to be read is NaN."""
+    H, R = len(layers), len(own[0])
+    lines = max([len(rows) for rows, _, _ in layers] + [R, places])
+    members = max([len(rows[0]) for rows, _, _ in layers] + [1])
+    shared = kernels.Shared(
+        torch.full((H, lines, members), 12345),  # lines that are not in use name no row
+        *(torch.full((H, lines), 123456789) for _ in range(2)),
+        torch.tensor([len(rows) for rows, _, _ in layers], dtype=torch.long),
+    )
+    k, v = (torch.full((640, K, C), torch.nan, dtype=dtype) for _ in "kv")
+    starts, lengths = torch.tensor(own[0]), torch.tensor(own[1])
+    filled = [*zip(own[0], (length - 1 for length in own[1]))]
+    for layer, (rows, first, size) in enumerate(layers):
+        n = len(rows)
+        shared.rows[layer, :n, : len(rows[0])] = torch.tensor(rows)
+        shared.rows[layer, :n, len(rows[0]) :] = -1
+        shared.starts[layer, :n], shared.lengths[layer, :n] = (
+            torch.tensor(first),
+            torch.tensor(size),
+        )
+        filled += [x for row, x in zip(rows, zip(first, size)) if row[0] < R]
+    for start, length in filled:
+        for x, seed in ((k, start), (v, -start)):
+            x[start : start + max(0, length)] = randn(
+                max(0, length), K, C, dtype=dtype, seed=seed
+            ).cpu()
+    slot = torch.where(lengths > 0, starts + lengths - 1, -1)
+    qkv = randn(R, (N + 2 * K) * C, dtype=dtype)
+    qkv[lengths == 0] = torch.nan
+    angle = randn(R, C // 2)
+    cos = torch.cat([angle.cos(), angle.cos()], 1).to(dtype)
+    sin = torch.cat([-angle.sin(), angle.sin()], 1).to(dtype)
+    norms = (1 + randn(N + K, C) / 4).to(dtype) if norm else None
+    arrived = torch.zeros(R + places, N, dtype=torch.int32)
+    to = lambda x: None if x is None else x.to(DEVICE)
+    shared = kernels.Shared(*map(to, shared))
+    return (
+        *map(to, (qkv, norms, cos, sin, slot, k, v)),
+        shared,
+        *map(to, (starts, lengths, arrived)),
+    )
+
+
+def reference(N, qkv, norms, cos, sin, slot, k, v, shared, starts, lengths, arrived):
+    """What attend gives for the rows that are there, and the keys and values that it leaves. As in
+    the kernel, q, k and v are rounded once."""
+    wide = lambda x: None if x is None else x.cpu().float()
+    live = (slot >= 0).cpu()
+    q, k32, v32 = torch.zeros(len(qkv), N, k.shape[2]), wide(k), wide(v)
+    q[live] = kernels.rope_store_torch(
+        *(wide(qkv)[live], wide(norms), wide(cos)[live], wide(sin)[live], slot.cpu()[live]),
+        *(k32, v32, N, 1e-6),
+    )
+    # A graph of fewer rows than the tables name: the others do not count.
+    shared = shared._replace(rows=shared.rows.where(shared.rows < len(qkv), -1))
+    q, k, v = (x.to(qkv.dtype) for x in (q, k32, v32))
+    segments = kernels.Shared(*(x.cpu() for x in shared)), starts.cpu(), lengths.cpu()
+    return kernels.attend_torch(q, k.nan_to_num(), v.nan_to_num(), *segments), live, k, v
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_attend(case, dtype):
-    """Catches keys beyond a length, a split or generation left out or counted twice, members mixed
-    up, -inf - -inf; whatever is not to be read is NaN, so reading it once shows."""
-    N, K, C, groups = CASES[case]
-    k, v = (torch.full((640, K, C), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv")
-    groups = [segments(*group) for group in groups]
-    for _, starts, lengths in groups:
-        for start, length in zip(starts.tolist(), lengths.tolist()):
-            k[start : start + length], v[start : start + length] = (
-                randn(length, K, C, dtype=dtype, seed=start),
-                randn(length, K, C, dtype=dtype, seed=-start),
-            )
-    R = 1 + max(int(rows.max()) for rows, _, _ in groups)
-    q = randn(R, N, C, dtype=dtype)
-    ref = kernels.attend_torch(
-        *(x.cpu() for x in (q, k, v)), [[x.cpu() for x in group] for group in groups]
-    )
-    for splits in (1, 3):
-        assert error(kernels.attend(q, k, v, groups, splits), ref) < TYPES[dtype]
+def test_attend(case, dtype, monkeypatch):
+    """Catches keys beyond a length, a split or layer left out or counted twice, members mixed up,
+    the wrong partner in the rotation, norms of the wrong head, keys in values' place, the newest
+    key unseen, -inf - -inf, and counters that are not zero again. Whatever is not to be read is
+    NaN, so reading it once shows. All of it with one part a segment and with several, in as many
+    programs as there are lines and in fewer."""
+    N, K, C, layers, own = CASES[case]
+    for norm, fill in ((True, 1), (False, 16), (False, 64)):
+        monkeypatch.setattr(kernels, "FILL", fill)
+        given = inputs(N, K, C, layers, own, norm, dtype)
+        ref, live, k, v = reference(N, *given)
+        for _ in range(2):  # the second launch finds the counters of the first
+            out = kernels.attend(*given, N, 1e-6).cpu()
+            # In bf16 weights are rounded too, and rounded scores stand in an exponent.
+            assert error(out[live], ref[live]) < 1.5 * TYPES[dtype]
+            assert not given[-1].any()
+        for stored, twin in zip(given[5:7], (k, v)):
+            stored = stored.cpu()
+            assert torch.equal(stored.isnan(), twin.isnan())
+            assert error(stored.nan_to_num(), twin.nan_to_num()) < TYPES[dtype]
 
 
 def test_padded_rows_are_inert():
     """Catches an empty place that reads, writes, or spoils its neighbours: with its queries, keys
     and activations NaN, the other rows are as without it, and neither the cache nor the result
     takes anything from it."""
-    rows, N, K, C = seated(3, most=4, device=DEVICE), 2, 1, 16
+    own = ([4, 0, 8], [1, 0, 2])
+    given = inputs(2, 1, 16, [([[0, 2]], [20], [5])], own, False)
+    before = given[5].clone()
+    out = kernels.attend(*given, 2, 1e-6)
+    changed = (given[5].nan_to_num() != before.nan_to_num()).flatten(1).any(1)
+    assert changed.nonzero()[:, 0].tolist() == [4, 9] and torch.isfinite(out[[0, 2]]).all()
+    rows = seated(3, most=4, device=DEVICE)
     rows.alive[1], rows.slot[:], rows.length[:] = (
         False,
         torch.tensor([4, -1, 9]),
         torch.tensor([1, 0, 2]),
     )
-    k, v = randn(12, K, C), randn(12, K, C)
-    before = k.clone(), v.clone()
-    qkv = randn(3, (N + 2 * K) * C)
-    qkv[1] = torch.nan
-    q = kernels.rope_store(qkv, None, randn(3, C), randn(3, C), rows.slot, k, v, N, 1e-6)
-    assert all(
-        torch.equal(now[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]], then[[0, 1, 2, 3, 5, 6, 7, 8, 10, 11]])
-        for now, then in zip((k, v), before)
-    )
-    own = segments([[0], [1], [2]], [4, 0, 8], [1, 0, 2])
-    out = kernels.attend(q, k, v, [own])
-    alone = kernels.attend(q[[0, 2]], k, v, [segments([[0], [1]], [4, 8], [1, 2])])
-    assert torch.equal(out[[0, 2]], alone) and not out[1].any()
     logits = randn(3, 40)
     logits[1] = torch.nan
     kernels.choose(logits, 1.0, rows)
@@ -223,8 +251,8 @@ def test_padded_rows_are_inert():
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_choose(V, temperature):
     """Catches other random bits than torch draws, a column beyond the vocabulary, a wrong
-    normaliser over several blocks, a wrong end: tokens, bookkeeping and log-probabilities equal the
-    twin's, for logits of each type."""
+    normaliser over several blocks, a wrong end: tokens and bookkeeping equal the twin's, and
+    log-probabilities those in float64, for logits of each type."""
     types = (torch.float32, torch.bfloat16, torch.float16)
     for dtype in types if V < 10_000 else (torch.bfloat16,):
         logits = 3 * randn(3, V, dtype=dtype)
@@ -239,7 +267,10 @@ def test_choose(V, temperature):
         choose_torch(logits, temperature, twins)
         for name in ("token", "position", "length", "slot", "alive", "tokens"):
             assert torch.equal(getattr(ours, name), getattr(twins, name)), name
-        assert (ours.logprobs - twins.logprobs).abs().max() < 1e-5
+        # Over 152 k columns torch's softmax in fp32 is off by 2e-5.
+        exact = (logits.double() / (temperature or 1)).log_softmax(-1)
+        exact = exact.gather(1, ours.token[:, None])[:, 0]
+        assert (ours.logprobs.sum(1) - exact).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -286,15 +317,6 @@ def test_greedy_takes_the_first_of_level_logits(places):
     kernels.choose(logits, 0.0, rows)
     assert rows.tokens[0, 0] == min(places)
     assert abs(rows.logprobs[0, 0] - logits.log_softmax(-1)[0, places[0]]) < 1e-5
-
-
-def test_attend_skips_rows_that_are_not_there():
-    """Catches a table written for more rows than the step has (as when a graph for fewer rows is
-    captured): nothing is read or written for them, and the rows that are there get what they
-    would."""
-    q, k, v = randn(2, 2, 16), randn(9, 1, 16), randn(9, 1, 16)
-    some, all_ = segments([[0, 1, 5, 700]], [0], [9]), segments([[0, 1, -1, -1]], [0], [9])
-    assert torch.equal(kernels.attend(q, k, v, [some]), kernels.attend(q, k, v, [all_]))
 
 
 def test_the_kernels_noise_decides_as_torchs_does():
@@ -373,10 +395,9 @@ def test_the_kernels_noise_draws_rare_tokens_too():
         lambda: kernels.add_norm(randn(2, 8).T, None, randn(2), 1e-6),
         lambda: kernels.add_norm(randn(2, 8), randn(2, 8).bfloat16(), randn(8), 1e-6),
         lambda: kernels.swiglu(randn(2, 7)),
-        lambda: kernels.rope_store(
-            randn(2, 33), None, None, None, None, randn(4, 1, 16), randn(4, 1, 16), 1, 1e-6
-        ),
-        lambda: kernels.attend(randn(2, 3, 16), randn(9, 2, 16), randn(9, 2, 16), []),
+        lambda: kernels.attend(*inputs(3, 2, 16, [], ([0], [1]), False), 3, 1e-6),
+        lambda: kernels.attend(*inputs(4, 2, 16, [], ([0], [1]), False), 2, 1e-6),
+        lambda: kernels.attend(*inputs(1, 1, 7, [], ([0], [1]), False), 1, 1e-6),
         lambda: kernels.choose(randn(3, 8), 1.0, seated(2)),
     ],
 )
@@ -548,13 +569,11 @@ def test_every_kernel_compiles_and_none_spills(tmp_path):
         line.split()
         for line in without_interpreter(tmp_path, "-m", "tools.bench_kernels").splitlines()
     ]
-    lines = [line for line in lines if line and line[0] in ("default", "0.5b", "1.5b", "7b")]
-    assert len(lines) == 64 and {line[2] for line in lines} == {
+    lines = [line for line in lines if line[1:2] in (["float32"], ["bfloat16"])]
+    assert len(lines) == 40 and {line[2] for line in lines} == {
         "add_norm",
         "swiglu",
-        "rope_store",
         "attend",
-        "merge",
         "choose",
         "settle",
     }
@@ -567,13 +586,15 @@ def test_every_kernel_compiles_and_none_spills(tmp_path):
 @pytest.mark.slow
 def test_attention_to_long_heads_does_not_spill(tmp_path):
     """Catches a tile too large for what none of those shapes has: heads of 256, with 8 query heads
-    a key head and 3, and of 128 with one."""
+    a key head, with 3 and with one, and of 128 with one; with norms of q and k and without."""
     program = """
 import itertools, torch, model
 from tools import bench_kernels as bench
-for dtype, (heads, size) in itertools.product((torch.bfloat16, torch.float32), ((8, 256), (3, 256), (1, 128))):
-    launches, _ = bench.launches_of(model.ModelConfig(512, heads=heads, kv_heads=1, head_size=size), dtype, 64, 32, 64, 8)
-    for launch in launches:
-        print(*(bench.compiled(launch, sm)["spills"] for sm in (80, 90) if launch[0].__name__ == "_attend"))"""
+shapes = ((8, 1, 256, False), (3, 1, 256, False), (4, 4, 256, True), (1, 1, 128, True))
+for dtype, (heads, kv_heads, size, norm) in itertools.product((torch.bfloat16, torch.float32), shapes):
+    m = model.ModelConfig(512, heads=heads, kv_heads=kv_heads, head_size=size, qk_norm=norm)
+    for launch in bench.launches_of(m, dtype, 64, 32, 64, 8)[0]:
+        if launch[0].__name__ == "_attend":
+            print(*(bench.compiled(launch, sm)["spills"] for sm in (80, 90)))"""
     spills = without_interpreter(tmp_path, "-c", program).split()
-    assert spills == ["0"] * 24
+    assert spills == ["0"] * 16

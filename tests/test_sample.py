@@ -605,37 +605,26 @@ def test_places_of_rows_that_left_are_empty(gpt):
 
 def test_tables_of_the_cuda_cache_by_hand():
     """Catches siblings that do not share a line (their keys would be read once a row), a line with
-    too many, and lines left over from before: 7 rows below 3 nodes, 32 query heads a key head, so
-    in bf16 2 rows to a line; then 2 rows. In fp32 a line has a quarter of that."""
-    config = ModelConfig(VOCABULARY, heads=32, kv_heads=1)
-    assert [members_for(dtype, 14, 2) for dtype in (torch.bfloat16, torch.float32)] == [
-        9,
-        2,
-    ] and members_for(torch.float32, 32, 1) == 1
+    too many, and lines left over from before: 7 rows below 3 nodes, 8 query heads a key head, so
+    2 rows to a line; then 2 rows."""
+    config = ModelConfig(VOCABULARY, heads=8, kv_heads=1)
+    assert [members_for(heads, 2) for heads in (2, 14, 64)] == [16, 2, 1]
     pool = SlotPool(config, torch.bfloat16, "cpu", shared=True)
     segments = pool.take(3, 5, torch.tensor([4, 5, 2]))
     cache = CudaCache.opened(None, config, pool, [segments], 8, 6)
     rows = cache.rows
     rows.nodes[0][:7] = torch.tensor([0, 0, 0, 1, 2, 2, 2])
     cache.admit(0, 7)
-    lines, starts, lengths = cache.tables[0]
-    assert lines.tolist() == [
-        [0, 1],
-        [2, -1],
-        [3, -1],
-        [4, 5],
-        [6, -1],
-        [-1, -1],
-        [-1, -1],
-        [-1, -1],
-    ]
-    assert starts[:5].tolist() == [0, 0, 5, 10, 10] and lengths.tolist() == [4, 4, 5, 2, 2, 0, 0, 0]
+    lines, starts, lengths, used = (x[0] for x in cache.tables)
+    assert used == 5 and lines[:5].tolist() == [[0, 1], [2, -1], [3, -1], [4, 5], [6, -1]]
+    assert starts[:5].tolist() == [0, 0, 5, 10, 10] and lengths[:5].tolist() == [4, 4, 5, 2, 2]
     assert rows.start[:7].tolist() == [15 + 6 * i for i in range(7)] and cache.vacant == [7]
     rows.nodes[0][:2] = torch.tensor([0, 2])
     cache.retire(torch.tensor([False, True, False, False, False, False, True]), None)
     assert (
-        lines[:3].tolist() == [[0, -1], [1, -1], [-1, -1]]
-        and lengths[:3].tolist() == [4, 2, 0]
+        used == 2
+        and lines[:2].tolist() == [[0, -1], [1, -1]]
+        and lengths[:2].tolist() == [4, 2]
         and cache.vacant == [7, 0, 2, 3, 4, 5]
     )
 
