@@ -1,14 +1,18 @@
 """tools/family.py and tools/one_step.py: claims of GRPO's relatives beside what was measured."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tools import family, one_step
+from tools.compare import read_lines
 from tools.one_step import FIGURES, effect
 from variants.table import METHODS
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_relative_has_a_claim_on_a_task_where_it_ran():
@@ -31,8 +35,10 @@ def test_every_relative_has_a_claim_on_a_task_where_it_ran():
         ([[0.1], [0.11], [0.12]], "+", "confirmed"),
         ([[0.1], [0.11], [0.12]], "-", "refuted"),
         ([[0.1], [0.11], [0.12]], "0", "refuted"),
+        ([[-0.004], [-0.005], [-0.006]], "0", "confirmed"),  # a difference, but of half a point
+        ([[0.008], [0.01], [0.012]], "0", "not resolved"),
         ([[0.1], [-0.11], [0.02]], "+", "not resolved"),
-        ([[0.1], [-0.11], [0.02]], "0", "no difference found"),
+        ([[0.1], [-0.11], [0.02]], "0", "not resolved"),
         ([[0.1], [0.11]], "+", "not resolved"),  # two bases have no interval of use
     ],
 )
@@ -61,6 +67,28 @@ def test_the_table_of_claims_by_hand(monkeypatch):
     # t = 4.303, standard error 1 / sqrt(3)
     cells = "`disco` | hard ones count | pass@1; family-chain | + | 0 | +10.0 ± 2.5 | confirmed | 3"
     assert table.splitlines()[2:] == [f"| {cells} |"]
+
+
+def test_the_figures_of_a_committed_run():
+    """Catches a figure that a run of compare.py does not have, or not under that name."""
+    lines = read_lines(ROOT / "results/compare-solve.jsonl")
+    line = next(line for line in lines if line["arm"] == "mgrpo")
+    looked = dict(hard=0.1, easy=0.2, worst=0.3, consistent=0.4, tokens=9.0)
+    found = family.figures(line, looked | {"pass": [0.5, 0.6, 0.7]})
+    assert {figure for _, _, figure, where, *_ in family.CLAIMS if where != family.STEP} <= {*found}
+    assert {*family.MEANS} <= {*found} and found["pass@4"] == 0.6
+    row = line["result"]["temperature 1"]
+    assert (found["i→c"], found["Acc@t2"]) == (row["fix2"][0], row["t2"][0])
+
+
+def test_the_table_of_means_by_hand():
+    """Catches means over runs instead of bases, a share that is not in percent, and a figure that a
+    run does not have."""
+    found = dict.fromkeys(family.MEANS, 0.5) | {"tokens": 31.5, "pass@1, hard questions": None}
+    line = lambda base, seed: dict(arm="grpo", base_seed=base, seed=seed)
+    runs = [(line(0, 0), found), (line(0, 1), found), (line(1, 2), found | {"Acc@t1": 0.6})]
+    cells = "55.0 | 50.0 | 50.0 | 50.0 | 50.0 |  | 50.0 | 31.50 | 50.0 | 0.5000 | 0.5 | 2"
+    assert family.means_table(runs).splitlines()[2:] == [f"| `grpo` | {cells} |"]
 
 
 def test_chances_by_hand():

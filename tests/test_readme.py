@@ -402,6 +402,7 @@ def test_tables_of_the_map_are_those_of_the_committed_runs():
     """Catches a figure that was typed, and an experiment that the map leaves out."""
     page = [row for name in MAP_PAGES for row in PAGES[name].splitlines()]
     names = {path.stem.removeprefix("compare-") for path in ROOT.glob("results/compare-*.jsonl")}
+    names = {name for name in names if not name.startswith("family")}  # docs/variants.md
     known = {name for name, *_ in compare.MAP if not name.startswith("family")}
     assert names <= known
     waiting = re.findall(r"No runs yet: ((?:`[^`]+`,? ?)+)", " ".join(page))
@@ -446,6 +447,20 @@ def test_the_lines_of_the_log_are_those_of_the_committed_run():
         assert re.search(
             "^ +" + " +".join(map(re.escape, cells)) + " ", PAGES["docs/metrics.md"], re.M
         )
+
+
+def test_the_tables_of_the_family_are_those_of_the_committed_lines():
+    """Catches a figure that was typed: what the relatives claim, and what their runs end with."""
+    from tools import family
+
+    runs = family.read_runs()
+    tables = [family.claims_table(runs), *(family.means_table(runs[name]) for name in family.RUNS)]
+    tables.append(
+        family.composition_table(compare.read_lines(ROOT / "results/compare-family.jsonl"))
+    )
+    pages = {line for page in PAGES.values() for line in page.splitlines()}
+    rows = [row for table in tables for row in table.splitlines()]
+    assert len(rows) > 60 and [row for row in rows if row not in pages] == []
 
 
 def test_the_table_of_steps_is_that_of_the_committed_lines():

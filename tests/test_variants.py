@@ -76,8 +76,8 @@ def same(found, expected):
 
 
 def test_the_page_has_the_table():
-    """Catches a method that docs/variants.md does not list."""
-    assert markdown() in (ROOT / "docs/variants.md").read_text(encoding="utf-8")
+    """Catches a method that docs/relatives.md does not list."""
+    assert markdown() in (ROOT / "docs/relatives.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu", "smoke", "paper"])

@@ -8,7 +8,8 @@ The idea. A paper claims an effect: shorter answers, wider choice, calmer gradie
 a figure that shows the effect itself, which a tiny run resolves sooner than accuracy. A run is
 compared with GRPO's from the same base and seed, at equal generated tokens; a step with GRPO's on
 the same answers. A claim is confirmed or refuted where the 95 % interval over bases leaves 0 out,
-and not resolved where it does not.
+and not resolved where it does not. That two are as accurate is confirmed where the whole interval
+lies within a hundredth.
 
 What the log does not have is measured on the models that the runs left: 16 first answers to each of
 some held-out questions at temperature 1, by the run and by its base. Each look adds a JSON line to
@@ -18,6 +19,7 @@ results/looked-<name>.jsonl.
 from runtime import flags  # noqa: F401 - first, so that Ctrl-C during the other imports is handled
 
 # isort: split
+import functools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ from variants.veripo import consistent
 
 SAMPLES = 16
 HARD = 0.2  # a hard question: the base is right in less
+SAME = 0.01  # "as accurate": shares that differ by no more
 FIELDS = ("arm", "base_seed", "seed", "version", "pass", "hard", "easy", "worst", "consistent")
 FIELDS += ("tokens",)
 
@@ -93,7 +96,22 @@ CLAIMS = (
     ("group-dro", "the worst kind gets better", "pass@1, worst kind", LONG, "+", "+"),
     ("group-dro", "the mean stays", "pass@1", LONG, "0", "0"),
 )
-NO_SHARES = ("tokens", "gradient, largest / median", "entropy at the end")
+# Figures that are no shares, and their digits.
+NO_SHARES = {"tokens": 2, "gradient, largest / median": 1, "entropy at the end": 4}
+# What the table of all runs shows, with shorter heads.
+MEANS = {
+    "Acc@t1": "Acc@t1",
+    "Acc@t2": "Acc@t2",
+    "pass@1": "pass@1",
+    "pass@4": "pass@4",
+    f"pass@{SAMPLES}": f"pass@{SAMPLES}",
+    "pass@1, hard questions": "hard",
+    "consistent": "consistent",
+    "tokens": "tokens",
+    "groups with a signal": "signal",
+    "entropy at the end": "entropy",
+    "gradient, largest / median": "gradient",
+}
 
 
 @dataclass(frozen=True)
@@ -111,8 +129,9 @@ def figures(line, looked):
     log, row = line["log"], line["result"]["temperature 1"]
     gradient = log["grad_norm"]
     return {
+        "Acc@t1": row["t1"][0],
         "Acc@t2": row["t2"][0],
-        "i→c": row["fix"][0],
+        "i→c": row["fix2"][0],
         **{f"pass@{k}": looked["pass"][i] for i, k in enumerate((1, 4, SAMPLES))},
         "pass@1, hard questions": looked["hard"],
         "pass@1, other questions": looked["easy"],
@@ -131,19 +150,9 @@ def figures(line, looked):
 def look(name, line, questions):
     """Asks the model that a run left, and its base -> a line for the result file."""
     folder = f"out/compare-{name}-{line['arm']}-{line['base_seed']}-{line['seed']}"
-    policy, task = open_model_and_task(folder, say=lambda text: None)
-    base, _ = open_model_and_task(base_of([line]), say=lambda text: None)
-    problems = task.held_out(questions, line["seed"])
-    # A seed apart from the tables': these are other answers.
-    sampling = SamplingParams(task.max_new_tokens, 1.0, seed=2_000_000 + line["seed"])
-    answers = {}
-    for which, model in (("run", policy), ("base", base)):
-        sampler = make_sampler(model, [task], 1)
-        (answers[which],) = rollout(sampler, task, problems, (SAMPLES,), sampling)
-    right = answers["run"].correct.view(-1, SAMPLES).float()  # [Q, 16]
-    before = answers["base"].correct.view(-1, SAMPLES).float().mean(1)
-    hard = before < HARD
-    mine = answers["run"]
+    problems, mine = asked(folder, questions, line["seed"])
+    right = mine.correct.view(-1, SAMPLES).float()  # [Q, 16]
+    hard = right_before(base_of([line]), questions, line["seed"]) < HARD
     sound = [consistent(text, problem) for text, problem in zip(mine.texts, mine.problems)]
     kinds = {}
     for problem, share in zip(problems, right.mean(1).tolist()):
@@ -163,6 +172,23 @@ def look(name, line, questions):
     )
 
 
+def asked(folder, questions, seed):
+    """-> held-out problems, and the Layer of SAMPLES first answers to each of the model there."""
+    model, task = open_model_and_task(folder, say=lambda text: None)
+    problems = task.held_out(questions, seed)
+    # A seed apart from the tables': these are other answers.
+    sampling = SamplingParams(task.max_new_tokens, 1.0, seed=2_000_000 + seed)
+    sampler = make_sampler(model, [task], 1)
+    (answers,) = rollout(sampler, task, problems, (SAMPLES,), sampling)
+    return problems, answers
+
+
+@functools.cache
+def right_before(base, questions, seed):
+    """-> [questions], the share of the base's answers that are right; the same for all its runs."""
+    return asked(base, questions, seed)[1].correct.view(-1, SAMPLES).float().mean(1)
+
+
 def chances(right, k):
     """right: [Q, samples] 0/1 -> the chance that k samples of a question hold a right one."""
     return statistics.mean(pass_at(k, right.shape[1], int(c)) for c in right.sum(1))
@@ -172,14 +198,17 @@ def chances(right, k):
 
 
 def verdict(groups, claimed):
-    """Differences by base, and the sign that a paper claims -> what they say of it."""
+    """Differences by base, and the sign that a paper claims -> what they say of it. "0" claims that
+    the difference is at most SAME."""
     mean, half = interval(groups)
-    if len(groups) < 3 or half is None:
+    if len(groups) < 3:
         return "not resolved"
-    sign = "0" if abs(mean) <= half else "+" if mean > 0 else "-"
-    if sign == "0":
-        return "no difference found" if claimed == "0" else "not resolved"
-    return "confirmed" if sign == claimed else "refuted"
+    least, most = abs(mean) - half, abs(mean) + half  # of the difference, its sign aside
+    if claimed == "0":
+        return "confirmed" if most <= SAME else "refuted" if least > SAME else "not resolved"
+    if least <= 0:
+        return "not resolved"
+    return "confirmed" if (mean > 0) == (claimed == "+") else "refuted"
 
 
 def differences(runs, arm, figure, other="grpo"):
@@ -200,7 +229,7 @@ def shown(groups, figure):
     if figure in FIGURES:
         _, scale, digits = FIGURES[figure]
     else:
-        scale, digits = (1, 3) if figure in NO_SHARES else (100, 1)
+        scale, digits = (1, NO_SHARES[figure]) if figure in NO_SHARES else (100, 1)
     mean, half = interval(groups)
     error = "" if half is None else f" ± {scale * half:.{digits}f}"
     return f"{scale * mean:+.{digits}f}{error}"
@@ -218,6 +247,25 @@ def claims_table(runs):
                 cells = (f"`{method}`" + "*" * gold, claim, f"{title}; {name}", claimed, expected)
                 measured = (shown(groups, figure), verdict(groups, claimed), str(len(groups)))
                 rows.append(f"| {' | '.join([*cells, *measured])} |")
+    return "\n".join(rows)
+
+
+def means_table(runs):
+    """[(line, figures)] of an experiment -> the mean over bases of each arm's figures, in percent
+    but for NO_SHARES; the claims have the intervals."""
+    rows = [f"| method | {' | '.join(MEANS.values())} | bases |", "|---" * (len(MEANS) + 2) + "|"]
+    for arm in arms_of([line for line, _ in runs]):
+        cells = []
+        for figure in MEANS:
+            groups = by_base(
+                [line | dict(x=found[figure]) for line, found in runs if line["arm"] == arm],
+                lambda line: line["x"],
+            )
+            scale, digits = (1, NO_SHARES[figure]) if figure in NO_SHARES else (100, 1)
+            mean = interval(groups)[0] if groups else None
+            cells.append("" if mean is None else f"{scale * mean:.{digits}f}")
+        bases = len({line["base_seed"] for line, _ in runs if line["arm"] == arm})
+        rows.append(f"| `{arm}` | {' | '.join(cells)} | {bases} |")
     return "\n".join(rows)
 
 
@@ -248,17 +296,25 @@ def looked_at(name, lines, questions):
     return [(line, figures(line, there[key(line)])) for line in lines if key(line) in there]
 
 
-def main():
-    config, runs = parse_flags(Config, __doc__), {}
-    for name in config.names:
+def read_runs(names=RUNS, questions=0):
+    """-> {experiment: [(line, figures), ...]} of the committed runs and steps, and of those that
+    are looked at now."""
+    runs = {}
+    for name in names:
         lines = read_lines(Path("results") / f"compare-{name}.jsonl")
-        runs[name] = looked_at(name, lines, config.questions)
-    steps = read_steps("solve")
-    runs[STEP] = [(line | dict(arm=line["method"]), line) for line in steps]
+        runs[name] = looked_at(name, lines, questions)
+    return runs | {STEP: [(line | dict(arm=line["method"]), line) for line in read_steps("solve")]}
+
+
+def main():
+    config = parse_flags(Config, __doc__)
+    runs = read_runs(config.names, config.questions)
     print(claims_table(runs))
+    for name in config.names:
+        print(f"\n{name}\n\n{means_table(runs[name])}")
     print(f"\n{composition_table(read_lines(Path('results') / f'compare-{SOLVE}.jsonl'))}")
-    if steps:
-        print(f"\n{steps_table(steps)}")
+    if runs[STEP]:
+        print(f"\n{steps_table(read_steps('solve'))}")
 
 
 if __name__ == "__main__":

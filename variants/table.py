@@ -210,7 +210,7 @@ def changes(method):
 
 
 def markdown():
-    """The list of docs/variants.md."""
+    """The list of docs/relatives.md."""
     lines = []
     for name, method in METHODS.items():
         star = "*" * (name in SEES_GOLD)
