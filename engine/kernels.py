@@ -13,7 +13,8 @@ wrong stride gives wrong numbers, not an error.
 A CPU runs the references, except for attention: there engine/cache.py forms larger products.
 
 Letters: R rows, N query heads, K key/value heads, G = N / K, C head size, V vocabulary, D width, F
-width of the MLP. A slot holds one token's keys and values: the cache is k, v [slots, K, C] a block.
+width of the MLP, H layers of shared segments, M queries of a tile. A slot holds one token's keys
+and values: the cache is k, v [slots, K, C] a block.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class Shared(NamedTuple):
     """The segments that rows share, H layers of them. A line is a segment and as many of its rows
     as one tile holds; a layer's lines stand at the front, and those behind them are not read."""
 
-    rows: torch.Tensor  # [H, lines, M] rows that see the segment, -1 behind them
+    rows: torch.Tensor  # [H, lines, members] rows that see the segment, -1 behind them
     starts: torch.Tensor  # [H, lines] first slot
     lengths: torch.Tensor  # [H, lines]
     used: torch.Tensor  # [H] lines in use
@@ -418,6 +419,16 @@ def attend(qkv, norms, cos, sin, slot, k, v, shared, starts, lengths, arrived, h
     check(
         k.dtype == v.dtype == qkv.dtype,
         f"attend: cache of {k.dtype} and {v.dtype}, activations of {qkv.dtype}",
+    )
+    check(
+        cos.shape == sin.shape == (R, C) and (norms is None or norms.shape == (N + K, C)),
+        f"attend: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} for {R} rows of {C}, norms "
+        f"{None if norms is None else tuple(norms.shape)} for {N} + {K} heads",
+    )
+    numbers = slot, starts, lengths, *shared
+    check(
+        all(x.dtype == torch.int64 for x in numbers) and {len(x) for x in numbers[:3]} == {R},
+        f"attend: slots, starts and lengths are int64, {R} of each, as are the tables of Shared",
     )
     check(
         arrived.dtype == torch.int32 and arrived.numel() >= R * N,

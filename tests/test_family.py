@@ -26,7 +26,7 @@ def test_every_relative_has_a_claim_on_a_task_where_it_ran():
         assert {claimed, expected} <= {*"+-0"} and (
             where == family.STEP or {method, "grpo"} <= ran[where]
         ), method
-        assert (figure in FIGURES) == (where == family.STEP)
+        assert (figure in {*FIGURES, "rare over all right"}) == (where == family.STEP)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,7 @@ def test_every_relative_has_a_claim_on_a_task_where_it_ran():
     [
         ([[0.1], [0.11], [0.12]], "+", "confirmed"),
         ([[0.1], [0.11], [0.12]], "-", "refuted"),
+        ([[0.01], [0.01], [0.01]], "+", "not resolved"),  # no spread, so no interval
         ([[0.1], [0.11], [0.12]], "0", "refuted"),
         ([[-0.004], [-0.005], [-0.006]], "0", "confirmed"),  # a difference, but of half a point
         ([[0.008], [0.01], [0.012]], "0", "not resolved"),
@@ -82,13 +83,15 @@ def test_the_figures_of_a_committed_run():
 
 
 def test_the_table_of_means_by_hand():
-    """Catches means over runs instead of bases, a share that is not in percent, and a figure that a
-    run does not have."""
+    """Catches means over runs instead of bases, or over other bases than the other arms', a share
+    that is not in percent, and a figure that a run does not have."""
     found = dict.fromkeys(family.MEANS, 0.5) | {"tokens": 31.5, "pass@1, hard questions": None}
     line = lambda base, seed: dict(arm="grpo", base_seed=base, seed=seed)
     runs = [(line(0, 0), found), (line(0, 1), found), (line(1, 2), found | {"Acc@t1": 0.6})]
-    cells = "55.0 | 50.0 | 50.0 | 50.0 | 50.0 |  | 50.0 | 31.50 | 50.0 | 0.5000 | 0.5 | 2"
-    assert family.means_table(runs).splitlines()[2:] == [f"| `grpo` | {cells} |"]
+    runs.append((line(2, 3), found | {"Acc@t1": 9.0}))  # from a base that the other has not
+    runs += [(line(base, 0) | dict(arm="raft"), found) for base in (0, 1)]
+    cells = "55.0 | 50.0 | 50.0 | 50.0 | 50.0 |  | 50.0 | 31.50 | 50.0 | 0.5000 | 0.5"
+    assert family.means_table(runs).splitlines()[2] == f"| `grpo` | {cells} |"
 
 
 def test_chances_by_hand():

@@ -389,6 +389,13 @@ def test_the_kernels_noise_draws_rare_tokens_too():
     assert rows.tokens[:, 0].tolist() == [token for _, token in found[:3]]
 
 
+def half(number):
+    """What kernels.attend takes, with half of one of its arguments."""
+    given = list(inputs(1, 1, 16, [], ([0, 4], [1, 1]), False))
+    given[number] = given[number][:1]
+    return given
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -398,6 +405,8 @@ def test_the_kernels_noise_draws_rare_tokens_too():
         lambda: kernels.attend(*inputs(3, 2, 16, [], ([0], [1]), False), 3, 1e-6),
         lambda: kernels.attend(*inputs(4, 2, 16, [], ([0], [1]), False), 2, 1e-6),
         lambda: kernels.attend(*inputs(1, 1, 7, [], ([0], [1]), False), 1, 1e-6),
+        lambda: kernels.attend(*half(2), 1, 1e-6),  # cos
+        lambda: kernels.attend(*half(4), 1, 1e-6),  # slot
         lambda: kernels.choose(randn(3, 8), 1.0, seated(2)),
     ],
 )

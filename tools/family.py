@@ -64,7 +64,7 @@ CLAIMS = (
     ("igrpo", "mends its answers", "i→c", SOLVE, "+", "+"),
     ("dagrpo", "calmer gradients", "gradient, largest / median", CHAIN, "-", "-"),
     ("dagrpo", "as accurate", "pass@1", CHAIN, "0", "0"),
-    ("e-grpo", "near misses teach", "groups with a signal", LONG, "+", "+"),
+    ("e-grpo", "near misses teach", "groups with a signal, first half", LONG, "+", "+"),
     ("e-grpo", "near misses teach", "accuracy, first fifth", LONG, "+", "+"),
     ("lambda-grpo", "learns sooner", "accuracy, first half", CHAIN, "+", "0"),
     ("gcpo", "better answers", "pass@1", CHAIN, "+", "0"),
@@ -72,10 +72,18 @@ CLAIMS = (
     ("edge", "advantages of mixed groups vary more", "variance", STEP, "+", "+"),
     ("edge", "groups with one verdict stay without a signal", "signal", STEP, "0", "0"),
     ("edge", "keeps entropy", "entropy at the end", SOLVE, "+", "+"),
-    ("edge-gec", "no group without a right answer", "groups with a signal", SOLVE, "+", "+"),
+    (
+        "edge-gec",
+        "no group stays wrong",
+        "groups with a signal, first half",
+        SOLVE,
+        "+",
+        "+",
+    ),
     ("grpo-care", "consistent", "consistent", CHAIN, "+", "+"),
     ("grpo-care", "as accurate", "pass@1", CHAIN, "0", "0"),
     ("unlikely", "rare right answers rise", "rare", STEP, "+", "+"),
+    ("unlikely", "and more than others do", "rare over all right", STEP, "+", "+"),
     ("unlikely", "wider", "pass@16", SOLVE, "+", "+"),
     ("unlikely", "wider, not sharper", "pass@1", SOLVE, "0", "0"),
     ("veripo", "consistent", "consistent", CHAIN, "+", "+"),
@@ -98,6 +106,7 @@ CLAIMS = (
 )
 # Figures that are no shares, and their digits.
 NO_SHARES = {"tokens": 2, "gradient, largest / median": 1, "entropy at the end": 4}
+NO_SHARES |= {"rare over all right": 2}
 # What the table of all runs shows, with shorter heads.
 MEANS = {
     "Acc@t1": "Acc@t1",
@@ -108,7 +117,7 @@ MEANS = {
     "pass@1, hard questions": "hard",
     "consistent": "consistent",
     "tokens": "tokens",
-    "groups with a signal": "signal",
+    "groups with a signal, first half": "signal",
     "entropy at the end": "entropy",
     "gradient, largest / median": "gradient",
 }
@@ -141,7 +150,7 @@ def figures(line, looked):
         # log: mean in the first fifth of the steps, first half, last tenth; median, largest
         "accuracy, first fifth": log["accuracy1"][0],
         "accuracy, first half": log["accuracy1"][1],
-        "groups with a signal": log["signal1"][1],
+        "groups with a signal, first half": log["signal1"][1],
         "entropy at the end": log["entropy"][2],
         "gradient, largest / median": gradient[4] / max(gradient[3], 1e-9),
     }
@@ -206,7 +215,7 @@ def verdict(groups, claimed):
     least, most = abs(mean) - half, abs(mean) + half  # of the difference, its sign aside
     if claimed == "0":
         return "confirmed" if most <= SAME else "refuted" if least > SAME else "not resolved"
-    if least <= 0:
+    if least <= 0 or half == 0:  # equal differences: the figure's grain is coarser than they are
         return "not resolved"
     return "confirmed" if (mean > 0) == (claimed == "+") else "refuted"
 
@@ -251,21 +260,24 @@ def claims_table(runs):
 
 
 def means_table(runs):
-    """[(line, figures)] of an experiment -> the mean over bases of each arm's figures, in percent
-    but for NO_SHARES; the claims have the intervals."""
-    rows = [f"| method | {' | '.join(MEANS.values())} | bases |", "|---" * (len(MEANS) + 2) + "|"]
-    for arm in arms_of([line for line, _ in runs]):
-        cells = []
+    """[(line, figures)] of an experiment -> the mean of each arm's figures over the bases that all
+    arms have, in percent but for NO_SHARES; the claims have the intervals."""
+    rows = [f"| method | {' | '.join(MEANS.values())} |", "|---" * (len(MEANS) + 1) + "|"]
+    arms = arms_of([line for line, _ in runs])
+    shared = set.intersection(*({line["base_seed"] for line in of} for of in arms.values()))
+    for arm in arms:
+        cells, of = (
+            [],
+            [run for run in runs if run[0]["arm"] == arm and run[0]["base_seed"] in shared],
+        )
         for figure in MEANS:
             groups = by_base(
-                [line | dict(x=found[figure]) for line, found in runs if line["arm"] == arm],
-                lambda line: line["x"],
+                [line | dict(x=found[figure]) for line, found in of], lambda line: line["x"]
             )
             scale, digits = (1, NO_SHARES[figure]) if figure in NO_SHARES else (100, 1)
             mean = interval(groups)[0] if groups else None
             cells.append("" if mean is None else f"{scale * mean:.{digits}f}")
-        bases = len({line["base_seed"] for line, _ in runs if line["arm"] == arm})
-        rows.append(f"| `{arm}` | {' | '.join(cells)} | {bases} |")
+        rows.append(f"| `{arm}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -303,7 +315,11 @@ def read_runs(names=RUNS, questions=0):
     for name in names:
         lines = read_lines(Path("results") / f"compare-{name}.jsonl")
         runs[name] = looked_at(name, lines, questions)
-    return runs | {STEP: [(line | dict(arm=line["method"]), line) for line in read_steps("solve")]}
+    runs[STEP] = []
+    for line in read_steps("solve"):
+        found = line | {"rare over all right": line["rare"] / line["right"]}
+        runs[STEP].append((line | dict(arm=line["method"]), found))
+    return runs
 
 
 def main():
