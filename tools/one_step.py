@@ -79,6 +79,7 @@ class Stepper:
         self.generated, self.seconds, self.found = 0, [], None
 
     def step(self, number, base):
+        """Makes step `number`, on the clock; after the first one notes its effect on the base."""
         _, layers, metrics = train.step(
             self.policy,
             self.reference,
