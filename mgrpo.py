@@ -255,7 +255,8 @@ def expand(
         questions = above.questions[parents]
 
     # The verifier sees the text of this layer alone: a correction must state its answer.
-    texts = task.encoding.decode_batch(completions.ids)
+    # One by one: tiktoken's decode_batch starts threads, which takes longer than all of the work.
+    texts = [task.encoding.decode(ids) for ids in completions.ids]
     golds = [problems[q].gold for q in questions.tolist()]
     scores = [score(text, gold, format_weight, task.verifier) for text, gold in zip(texts, golds)]
     before = [()] * len(texts) if above is None else [above.answers[i] for i in parents.tolist()]

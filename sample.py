@@ -43,7 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine import kernels
-from engine.cache import MAX_SCORES, CachedTree, CpuCache, PrefillAttention, SlotPool
+from engine.cache import GROWTH, MAX_SCORES, CachedTree, CpuCache, PrefillAttention, SlotPool
 from engine.cuda_cache import CudaCache, measured_limit
 from engine.cuda_graphs import StepGraphs
 from engine.in_flight import InFlight, Request, RowState
@@ -228,6 +228,8 @@ class Sampler:
             path = [(segments, node[rows]) for segments, node in cache.path]
             filled = cache.segments.lengths[rows]
         T = int((filled + new).max())
+        # Few shapes: on a CPU the slots are a column of matrices.
+        T += -T % GROWTH if self.pool.limit is None and not self.pool.shared else 0
         # All slots of this call at once: later growth would move the cache.
         self.pool.reserve(self.pool.top + len(prompts) * T + len(keys) * int(limits.max()))
         segments = self.pool.take(len(prompts), T, filled + new)

@@ -318,10 +318,10 @@ def learn(policy, reference, optimizer, layers, method, rate, config, first, mem
         # needs all of them. The others make passes over nothing.
         passes = int(distributed.max_over_ranks(len(batches)))
         for batch in [*batches, *[[]] * (passes - len(batches))]:
-            pack = packing.pack_trees(batch, policy.cos.device)
-            batch_loss(
-                policy, reference, pack, denominators, method, kl_coef, leash, config, tally
-            ).backward()
+            rest = (denominators, method, kl_coef, leash, config, not tally.norms)
+            loss_of = lambda pack, rest=rest: batch_loss(policy, reference, pack, *rest)
+            for sums in packing.backward(policy, batch, loss_of):
+                tally.sums.join(sums)
         if not passes:  # no row has a gradient: skip the update, or momentum alone would make one
             continue
         tally.tried += 1
@@ -334,15 +334,15 @@ def learn(policy, reference, optimizer, layers, method, rate, config, first, mem
         optimizer.zero_grad(set_to_none=True)
 
 
-def batch_loss(policy, reference, pack, denominators, method, kl_coef, leash, config, tally):
-    """The part of the loss of one micro-batch -> scalar. Adds the metrics of its tokens to `tally`.
+def batch_loss(policy, reference, pack, denominators, method, kl_coef, leash, config, first):
+    """The part of the loss of one micro-batch -> scalar, Metrics of its tokens.
 
     Nothing here waits for the device. leash: weight of each token's log π_old - log π, the method's
-    constraint. Before the first update the policy is still the one that sampled, so its
+    constraint. first: before the first update the policy is still the one that sampled, so its
     log-probabilities are compared with the sampler's (the gauge). On-policy the ratio is 1 and the
     advantages of a group sum to 0, so the loss is about 0, but its gradient is not.
     """
-    sums = tally.sums
+    sums = Metrics()
     logp, entropy = packing.tree_logprobs(policy, pack, config.temperature)  # [B, T] each
     ref_logp = torch.zeros_like(logp)
     if kl_coef:
@@ -373,15 +373,15 @@ def batch_loss(policy, reference, pack, denominators, method, kl_coef, leash, co
             loss = loss + leash * ((old_logp - layer_logp) * mask).sum()
         losses.append(loss)
         sums.add(**found, loss=losses[-1].detach())
-        if not tally.norms:  # before the first update
+        if first:
             gap = ((layer_logp.detach() - old_logp) * mask).abs()
             sums.add(gauge=gap.sum(), gauge_tokens=mask.sum())
             sums.largest(gauge_max=gap.max())
     if not losses:  # a pass over nothing
-        return 0 * logp.sum()
+        return 0 * logp.sum(), sums
     padding = pack.tokens.numel() - pack.real_tokens
     sums.add(entropy=entropy.sum(), packed=pack.tokens.numel(), padding=padding)
-    return sum(losses)
+    return sum(losses), sums
 
 
 def minibatches(layers, first_question, config):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import rope_store_torch
+from engine.shapes import rounded
 from model import causal_attention
 
 # The part of the free CUDA memory that the cache may take when no limit is given.
@@ -192,14 +193,17 @@ class SharedPrefix:
         # Nodes without a row cost nothing: those in use are renumbered 0, 1, ...
         used, self.node = node.unique(return_inverse=True)
         self.lengths, (k, v) = segments.lengths[used], segments.views()  # [L, nodes, T, K, C]
+        # Few shapes: the last nodes may have no row.
+        self.nodes = min(rounded(len(used)), k.shape[1])
         if len(used) < k.shape[1]:
+            used = F.pad(used, (0, self.nodes - len(used)))
             k, v = k.index_select(1, used), v.index_select(1, used)
         self.T = segments.T
         # bmm's batch is a pair of node and key/value head.
         k, v = (x.transpose(2, 3).flatten(1, 2) for x in (k, v))  # [L, nodes * K, T, C]
         self.k, self.v = k.mT.unbind(0), v.unbind(0)  # of each block; views where K = 1
-        count = self.node.bincount()
-        self.nodes, self.width = len(count), int(count.max())
+        count = self.node.bincount(minlength=self.nodes)
+        self.width = int(count.max())
         # While every node has equally many rows, regrouping is a reshape.
         self.place = None
         if int(count.min()) != self.width:  # rows have left: every node is padded to the widest

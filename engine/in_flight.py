@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.cuda_graphs import AliveMirror
+from engine.shapes import rounded
 
 # The fields of RowState with an entry for each place, besides the list `nodes`.
 PER_ROW = ("token", "position", "length", "slot", "start", "limit", "key", "row", "alive")
@@ -164,21 +165,23 @@ class InFlight:
             alive = torch.zeros(R, dtype=torch.bool)
         else:
             alive = self.mirror.read(self.active.alive)  # [R] on the CPU; None: not known yet
-        ended = 0 if alive is None else R - int(alive.sum())
-        # All rows have ended, or at least an eighth of them.
-        leaving = ended == R or (self.leave and 0 < ended and R <= 8 * ended)
+        # As many rows stay as make a size of `rounded`, ended ones too.
+        going = 0 if alive is None else R - rounded(int(alive.sum()))
+        # All rows have ended, or at least an eighth of them can go.
+        leaving = going == R or (self.leave and 0 < going and R <= 8 * going)
         if self.observer:
-            self.observer(self.active, ended if leaving else 0)
+            self.observer(self.active, going if leaving else 0)
         if not leaving:
             return
         # Copies: both may be views of the state, which close_up overwrites.
         stay, numbers = alive.clone(), self.state.row[:R].clone()
+        stay[(~stay).nonzero()[going:]] = True
         # The result takes their lengths before other rows move into their places.
         gone = (~stay).nonzero()[:, 0].to(device)
         self.lengths[numbers[gone]] = self.state.length[gone]
         self.state.close_up(stay)
         self.cache.retire(stay, numbers)
-        self._set_rows(R - ended)
+        self._set_rows(R - going)
 
     def _set_rows(self, R):
         self.rows, self.active = R, self.state.part(0, R)

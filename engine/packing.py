@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from engine import threads
+from engine.shapes import rounded
 from model import token_logprobs
 
 BLOCK = 128  # FlexAttention's blocks; on CUDA the length of a pack is a multiple of it
@@ -111,6 +113,22 @@ def microbatches(branches, limit):
     return batches
 
 
+def whole_trees(branches, count):
+    """Branches -> at most `count` lists of about equally many tokens; a tree stays in one of them.
+
+    The largest tree first, each into the list that has least so far.
+    """
+    trees, parts = {}, [[0, []] for _ in range(count)]
+    for branch in branches:
+        trees.setdefault(branch.path[0][0], []).append(branch)
+    cost = {root: sum(len(branch.sampled) for branch in tree) for root, tree in trees.items()}
+    for root in sorted(trees, key=cost.get, reverse=True):
+        part = min(parts, key=lambda part: part[0])
+        part[0] += cost[root]
+        part[1] += trees[root]
+    return [part for _, part in parts if part] or [[]]
+
+
 # ---- from branches to a pack ---------------------------------------------------------------------
 
 
@@ -125,7 +143,10 @@ class Segment:
 
 @dataclass
 class PackedTrees:
-    """Packed trees of a micro-batch, and the M tokens of its B rows that are predicted there."""
+    """Packed trees of a micro-batch, and the M tokens of its B rows that are predicted there.
+
+    Behind these M, `source` and `target` are padded.
+    """
 
     tokens: torch.Tensor  # [S]
     positions: torch.Tensor  # [S] of a token in its own row
@@ -170,8 +191,8 @@ def place_segments(branches):
 def pack_trees(branches, device="cpu"):
     """Branches, as `microbatches` orders them -> PackedTrees; row i is branch i.
 
-    S is rounded up to one of 8 sizes an octave, because libraries keep a kernel for every shape
-    that they have met; on CUDA to a multiple of BLOCK too. Padding tokens see themselves alone.
+    S and M are rounded up (engine/shapes.py), S on CUDA to a multiple of BLOCK too. Padding tokens
+    see themselves alone, and what they predict is dropped.
     Without branches: a pack of one token that predicts one, for a rank with nothing to do.
     """
     branches = branches or [NO_BRANCH]
@@ -179,8 +200,8 @@ def pack_trees(branches, device="cpu"):
     by_key = place_segments(branches)
     segments = list(by_key.values())
     S = sum(len(segment.tokens) for segment in segments)
-    # 1,000 tokens have 10 bits, so sizes are multiples of 2^(10 - 4) = 64, and S becomes 1,024.
-    padding = -S % max(1 << max(0, S.bit_length() - 4), BLOCK if on_cuda else 1)
+    padding = rounded(S, 8) - S
+    padding += -(S + padding) % (BLOCK if on_cuda else 1)
 
     # One entry for each token of the pack, segment by segment.
     tokens, positions, visible_until = [], [], []
@@ -203,10 +224,12 @@ def pack_trees(branches, device="cpu"):
         target += branch.sampled
         row += [i] * len(branch.sampled)
         column += range(len(branch.sampled))
+    spare = [0] * (rounded(len(source), 8) - len(source))  # without a row and column
 
     index = lambda numbers: to_device(torch.tensor(numbers), device)
     return PackedTrees(
-        *map(index, (tokens, positions, visible_until, source, target, row, column)),
+        *map(index, (tokens, positions, visible_until, source + spare, target + spare)),
+        *map(index, (row, column)),
         chunks=[] if on_cuda else same_depth_chunks(segments, S + padding),
         size=(len(branches), max(column) + 1),
         real_tokens=S,
@@ -319,15 +342,17 @@ def same_depth_chunks(segments, S):
                     break
                 (T, P), count = wider, count + 1
             chosen, waiting = waiting[:count], waiting[count:]
-            T, P = T + -T % 8, P + -P % 8
+            T, P = T + -T % 16, P + -P % 16
+            pads = rounded(len(chosen)) - len(chosen)
             # Padding points at place S, a row of zeros. Behind a segment's own tokens the causal
             # triangle masks it. Paths are padded before, so that own keys begin at column P in
             # every row.
             own = [places_of(segment) + [S] * (T - len(segment.tokens)) for segment in chosen]
             above = [path_places(segment) for segment in chosen]
             above = [[S] * (P - len(path)) + path for path in above]
-            above = torch.tensor(above, dtype=torch.long).view(len(chosen), P)
-            chunks.append(Chunk(torch.tensor(own), above))
+            above = torch.tensor(above + [[S] * P] * pads, dtype=torch.long)
+            own = torch.tensor(own + [[S] * T] * pads)
+            chunks.append(Chunk(own, above.view(len(own), P)))
     return chunks
 
 
@@ -414,9 +439,33 @@ def tree_columns(model, pack, temperature, kinds):
     hidden = model(pack.tokens[None], pack.positions[None], attend)[0, pack.source]  # [M, D]
     logp, entropy = token_logprobs(hidden, model.head.weight, pack.target, temperature)
     # From [M] to the padded [B, T] of the loss.
-    padded = lambda x: x.new_zeros(*pack.size, *x.shape[1:]).index_put((pack.row, pack.column), x)
+    M, places = len(pack.row), (pack.row, pack.column)
+    padded = lambda x: x.new_zeros(*pack.size, *x.shape[1:]).index_put(places, x[:M])
     columns = dict(logp=logp, entropy=entropy, hidden=hidden)
     return {kind: padded(columns[kind]) for kind in kinds}
+
+
+def backward(model, branches, loss_of):
+    """Adds the gradient of a loss over these branches to that of the model.
+
+    loss_of: a function of PackedTrees -> loss, anything else. -> [that], for each part of the
+    branches; a part is computed on its own thread (engine/threads.py). Losses of parts are summed.
+    """
+    parts, parameters = whole_trees(branches, threads.count), list(model.parameters())
+    if len(parts) == 1:
+        loss, beside = loss_of(pack_trees(branches, model.cos.device))
+        loss.backward()
+        return [beside]
+
+    def gradient(part):
+        # Not loss.backward(): threads would add to the same tensors, in any order.
+        loss, beside = loss_of(pack_trees(part, model.cos.device))
+        return torch.autograd.grad(loss, parameters), beside
+
+    gradients, besides = zip(*threads.run(gradient, parts))
+    for parameter, *found in zip(parameters, *gradients):
+        parameter.grad = sum(found) if parameter.grad is None else sum(found, parameter.grad)
+    return list(besides)
 
 
 # Padded rows: what the tests and the bench hold the packed trees against.

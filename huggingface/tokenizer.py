@@ -73,9 +73,6 @@ class Converted(tiktoken.Encoding):
         known = (self.bytes_of.get(token, "\ufffd".encode()) for token in tokens)
         return b"".join(known).decode("utf-8", errors)
 
-    def decode_batch(self, batch, **_):
-        return [self.decode(tokens) for tokens in batch]
-
 
 def byte_of():
     """GPT-2's alphabet -> {character: the byte it stands for}. Printable bytes stand for

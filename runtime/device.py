@@ -51,15 +51,17 @@ def compute_dtype(name, device):
     """-> the dtype of activations for "float32", "bfloat16" or "auto": bfloat16 on CUDA; on a CPU
     the type that multiplies faster here.
 
-    The measurement: the best of 5 products of each type, 2,048 x 384 by 384 x 512, about 10 ms in
-    all. With bfloat16 instructions (avx512_bf16, AMX) that type is 2-4 times faster, else slower.
+    The measurement: the best of 5 products of each type, 2,048 x 384 by 384 x 512, on one thread:
+    about 20 ms in all. With bfloat16 instructions (avx512_bf16, AMX) that type is 2-4 times faster,
+    else slower.
     """
     if name != "auto":
         return getattr(torch, name)
     if device == "cuda":
         supported = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
         return torch.bfloat16 if supported else torch.float32
-    seconds = {}
+    seconds, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other where other programs have a core
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 512, dtype=dtype)
         times = []
@@ -68,6 +70,7 @@ def compute_dtype(name, device):
             a @ b
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times[1:])
+    torch.set_num_threads(threads)
     return min(seconds, key=seconds.get)
 
 

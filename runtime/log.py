@@ -144,6 +144,11 @@ class Metrics(dict):
             # Tensors are added on their device: the host does not wait.
             self[name] = self[name] + value if name in self else value
 
+    def join(self, other):
+        """Adds all of another; of what ends in _max the larger stays."""
+        for name, value in other.items():
+            (self.largest if name.endswith("_max") else self.add)(**{name: value})
+
     def largest(self, **values):
         for name, value in values.items():
             self[name] = torch.maximum(value, self[name]) if name in self else value

@@ -27,6 +27,7 @@ from typing import get_type_hints
 
 import torch
 
+from engine import threads
 from runtime import distributed, memory, transcripts
 from runtime.checkpoints import (
     NAME,
@@ -109,7 +110,7 @@ class Run:
             self.folder = run_folder(config.name, settings, policy)
             self.lock = alone_in(self.folder)
             self.progress = Progress(base=policy.origin, reference=checksum)
-        self.stop = Stop()
+        self.stop, self.apart = Stop(), threads.apart(policy)
 
     # Where the run stands.
 
@@ -124,6 +125,7 @@ class Run:
 
     def __enter__(self):
         self.stop.__enter__()
+        self.apart.__enter__()
         # A resumed run goes on counting where it was stopped.
         self.began = time.time() - self.progress.seconds
         self.bar = bar(self.config.tokens, self.config.name, "tok", initial=self.tokens)
@@ -269,6 +271,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.bar.close()
+        self.apart.__exit__(None, None, None)
         self.stop.__exit__()
         resume = f"python train.py --resume {self.folder}"
         # Asked to stop; stopped at once; memory ran out; a file could not be written.

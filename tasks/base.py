@@ -29,14 +29,13 @@ import dataclasses
 import hashlib
 import os
 import random
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
-from engine import packing
+from engine import packing, threads
 from engine.workers import in_parallel
 from mgrpo import PHRASES, SamplingParams, phrase_text, rollout
 from model import GPT, ModelConfig
@@ -60,8 +59,6 @@ DECAY = 1.5  # length of the decay, as a multiple of the steps before it
 MEASURED_ON = 512  # questions of the measurement that tells whether a base is good enough
 # Shares of the texts' own accuracies, and of their shares of fresh tries, that a base must reach.
 GOOD_ENOUGH, FRESH_ENOUGH = 0.9, 0.8
-# For the halves of a step's texts on a CPU; the threads start at their first use.
-TWO_THREADS = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
 PHRASE_TOKENS = 8  # room for a newline and a phrase in the context; today's take 2 tokens
 
 
@@ -249,31 +246,34 @@ def pretrain(task, base, device, dtype, say=print):
     fall = None  # how the learning rate falls to 0: first step, steps, height; None: not yet
     figures = None  # `skills` at the end of a fall
     bar = log.bar(base.base_tokens, "base model", "tok")
-    while figures is None:
-        branches, count = (drill_branches, DRILLS) if drilling else (dialogue_branches, DIALOGUES)
-        indices = range(step * count * wider, (step + 1) * count * wider)
-        learning = [branches(task, base, index) for index in indices]
-        seen, loss = train_step(model, optimizers, learning, learning_rate(peak, step, fall))
-        tokens, step = tokens + seen, step + 1
-        bar.update(seen)
-        # No text comes twice, so the loss is that on unseen texts.
-        drilling = drilling and loss > DRILLED
-        if fall is None:
-            learnt = tokens * (1 + DECAY) > base.base_tokens  # or there is no time for more
-            if step % CHECK_EVERY == 0 and not drilling:
+    with threads.apart(model):
+        while figures is None:
+            branches, count = (
+                (drill_branches, DRILLS) if drilling else (dialogue_branches, DIALOGUES)
+            )
+            indices = range(step * count * wider, (step + 1) * count * wider)
+            learning = [branches(task, base, index) for index in indices]
+            seen, loss = train_step(model, optimizers, learning, learning_rate(peak, step, fall))
+            tokens, step = tokens + seen, step + 1
+            bar.update(seen)
+            # No text comes twice, so the loss is that on unseen texts.
+            drilling = drilling and loss > DRILLED
+            if fall is None:
+                learnt = tokens * (1 + DECAY) > base.base_tokens  # or there is no time for more
+                if step % CHECK_EVERY == 0 and not drilling:
+                    sampler.refresh()
+                    # First answers: what comes after them is learnt while the learning rate falls.
+                    (accuracy,) = measure(sampler, task, CHECK_ON, 1)
+                    bar.set_postfix_str(f"right {accuracy:.2f}")
+                    learnt = learnt or accuracy >= LEARNT * texts[0]
+                fall = (step, max(1, int(DECAY * step)), peak) if learnt else None
+            elif step == fall[0] + fall[1]:
                 sampler.refresh()
-                # First answers: what comes after them is learnt while the learning rate falls.
-                (accuracy,) = measure(sampler, task, CHECK_ON, 1)
-                bar.set_postfix_str(f"right {accuracy:.2f}")
-                learnt = learnt or accuracy >= LEARNT * texts[0]
-            fall = (step, max(1, int(DECAY * step)), peak) if learnt else None
-        elif step == fall[0] + fall[1]:
-            sampler.refresh()
-            figures = measure(sampler, task, MEASURED_ON, looks)
-            fall = (step, fall[1] // 2, fall[2] / 2)
-            room = fall[1] >= CHECK_EVERY and tokens * (1 + fall[1] / step) <= base.base_tokens
-            if below(figures, texts, looks) and room:
-                figures = None  # it goes on
+                figures = measure(sampler, task, MEASURED_ON, looks)
+                fall = (step, fall[1] // 2, fall[2] / 2)
+                room = fall[1] >= CHECK_EVERY and tokens * (1 + fall[1] / step) <= base.base_tokens
+                if below(figures, texts, looks) and room:
+                    figures = None  # it goes on
     bar.close()
     say(f"base: right in {shown(figures, looks)} after {tokens / 1e6:.1f} M tokens, {step} steps")
     if below(figures, texts, looks):
@@ -337,35 +337,24 @@ def learning_rate(peak, step, fall):
 def train_step(model, optimizers, texts, lr):
     """One step on -mean log p of the learned tokens -> tokens read, prompts included; the loss.
 
-    texts: [[packing.Branch, ...], ...], the branches of each text. On a CPU two threads have half
-    of the texts each. (Most operations are too short to be split between threads: two threads that
-    share every operation gain a third over one, two that share none gain two thirds.)
+    texts: [[packing.Branch, ...], ...], the branches of each text.
     """
-    targets = sum(len(branch.sampled) for text in texts for branch in text)
-    cuda = model.cos.device.type == "cuda"
-    parts = [texts] if cuda else [part for part in (texts[0::2], texts[1::2]) if part]
-    packs = [
-        packing.pack_trees([branch for text in part for branch in text], model.cos.device)
-        for part in parts
-    ]
-    run = map if cuda or torch.get_num_threads() == 1 else TWO_THREADS.map
-    losses, gradients = zip(*run(lambda pack: text_gradients(model, pack, targets), packs))
-    for parameter, *parts in zip(model.parameters(), *gradients):
-        parameter.grad = sum(parts)
+    branches = [branch for text in texts for branch in text]
+    targets = sum(len(branch.sampled) for branch in branches)
+
+    def loss_of(pack):
+        logp, _ = packing.tree_logprobs(model, pack)  # [B, T], 0 behind the end of a row
+        loss = -logp.sum() / targets
+        return loss, (pack.real_tokens, loss.item())
+
+    read, losses = zip(*packing.backward(model, branches, loss_of))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return sum(pack.real_tokens for pack in packs), sum(losses)
-
-
-def text_gradients(model, pack, targets):
-    """-> the part of the loss that this pack holds, and its gradient for each parameter."""
-    logp, _ = packing.tree_logprobs(model, pack)  # [B, T], 0 behind the end of a row
-    loss = -logp.sum() / targets
-    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+    return sum(read), sum(losses)
 
 
 # ---- files ---------------------------------------------------------------------------------------

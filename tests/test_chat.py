@@ -392,7 +392,7 @@ def test_the_verifier_compares_with_a_gold_answer_only(dialogue, capsys, monkeyp
     talk = dialogue(verifier=verifier)
     talk.task.encoding = SimpleNamespace(
         encode_ordinary=talk.task.encoding.encode_ordinary,
-        decode_batch=lambda ids: [r"\boxed{8}"] * len(ids),
+        decode=lambda ids: r"\boxed{8}",
         decode_single_token_bytes=lambda token: b"",
     )
     talk.take("a question")

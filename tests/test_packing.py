@@ -11,7 +11,7 @@ from conftest import END, VOCABULARY
 from test_mgrpo import scripted_rollout
 from torch.nn.attention.flex_attention import flex_attention
 
-from engine import packing
+from engine import packing, threads
 from engine.packing import (
     BLOCK,
     block_mask,
@@ -26,7 +26,9 @@ from engine.packing import (
     path_places,
     place_segments,
     tree_logprobs,
+    whole_trees,
 )
+from engine.shapes import rounded
 from mgrpo import MGRPO, loss_inputs, policy_loss
 from model import GPT, ModelConfig
 
@@ -288,8 +290,8 @@ def test_a_pass_never_synchronises(monkeypatch):
         torch.cuda.set_sync_debug_mode(mode)
         try:
             pack = pack_trees(whole_pack(branches_of(layers)), "cuda")
-            rest = ({1: 8, 2: 16}, MGRPO, 0.0, config, train.Tally())
-            train.batch_loss(gpt, None, pack, *rest).backward()
+            rest = ({1: 8, 2: 16}, MGRPO, 0.0, config, True)
+            train.batch_loss(gpt, None, pack, *rest)[0].backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -421,6 +423,63 @@ def test_a_tree_cut_in_two_has_the_same_gradient(model):
         results.append((len(batches), gradient(model)))
     assert results[0][0] == 1 < results[1][0] < results[2][0] == len(branches)
     assert all((other - results[0][1]).norm() < 1e-5 * other.norm() for _, other in results[1:])
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_parts_on_threads_have_the_same_gradient(model, cores, monkeypatch):
+    """Catches a part that is lost, weighted or counted twice, a gradient that replaces the one of
+    the micro-batch before, and parts whose number depends on the cores where it must not."""
+    branches = branches_of(random_layers(random.Random(5), 3, questions=7))
+    halves = microbatches(branches, sum(len(branch.sampled) for branch in branches))
+    loss_of = lambda pack: (tree_logprobs(model, pack)[0].sum(), pack.real_tokens)
+    assert len(halves) > 1
+    model.zero_grad()
+    tree_logprobs(model, pack_trees(whole_pack(branches)))[0].sum().backward()
+    whole = gradient(model)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    model.zero_grad()
+    with threads.apart(model):
+        counts = [len(packing.backward(model, half, loss_of)) for half in halves]
+        assert packing.backward(model, [], lambda pack: (0 * loss_of(pack)[0], "none")) == ["none"]
+    assert (gradient(model) - whole).norm() < 1e-5 * whole.norm()
+    assert max(counts) == max(2, cores) and threads.count == 1 and threads.pool is None
+    monkeypatch.setattr(threads, "SMALL", 0)  # a large model
+    with threads.apart(model):
+        assert threads.count == 1 and len(packing.backward(model, halves[0], loss_of)) == 1
+
+
+def test_parts_of_a_batch_hold_whole_trees_of_about_equal_size():
+    """Catches a tree in two parts, whose trunk would be computed twice, and one part that is left
+    with most of the work."""
+    branches = branches_of(random_layers(random.Random(1), 2, questions=40))
+    parts = whole_trees(branches, 3)
+    roots = [{branch.path[0][0] for branch in part} for part in parts]
+    costs = [sum(len(branch.sampled) for branch in part) for part in parts]
+    assert len(parts) == 3 and sum(map(len, parts)) == len(branches)
+    assert not (roots[0] & roots[1] | roots[0] & roots[2] | roots[1] & roots[2])
+    assert max(costs) < 1.1 * min(costs)
+    assert whole_trees(branches[:1], 3) == [branches[:1]] and whole_trees([], 2) == [[]]
+
+
+def test_shapes_of_matrix_products_come_again(monkeypatch):
+    """Catches a size that is not rounded: in bf16 every new shape costs time and memory on a CPU.
+    Packs of any size multiply matrices of far fewer shapes than they would."""
+    assert [rounded(n) for n in (0, 1, 8, 9, 17, 1000)] == [0, 1, 8, 10, 20, 1024]
+    assert [rounded(n, 8) for n in (15, 17, 1000, 1025)] == [15, 18, 1024, 1152]
+    assert all(n <= rounded(n) <= 1.25 * n + 1 for n in range(3000))
+
+    def shapes(size):
+        monkeypatch.setattr(packing, "rounded", size)
+        found = set()
+        for seed in range(200):
+            rng = random.Random(seed)
+            branches = branches_of(random_layers(rng, 2, questions=rng.randint(20, 60)))
+            pack = pack_trees(whole_pack(branches))
+            found |= {("S", len(pack.tokens)), ("M", len(pack.source))}
+            found |= {(len(own), own.shape[1], above.shape[1]) for own, above in pack.chunks}
+        return len(found)
+
+    assert shapes(rounded) < shapes(lambda size, sizes=4: size) / 3
 
 
 def test_a_pack_of_nothing_takes_part(model):

@@ -198,7 +198,7 @@ def layer_of(completions, encoding, phrases, above):
     parents, size = completions.parents.cpu(), len(completions)
     return SimpleNamespace(
         completions=completions,
-        texts=encoding.decode_batch(completions.ids),
+        texts=[encoding.decode(ids) for ids in completions.ids],
         lengths=completions.lengths.cpu(),
         rewards=torch.rand(size),
         advantages=torch.randn(size),

@@ -20,6 +20,7 @@ from engine.in_flight import RowState
 from engine.kernels import members_for
 from engine.keys import exponential_from_bits, exponential_noise, hash_seed, mix, row_keys
 from engine.packing import pad_rows, padded_logprobs
+from engine.shapes import rounded
 from engine.workers import RemoteCache, in_parallel
 from model import GPT, ModelConfig
 from sample import Sampler, filtered
@@ -358,6 +359,16 @@ def test_ended_rows_have_their_end_token_and_nothing_behind_it(gpt, random_promp
         )
         assert c.ended[i] or n == 40
         assert c.ids[i] == [t for t in row[:n].tolist() if t != END]
+
+
+def test_rows_in_flight_come_in_few_sizes(gpt, random_prompts):
+    """Catches rows that leave one by one: in bf16 each new number of rows costs time and memory on
+    a CPU. Every row is counted once as it leaves, though some that have ended stay a while."""
+    sampler, sizes, left = Sampler(gpt), [], []
+    sampler.seen = lambda rows, count: (sizes.append(len(rows.token)), left.append(count))
+    c = sampler.generate(random_prompts, 100, 40, seed=2)
+    assert sum(left) == len(c) and len(set(sizes)) > 2
+    assert all(size == rounded(size) for size in set(sizes) - {len(c)})
 
 
 def test_greedy_is_the_argmax(gpt):

@@ -1,6 +1,7 @@
 """The built-in tasks: problems, the held-out split, the texts of a base model, and the tokenizer."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import threads
 from engine.packing import pad_rows, padded_logprobs
 from mgrpo import PHRASES, longest_phrase, phrase_text
 from model import GPT, ModelConfig
@@ -460,7 +462,7 @@ def test_texts_of_a_base_have_their_loss_on_every_answer():
 
 def test_the_loss_of_a_step_is_that_of_its_texts_one_by_one(gpt):
     """Catches a step whose halves are weighted or joined wrongly, and texts that see each other:
-    gradients equal those of padded rows in one pass, on one thread and on two."""
+    gradients equal those of padded rows in one pass, whole and in parts."""
     task = make_task(TaskConfig("chain", operations=2, looks=2))
     config = base.BaseConfig(depth=1, heads=1)
     texts = [base.dialogue_branches(task, config, index) for index in range(5)]
@@ -477,15 +479,11 @@ def test_the_loss_of_a_step_is_that_of_its_texts_one_by_one(gpt):
         def step(self):
             seen.append([p.grad.clone() for p in model.parameters()])
 
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
+    for context in (contextlib.nullcontext(), threads.apart(model)):
+        with context:
             tokens, found = base.train_step(model, [Watch(model.parameters(), 0.0)], texts, 0.0)
             assert tokens == sum(len(part) for text in texts for _, part in text[-1].path)
             assert found == pytest.approx(loss.item(), rel=1e-5)
-    finally:
-        torch.set_num_threads(threads)
     for gradients in seen:
         for ours, theirs in zip(gradients, wanted):
             torch.testing.assert_close(ours, theirs / norm, rtol=1e-4, atol=1e-6)

@@ -141,7 +141,7 @@ class Bench:
                 # The shape's vocabulary may be larger than this encoding: tokens become bytes, so
                 # that there is text to score.
                 ids = [[token % 256 for token in row] for row in completions.ids]  # bytes
-                texts = self.encoding.decode_batch(ids)
+                texts = [self.encoding.decode(row) for row in ids]
                 rewards = torch.tensor([score(text, "7").total for text in texts])
             generator = torch.Generator().manual_seed(seed)
             parents = completions.parents.cpu()
@@ -179,8 +179,8 @@ class Bench:
         denominators = dict(enumerate(self.config.rows, 1))
         if kind == "tree":
             pack = packing.pack_trees(batch, self.device)
-            rest = (denominators, MGRPO, 0.0, 0.0, self.settings, train.Tally())
-            return train.batch_loss(self.model, None, pack, *rest)
+            rest = (denominators, MGRPO, 0.0, 0.0, self.settings, True)
+            return train.batch_loss(self.model, None, pack, *rest)[0]
         # Padded rows: each row repeats the prompt and all that is above it.
         prompts = [[t for _, tokens in branch.path[:-1] for t in tokens] for branch in batch]
         sampled = [branch.sampled for branch in batch]

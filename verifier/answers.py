@@ -78,6 +78,7 @@ def equal(answer, gold):
 DECIMAL = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)")
 
 
+@functools.lru_cache(4096)  # a rollout states the same few numbers again and again
 def parse_number(text):
     """-> Fraction, or None when text is not ONE number.
 
