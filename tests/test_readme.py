@@ -398,6 +398,19 @@ def test_tables_over_bases_are_those_of_the_committed_runs():
         assert [row for row in text.splitlines() if row not in chapter] == []
 
 
+def test_the_pairs_of_the_first_run_are_those_of_the_committed_lines():
+    """Catches a figure that was typed: default runs of faster code minus those before, by base."""
+    now = [*map(json.loads, (ROOT / "results/sooner-solve.jsonl").read_text().splitlines())]
+    before = {line["base_seed"]: line for line in compared("solve") if line["arm"] == "question"}
+    for name, key in (("base", "base_result"), ("MGRPO, `4,3`", "result")):
+        cells = []
+        for k in (1, 2, 3, 4):
+            share = lambda line, key=key, k=k: line[key]["temperature 1"][f"t{k}"][0]
+            pairs = [[share(line) - share(before[line["base_seed"]])] for line in now]
+            cells.append(tables.cell(pairs, "+"))
+        assert tables.row(name, cells) in PAGES["docs/first-run.md"]
+
+
 def test_tables_of_the_map_are_those_of_the_committed_runs():
     """Catches a figure that was typed, and an experiment that the map leaves out."""
     page = [row for name in MAP_PAGES for row in PAGES[name].splitlines()]
