@@ -118,6 +118,8 @@ def whole_trees(branches, count):
 
     The largest tree first, each into the list that has least so far.
     """
+    if count == 1:
+        return [branches]
     trees, parts = {}, [[0, []] for _ in range(count)]
     for branch in branches:
         trees.setdefault(branch.path[0][0], []).append(branch)
@@ -453,7 +455,7 @@ def backward(model, branches, loss_of):
     """
     parts, parameters = whole_trees(branches, threads.count), list(model.parameters())
     if len(parts) == 1:
-        loss, beside = loss_of(pack_trees(branches, model.cos.device))
+        loss, beside = loss_of(pack_trees(parts[0], model.cos.device))
         loss.backward()
         return [beside]
 

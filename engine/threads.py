@@ -46,5 +46,5 @@ def apart(model):
 
 
 def run(function, parts):
-    """-> [function(part), ...], each on a thread."""
-    return list(pool.map(function, parts))
+    """Iterates over function(part), in the order of the parts; inside of `apart` on its threads."""
+    return (pool.map if pool else map)(function, parts)

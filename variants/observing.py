@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from engine import packing
+from engine import packing, threads
 from reward import extract_answer, score
 from runtime import distributed
 
@@ -29,13 +29,18 @@ def observe(model, layers, rows, names, config):
     ]
     batches = packing.microbatches(branches, config.hardware.tokens_per_microbatch)
     passes = int(distributed.max_over_ranks(len(batches)))
-    for batch in [*batches, *[[]] * (passes - len(batches))]:
-        pack = packing.pack_trees(batch, model.cos.device)
-        kinds = {name.rpartition("_")[2] for name in names}
+    kinds = {name.rpartition("_")[2] for name in names}
+
+    def look(part):
+        pack = packing.pack_trees(part, model.cos.device)
         with torch.no_grad():
             columns = packing.tree_columns(model, pack, config.temperature, kinds)
-        columns = {kind: column.float().cpu() for kind, column in columns.items()}
-        for layer, places, numbers in pack.layers:
+        return pack.layers, {kind: column.float().cpu() for kind, column in columns.items()}
+
+    parts = [part for batch in batches for part in packing.whole_trees(batch, threads.count)]
+    parts += [[]] * (passes - len(batches))  # (of several ranks each has one part a pass)
+    for rows_of_part, columns in threads.run(look, parts):
+        for layer, places, numbers in rows_of_part:
             t = layer.mask.shape[1]
             for name in names:
                 column = columns[name.rpartition("_")[2]][places.cpu(), :t]
