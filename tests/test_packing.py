@@ -430,9 +430,8 @@ def test_parts_on_threads_have_the_same_gradient(model, cores, monkeypatch):
     """Catches a part that is lost, weighted or counted twice, a gradient that replaces the one of
     the micro-batch before, and parts whose number depends on the cores where it must not."""
     branches = branches_of(random_layers(random.Random(5), 3, questions=7))
-    halves = microbatches(branches, sum(len(branch.sampled) for branch in branches))
+    halves = whole_trees(branches, 2)  # two micro-batches, of three trees and more
     loss_of = lambda pack: (tree_logprobs(model, pack)[0].sum(), pack.real_tokens)
-    assert len(halves) > 1
     model.zero_grad()
     tree_logprobs(model, pack_trees(whole_pack(branches)))[0].sum().backward()
     whole = gradient(model)
@@ -442,7 +441,7 @@ def test_parts_on_threads_have_the_same_gradient(model, cores, monkeypatch):
         counts = [len(packing.backward(model, half, loss_of)) for half in halves]
         assert packing.backward(model, [], lambda pack: (0 * loss_of(pack)[0], "none")) == ["none"]
     assert (gradient(model) - whole).norm() < 1e-5 * whole.norm()
-    assert max(counts) == max(2, cores) and threads.count == 1 and threads.pool is None
+    assert counts == [max(2, cores)] * 2 and threads.count == 1 and threads.pool is None
     monkeypatch.setattr(threads, "SMALL", 0)  # a large model
     with threads.apart(model):
         assert threads.count == 1 and len(packing.backward(model, halves[0], loss_of)) == 1
