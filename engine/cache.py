@@ -190,10 +190,10 @@ class SharedPrefix:
     """
 
     def __init__(self, segments, node):
-        # Nodes without a row cost nothing: those in use are renumbered 0, 1, ...
+        # Nodes without a row are left out: those in use are renumbered 0, 1, ...
         used, self.node = node.unique(return_inverse=True)
         self.lengths, (k, v) = segments.lengths[used], segments.views()  # [L, nodes, T, K, C]
-        # Few shapes: the last nodes may have no row.
+        # Few shapes: some nodes behind them are kept, without a row.
         self.nodes = min(rounded(len(used)), k.shape[1])
         if len(used) < k.shape[1]:
             used = F.pad(used, (0, self.nodes - len(used)))

@@ -3,7 +3,8 @@
 The idea. Each row has one place in a few tensors that stay where they are in memory, so that a CUDA
 graph can replay a step on them. Rows that have ended leave, with their cache, once they are an
 eighth of the rows in flight: a step costs time for every row, but moving the others costs time too.
-The others close up, and waiting rows take the free places.
+Some stay longer, so that the same numbers of rows come again (engine/shapes.py). The others close
+up, and waiting rows take the free places.
 
 Letters: B rows of a request, R rows in flight, V vocabulary.
 """

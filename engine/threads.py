@@ -1,6 +1,6 @@
 """Parts of a batch on threads of their own: how a small model is trained on several CPU cores.
 
-    python train.py --preset smoke      # t_train in its log: with OMP_NUM_THREADS=1 twice as long
+    python train.py --preset smoke      # t_train in its log; compare with OMP_NUM_THREADS=1
 
 The idea. torch splits an operation between threads, which meet at its end. Most operations of a
 small model are too short for that. And when other programs take a core, every meeting waits until

@@ -669,7 +669,7 @@ def note_resume(folder, settings, step):
     ]
     if moved:
         say(
-            f"resume: {', '.join(moved)}: sums are rounded in another order, so this run will not "
+            f"resume: {', '.join(moved)}: sums are rounded in another order, so this run may not "
             "be bit for bit the one that was stopped"
         )
     parts = [*earlier, dict(after_step=step) | now]
