@@ -1,8 +1,12 @@
 """The packed tree against rows one by one: visibility, log-probabilities, gradients, and how trees
 are cut into micro-batches."""
 
+import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -479,6 +483,20 @@ def test_shapes_of_matrix_products_come_again(monkeypatch):
         return len(found)
 
     assert shapes(rounded) < shapes(lambda size, sizes=4: size) / 3
+
+
+@pytest.mark.parametrize("given", ["", "77"])
+def test_shapes_keep_the_caches_of_compiled_products_small(given):
+    """Catches a long run whose memory grows with every new shape (half a megabyte each), and a
+    limit of the user's that is overwritten."""
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    environment = {name: x for name, x in os.environ.items() if name not in names}
+    environment |= dict.fromkeys(names, given) if given else {}
+    code = f"import train, os; print(*map(os.environ.get, {names}))"
+    words = [sys.executable, "-c", code]
+    root = Path(packing.__file__).parents[1]
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [given or "32", given or "512"], done.stderr
 
 
 def test_a_pack_of_nothing_takes_part(model):
