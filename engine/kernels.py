@@ -514,7 +514,7 @@ def choose_torch(logits, temperature, rows):
     if temperature == 0:
         token = p.argmax(-1)
     else:
-        token = exponential_noise(rows.key, rows.length, p.shape[1]).div_(p).argmin(-1)
+        token = exponential_noise(rows.key, rows.length, p.shape[1]).div_(p).min(-1).indices
     return token, p.gather(1, token[:, None])[:, 0].log()
 
 
