@@ -330,7 +330,7 @@ class Sampler:
         if not self.fused:
             c = self.model.config
             rows = RowState.blank(capacity, len(layers), c.end_tokens, self.device)
-            return CpuCache(c, self.pool, layers, rows, most, keep)
+            return CpuCache(c, self.pool, path, rows, most, keep)
         config, old = self.model.config, self.cuda_cache
         self.cuda_cache = CudaCache.opened(old, config, self.pool, layers, capacity, most)
         if self.graph and self.cuda_cache is not old:

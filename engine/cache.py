@@ -25,15 +25,15 @@ import torch.nn.functional as F
 
 from engine.kernels import rope_store_torch
 from engine.shapes import rounded
-from model import causal_attention
+from model import attention_scores, causal_attention
 
 # The part of the free CUDA memory that the cache may take when no limit is given.
 CACHE_SHARE_OF_FREE_MEMORY = 0.5
-# Attention scores that a prefill holds at a time: several fp32 tensors of 256 MB.
+# Attention scores that a prefill holds at a time: a few tensors of 256 MB in fp32.
 MAX_SCORES = 1 << 26
 # Slots by which the rows' own segments grow on a CPU. Its matrix products want contiguous blocks,
-# and every growth copies them.
-GROWTH = 16
+# and every growth copies them. torch's softmax of 48 numbers in bf16 takes longer than one of 64.
+GROWTH = 32
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -200,73 +200,96 @@ class SharedPrefix:
             k, v = k.index_select(1, used), v.index_select(1, used)
         self.T = segments.T
         # bmm's batch is a pair of node and key/value head.
+        K = k.shape[3]
         k, v = (x.transpose(2, 3).flatten(1, 2) for x in (k, v))  # [L, nodes * K, T, C]
-        self.k, self.v = k.mT.unbind(0), v.unbind(0)  # of each block; views where K = 1
+        self.k, self.v = k.unbind(0), v.unbind(0)  # of each block; views where K = 1
+        # Slots behind a segment's length, which no row may see: [nodes * K, 1, T].
+        lengths = segments.lengths[used].repeat_interleave(K)[:, None, None]
+        padding = torch.arange(self.T, device=node.device) >= lengths
+        self.bias = k.new_zeros(padding.shape).masked_fill_(padding, -math.inf)
         count = self.node.bincount(minlength=self.nodes)
         self.width = int(count.max())
-        # While every node has equally many rows, regrouping is a reshape.
-        self.place = None
-        if int(count.min()) != self.width:  # rows have left: every node is padded to the widest
-            # With nodes 0 0 1 the width is 2: the rows take places 0 1 2, and place 3 is padding.
+        # While every node has equally many rows, regrouping is a view. Else every node is padded to
+        # the widest: with nodes 0 0 1 the width is 2, the rows take places 0 1 2, place 3 is
+        # padding.
+        self.place = self.source = None
+        if int(count.min()) != self.width:
+            row = torch.arange(len(node), device=node.device)
             first = count.cumsum(0) - count
-            index = torch.arange(len(node), device=node.device) - first[self.node]
-            self.place = self.node * self.width + index
+            self.place = self.node * self.width + row - first[self.node]  # [R]
+            # [nodes * width]: the row of each place. Row 0 stands for padding: `ungroup` drops what
+            # is computed for it.
+            self.source = row.new_zeros(self.nodes * self.width).index_copy_(0, self.place, row)
 
     def regroup(self, x):
-        """[R * K, Q, *] -> [nodes * K, width * Q, *], a node's rows side by side (a view where K =
-        1 and no row has left)."""
+        """[R * K, Q, *] -> [nodes * K, width * Q, *], a node's rows side by side."""
         K, Q, size = x.shape[0] // len(self.node), x.shape[1], x.shape[2]
-        if K == 1 and self.place is None:
-            return x.view(self.nodes, self.width * Q, size)
-        if self.place is not None:
-            # `ungroup` drops what is computed for the places of padding.
-            padded = x.new_zeros(self.nodes * self.width, K * Q * size)
-            x = padded.index_copy_(0, self.place, x.view(len(self.node), -1))
-        x = x.view(self.nodes, self.width, K, Q, size).transpose(1, 2)
+        x = x.view(-1, K, Q, size)
+        x = x if self.source is None else x.index_select(0, self.source)
+        x = x.reshape(self.nodes, self.width, K, Q, size).transpose(1, 2)
         return x.reshape(self.nodes * K, self.width * Q, size)
 
     def ungroup(self, x, Q):
         """The inverse: [nodes * K, width * Q, *] -> [R * K, Q, *]."""
         K, size = x.shape[0] // self.nodes, x.shape[2]
-        if K == 1 and self.place is None:
-            return x.view(-1, Q, size)
         x = x.view(self.nodes, K, self.width, Q, size).transpose(1, 2)
         x = x.reshape(self.nodes * self.width, K * Q * size)
         return (x if self.place is None else x.index_select(0, self.place)).view(-1, Q, size)
 
     def scores(self, block, q):
         """q: [R * K, Q, C] -> [R * K, Q, T]."""
-        return self.ungroup(torch.bmm(self.regroup(q), self.k[block]), q.shape[1])
+        scores = attention_scores(self.regroup(q), self.k[block], self.bias)
+        return self.ungroup(scores, q.shape[1])
 
     def values(self, block, weights):
         """weights: [R * K, Q, T] -> [R * K, Q, C]."""
         return self.ungroup(torch.bmm(self.regroup(weights), self.v[block]), weights.shape[1])
-
-    def is_padding(self):
-        """-> [R, T] bool: slots behind a segment's length, which no row may see."""
-        slots = torch.arange(self.T, device=self.node.device)
-        return (slots >= self.lengths[:, None])[self.node]
 
 
 def grouped_attention(block, q, k, v, bias, prefixes):
     """softmax([q·k_prefixᵀ, q·kᵀ] / sqrt C + bias) · [v_prefix, v]: one softmax over all that a row
     sees, Q queries of each row and key/value head.
 
-    q: [R * K, Q, C]; k, v: [R * K, T, C], the rows' own; bias: fp32 [R * K, Q or 1, slots], 0 or
-    -inf; prefixes: [SharedPrefix] -> [R * K, Q, C]. The arithmetic is that of
-    model.causal_attention on a CPU. In bf16 the sums over layers round apart, by about 0.01 nats a
-    token.
+    q: [R * K, Q, C]; k, v: [R * K, T, C], the rows' own; bias: 0, or -inf for own keys that a query
+    may not see, broadcast to [R * K, Q, T]; prefixes: [SharedPrefix] -> [R * K, Q, C]. The
+    arithmetic is that of model.causal_attention on a CPU. In bf16 the sums over layers round apart,
+    by about 0.01 nats a token.
     """
     # [R * K, Q, slots]: the slots of each prefix, root first, then the row's own.
-    scores = torch.cat([*(p.scores(block, q) for p in prefixes), torch.bmm(q, k.mT)], -1)
-    # softmax in fp32
-    weights = torch.add(bias, scores, alpha=q.shape[2] ** -0.5).softmax(-1).to(q.dtype)
+    scores = [*(p.scores(block, q) for p in prefixes), attention_scores(q, k, bias)]
+    weights = torch.cat(scores, -1).softmax(-1)
     # Joined values would be a copy of every prefix for every row: each part has its own product.
     *shared, own = weights.split([*(p.T for p in prefixes), k.shape[1]], -1)
     out = torch.bmm(own, v)
     for prefix, weight in zip(prefixes, shared):
-        out = out + prefix.values(block, weight.contiguous())
+        out = out + prefix.values(block, weight)
     return out
+
+
+def joined(pool, path):
+    """path: [(Segments, node of each row [R])], root first -> Segments with a node for each of the
+    last step: the tokens of its path, one after another.
+
+    It repeats a question below each of its answers. But on a CPU a small product costs its start:
+    one with 80 slots is cheaper than two with 32 and 48.
+    """
+    rows, nodes = path[-1][1], len(path[-1][0].lengths)
+    # [(Segments, node [nodes])]: where each node's path goes. Nodes without a row take any.
+    path = [(layer, rows.new_zeros(nodes).index_copy_(0, rows, node)) for layer, node in path]
+    lengths = sum(layer.lengths[node] for layer, node in path)
+    T = int(lengths.max())
+    T += -T % GROWTH
+    store = SimpleNamespace(k=pool.blank(nodes * T), v=pool.blank(nodes * T))
+    start = T * torch.arange(nodes, device=rows.device)  # [nodes] the next free slot
+    for layer, node in path:
+        column = torch.arange(layer.T, device=rows.device)
+        real = column < layer.lengths[node][:, None]  # [nodes, slots]
+        source = (layer.starts()[node][:, None] + column)[real]
+        target = (start[:, None] + column)[real]
+        store.k.index_copy_(1, target, layer.store.k.index_select(1, source))
+        store.v.index_copy_(1, target, layer.store.v.index_select(1, source))
+        start = start + layer.lengths[node]
+    return Segments(store, 0, T, lengths)
 
 
 class PrefillAttention:
@@ -278,7 +301,7 @@ class PrefillAttention:
     """
 
     def __init__(self, config, path, segments, nodes, filled, new):
-        self.segments, (R, S), device = segments, (len(nodes), int(new.max())), nodes.device
+        self.segments, S, device = segments, int(new.max()), nodes.device
         self.prefixes = [SharedPrefix(*step) for step in path]
         # From layer 2 on the first slots of these segments hold the copied answer. For the new
         # tokens that is one more prefix, with a single row to each node.
@@ -293,16 +316,10 @@ class PrefillAttention:
         self.slots = (segments.starts()[nodes][:, None] + filled[:, None] + column)[real]
         if device.type == "cuda" and not self.prefixes:
             return  # attend needs no bias: torch's kernel knows the causal triangle
-        # [R, S, slots], True where a token must not look: behind the end of a prefix, and at new
-        # tokens later than itself. Pads stand last, so the second part covers them.
-        masked = [
-            *(p.is_padding()[:, None].expand(R, S, -1) for p in self.prefixes),
-            (column > column[:, None]).expand(R, S, S),
-        ]
-        # G query heads of a key/value head lie side by side: [R * K, S * G, slots]
-        masked = torch.cat(masked, -1).repeat_interleave(config.heads // config.kv_heads, 1)
-        masked = masked.repeat_interleave(config.kv_heads, 0)
-        self.bias = torch.zeros(masked.shape, device=device).masked_fill_(masked, -math.inf)
+        # Of the new tokens none may see a later one. Pads stand last, so this covers them too. G
+        # query heads of a key/value head lie side by side: [S * G, S].
+        later = (column > column[:, None]).repeat_interleave(config.heads // config.kv_heads, 0)
+        self.bias = segments.store.k.new_zeros(later.shape).masked_fill_(later, -math.inf)
 
     def attend(self, block, q, k, v):
         """q: [R, S, N, C]; k, v: [R, S, K, C] -> [R, S, N, C]."""
@@ -320,17 +337,18 @@ class PrefillAttention:
 
 
 class CpuCache:
-    """The cache of rows in flight on a CPU: shared prefixes, and segments of the rows' own that
-    grow together, GROWTH slots at a time.
+    """The cache of rows in flight on a CPU: a prefix that rows share, and segments of the rows' own
+    that grow together, GROWTH slots at a time.
 
-    path: [Segments], root first; rows: in_flight.RowState; most: tokens that a row may sample;
+    path: [(Segments, node of each row [B])], root first; rows: in_flight.RowState; most: tokens that a row may sample;
     keep: whether the segments of rows that leave are kept, for `extend`. cuda_cache.CudaCache has
     the same methods.
     """
 
     def __init__(self, config, pool, path, rows, most, keep):
         self.heads, self.eps = config.heads, config.norm_eps
-        self.pool, self.path, self.rows, self.most, self.keep = pool, path, rows, most, keep
+        self.pool, self.rows, self.most, self.keep = pool, rows, most, keep
+        self.above = path[0][0] if len(path) == 1 else joined(pool, path)
         self.T, self.longest = GROWTH, 0
         self.left = []  # [(row numbers, k, v [L, rows, T, K, C])] of the rows that have left
         self.k, self.v = pool.blank(0), pool.blank(0)  # [L, R * T, K, C]
@@ -360,20 +378,15 @@ class CpuCache:
     def _arrange(self, R, path_changed):
         """Notes where the segment of each of R rows lies, and which slots a row may see."""
         if path_changed:
-            self.prefixes = [
-                SharedPrefix(segments, node[:R])
-                for segments, node in zip(self.path, self.rows.nodes)
-            ]
+            self.prefix = SharedPrefix(self.above, self.rows.nodes[-1][:R])
         length = self.rows.length[:R]
         # Off by one: the token chosen last is number length - 1 of its row, and goes into that
         # slot. A new row (length 0) points before its segment; the first `advance` moves it to slot
         # 0.
         self.rows.slot[:R] = self.T * torch.arange(R, device=self.pool.device) + length - 1
-        own = torch.arange(self.T, device=self.pool.device) >= length[:, None]  # [R, T]
-        masked = torch.cat([*(p.is_padding() for p in self.prefixes), own], -1)
-        masked = masked.repeat_interleave(self.k.shape[2], 0)  # [R * K, slots]
-        zeros = torch.zeros(masked.shape, device=self.pool.device)
-        self.bias = zeros.masked_fill_(masked, -math.inf)[:, None]  # [R * K, 1, slots]
+        length = length.repeat_interleave(self.k.shape[2])[:, None, None]
+        empty = torch.arange(self.T, device=self.pool.device) >= length  # [R * K, 1, T]
+        self.bias = self.k.new_zeros(empty.shape).masked_fill_(empty, -math.inf)
 
     def make_room(self, R):
         """Before a step: each segment gets a slot for one more token, and its row may see it."""
@@ -387,10 +400,10 @@ class CpuCache:
             )
             self.T += GROWTH
             self._arrange(R, path_changed=False)
-        # The own slots are the last T columns of the bias; of these, column length - 1 is new. One
-        # entry of each row changes, and building the bias anew would write all of them.
-        newest = self.bias.shape[2] - self.T - 1 + self.rows.length[:R]
-        self.bias.scatter_(2, newest.repeat_interleave(self.k.shape[2])[:, None, None], 0.0)
+        # Column length - 1 is new. One entry of each row changes, and building the bias anew would
+        # write all of them.
+        newest = (self.rows.length[:R] - 1).repeat_interleave(self.k.shape[2])
+        self.bias.scatter_(2, newest[:, None, None], 0.0)
 
     def attend(self, block, qkv, norms, cos, sin):
         """Stores the new keys and values, and attends: the arguments are those of
@@ -404,7 +417,7 @@ class CpuCache:
         else:
             k, v = (x.transpose(1, 2).reshape(R * K, self.T, C) for x in (k, v))
         q = q.contiguous().view(R * K, N // K, C)
-        return grouped_attention(block, q, k, v, self.bias, self.prefixes).view(R, N, C)
+        return grouped_attention(block, q, k, v, self.bias, [self.prefix]).view(R, N, C)
 
     def finish(self, lengths):
         """All rows have left. lengths: [B], of their segments -> Segments by row number."""

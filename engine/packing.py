@@ -36,7 +36,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from engine import threads
 from engine.shapes import rounded
-from model import token_logprobs
+from model import attention_scores, token_logprobs
 
 BLOCK = 128  # FlexAttention's blocks; on CUDA the length of a pack is a multiple of it
 # Pairs of tokens whose attention is computed together on a CPU: more would not fit its cache.
@@ -344,7 +344,8 @@ def same_depth_chunks(segments, S):
                     break
                 (T, P), count = wider, count + 1
             chosen, waiting = waiting[:count], waiting[count:]
-            T, P = T + -T % 16, P + -P % 16
+            T += -T % 16
+            P += -(P + T) % 32  # torch's softmax in bf16 likes multiples of 32
             pads = rounded(len(chosen)) - len(chosen)
             # Padding points at place S, a row of zeros. Behind a segment's own tokens the causal
             # triangle masks it. Paths are padded before, so that own keys begin at column P in
@@ -377,6 +378,8 @@ def level_attention_for(pack):
     # [segments x T of all chunks], place S where it is padding: entry S of the next line takes
     # that, and is cut off.
     own = torch.cat([chunk.own.flatten() for chunk in pack.chunks])
+    seen = [torch.cat([chunk.above, chunk.own], 1).flatten() for chunk in pack.chunks]
+    sizes, seen = list(map(len, seen)), torch.cat(seen)
     # [S] of each token: its number among all tokens of the chunks
     place = torch.zeros(S + 1, dtype=torch.long).index_copy_(0, own, torch.arange(len(own)))[:S]
 
@@ -385,22 +388,22 @@ def level_attention_for(pack):
         N, C, K = *q.shape[2:], k.shape[2]
         n, outputs = N // K, []
         if not biases:  # the same for all blocks
-            biases.extend(attention_bias(chunk, S, n) for chunk in pack.chunks)
+            biases.extend(attention_bias(chunk, S, n, K, q.dtype) for chunk in pack.chunks)
         with_padding = lambda x: F.pad(x, (0, 0, 0, 1))  # row S: zeros
         q = with_padding(q.reshape(S, N * C))
         # [S + 1, 2 K C]: keys and values side by side, so that one gather fetches both.
         kv = with_padding(torch.cat([k.reshape(S, K * C), v.reshape(S, K * C)], 1))
-        for chunk, bias in zip(pack.chunks, biases):
+        q = F.embedding(own, q).split([chunk.own.numel() for chunk in pack.chunks])
+        kv = F.embedding(seen, kv).split(sizes)
+        for chunk, bias, queries, pairs in zip(pack.chunks, biases, q, kv):
             B, T = chunk.own.shape
-            # [B, K, T n, C]: the n query heads of a key/value head form one tall matrix.
-            queries = F.embedding(chunk.own, q).view(B, T, K, n, C)
-            queries = queries.transpose(1, 2).reshape(B, K, T * n, C)
-            # The keys of the path, then the segment's own.
-            pairs = F.embedding(torch.cat([chunk.above, chunk.own], 1), kv).view(B, -1, 2, K, C)
-            keys, values = pairs.transpose(1, 3).unbind(2)  # [B, K, P + T, C]
-            scores = torch.add(bias, queries @ keys.mT, alpha=C**-0.5)  # fp32
-            weights = scores.softmax(-1).to(q.dtype)
-            out = (weights @ values).view(B, K, T, n, C)
+            # [B K, T n, C]: the n query heads of a key/value head form one tall matrix.
+            queries = queries.view(B, T, K, n, C).transpose(1, 2).reshape(B * K, T * n, C)
+            # The keys of the path, then the segment's own: [B K, P + T, C].
+            pairs = pairs.view(B, -1, 2, K, C).transpose(1, 3)
+            keys, values = (x.reshape(B * K, -1, C) for x in pairs.unbind(2))
+            out = attention_scores(queries, keys, bias).softmax(-1) @ values
+            out = out.view(B, K, T, n, C)
             outputs.append(out.transpose(1, 2).reshape(B * T, N * C))
         # From the order of the chunks back to that of the pack. Tokens that pad the pack are in no
         # chunk: they take output 0, and nothing reads it.
@@ -409,15 +412,15 @@ def level_attention_for(pack):
     return attend
 
 
-def attention_bias(chunk, S, n):
-    """[segments, 1, T n, P + T] fp32: 0 where a query sees a key, else -inf."""
+def attention_bias(chunk, S, n, K, dtype):
+    """[segments K, T n, P + T]: 0 where a query sees a key, else -inf."""
     T, P = chunk.own.shape[1], chunk.above.shape[1]
     # [segments, P] for the path, [segments, T, T] for the own tokens, side by side.
-    padding = torch.zeros(chunk.above.shape).masked_fill_(chunk.above == S, -math.inf)
-    later = torch.full((T, T), -math.inf).triu(1).expand(len(padding), T, T)
+    padding = torch.zeros(chunk.above.shape, dtype=dtype).masked_fill_(chunk.above == S, -math.inf)
+    later = torch.full((T, T), -math.inf, dtype=dtype).triu(1).expand(len(padding), T, T)
     bias = torch.cat([padding[:, None].expand(-1, T, P), later], 2)
     # Query t n + j is token t with head j, so each line stands n times.
-    return bias.repeat_interleave(n, 1)[:, None]
+    return bias.repeat_interleave(n, 1)[:, None].expand(-1, K, -1, -1).flatten(0, 1)
 
 
 # ---- log-probabilities ---------------------------------------------------------------------------
@@ -447,21 +450,22 @@ def tree_columns(model, pack, temperature, kinds):
     return {kind: padded(columns[kind]) for kind in kinds}
 
 
-def backward(model, branches, loss_of):
+def backward(model, branches, loss_of, pack=pack_trees):
     """Adds the gradient of a loss over these branches to that of the model.
 
-    loss_of: a function of PackedTrees -> loss, anything else. -> [that], for each part of the
-    branches; a part is computed on its own thread (engine/threads.py). Losses of parts are summed.
+    loss_of: a function of PackedTrees, or what else `pack` makes of branches -> loss, anything
+    else. -> [that], for each part of the branches; a part is computed on its own thread
+    (engine/threads.py). Losses of parts are summed.
     """
     parts, parameters = whole_trees(branches, threads.count), list(model.parameters())
     if len(parts) == 1:
-        loss, beside = loss_of(pack_trees(parts[0], model.cos.device))
+        loss, beside = loss_of(pack(parts[0], model.cos.device))
         loss.backward()
         return [beside]
 
     def gradient(part):
         # Not loss.backward(): threads would add to the same tensors, in any order.
-        loss, beside = loss_of(pack_trees(part, model.cos.device))
+        loss, beside = loss_of(pack(part, model.cos.device))
         return torch.autograd.grad(loss, parameters), beside
 
     gradients, besides = zip(*threads.run(gradient, parts))

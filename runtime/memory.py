@@ -54,17 +54,15 @@ def block_parameters(shape):
 
 
 def block_bytes(shape, rows, length, compute, flash=True):
-    """Bytes that one block keeps for backward: the inputs of its norms, products and gates. Without
-    a fused attention kernel also the attention weights (on a CPU in fp32, and cast)."""
+    """Bytes that one block keeps for backward: what its norms give, the inputs of its products and
+    gates. Without a fused attention kernel also the attention weights."""
     inner, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    numbers = 6 * shape.width + 4 * inner + 3 * keys + 4 * shape.hidden
+    numbers = 4 * shape.width + 4 * inner + 3 * keys + 4 * shape.hidden
     if shape.qk_norm:
-        numbers += 3 * (inner + keys)
-    weights = 0
+        numbers += inner + keys
     if not flash:
-        # [heads, length, length] weights a row: the softmax in fp32 and its cast.
-        weights = shape.heads * length * (4 + (compute.itemsize if compute.itemsize < 4 else 0))
-    return rows * length * (numbers * compute.itemsize + weights)
+        numbers += shape.heads * length  # [heads, length, length] weights a row
+    return rows * length * numbers * compute.itemsize
 
 
 def activations(shape, rows, length, compute, recompute, flash=True):

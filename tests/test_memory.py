@@ -179,7 +179,7 @@ def test_every_part_of_the_plan_by_hand():
         assert planned[part] == size, part
     a_token = 2 * 1 * 1 * 2 * 2  # keys and values, L, K, C, bytes
     assert planned["KV cache"] == cached_tokens(2, (3, 4), 10, 20, 6) * a_token
-    numbers = 6 * 4 + 4 * 4 + 3 * 2 + 4 * 3
+    numbers = 4 * 4 + 4 * 4 + 3 * 2 + 4 * 3
     assert block_bytes(TINY, 5, 8, torch.bfloat16) == 5 * 8 * 2 * numbers
     assert "of 80" in plan_text(planned, 80e9)
     later = ("Adam", "activations", "logits")

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from model import GPT, ModelConfig, causal_attention, rope_tables, rotate, token_logprobs
+from model import (
+    GPT,
+    ModelConfig,
+    causal_attention,
+    rms_normalise,
+    rope_tables,
+    rotate,
+    token_logprobs,
+)
 
 
 def test_attention_is_causal_and_ignores_right_pads(gpt):
@@ -28,6 +36,24 @@ def test_attention_equals_torchs(gpt):
             *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
         )
         torch.testing.assert_close(causal_attention(0, q, k, v), expected.transpose(1, 2))
+
+
+def test_the_gradient_of_the_norm_is_that_of_its_formula():
+    """Catches a slip in the gradient that is written by hand, eps included: against autograd of
+    x / sqrt(mean(x²) + eps), in fp32, for large and small vectors."""
+    x = torch.randn(5, 7, 32) * torch.logspace(-3, 1, 5)[:, None, None]
+    weight = torch.randn(5, 7, 32)
+    for eps in (1e-6, 0.1):
+        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        y = rms_normalise(ours, eps)
+        formula = theirs * (theirs.square().mean(-1, keepdim=True) + eps).rsqrt()
+        assert torch.allclose(y, formula, atol=1e-6)
+        (y * weight).sum().backward()
+        (formula * weight).sum().backward()
+        error = (ours.grad - theirs.grad).norm(dim=-1) / theirs.grad.norm(dim=-1)
+        assert error.max() < 1e-5
+        with torch.no_grad():
+            assert torch.equal(rms_normalise(x, eps), y)
 
 
 def test_rope_depends_on_distance_alone():
