@@ -33,7 +33,7 @@ from typing import Annotated
 import torch
 
 import train
-from engine import packing
+from engine import packing, threads
 from engine.workers import in_parallel
 from mgrpo import MGRPO, Layer, loss_inputs, policy_loss
 from reward import score
@@ -76,7 +76,7 @@ class Clock(dict):
 
     def __init__(self, device, layers):
         sampling = [f"sample {k}" for k in range(1, layers + 1)]
-        phases = [*sampling, "reward", "forward", "backward", "optimiser", "refresh"]
+        phases = [*sampling, "reward", "gradient", "optimiser", "refresh"]
         super().__init__(dict.fromkeys(phases, 0.0))
         self.device = device
 
@@ -164,22 +164,22 @@ class Bench:
 
     def learn(self, layers, kind, clock):
         """One optimiser step on all rows."""
-        for batch in microbatches(branches_of(layers), kind, self.config.tokens_per_microbatch):
-            with clock.phase("forward"):
-                loss = self.loss(batch, kind)
-            with clock.phase("backward"):
-                loss.backward()
+        # As in train.py: on a CPU each thread computes a part of a small model's micro-batch.
+        loss_of = lambda branches: (self.loss(branches, kind), None)
+        with clock.phase("gradient"), threads.apart(self.model):
+            for batch in microbatches(branches_of(layers), kind, self.config.tokens_per_microbatch):
+                packing.backward(self.model, batch, loss_of, pack=lambda part, device: part)
         with clock.phase("optimiser"):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.MAX_GRADIENT_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, batch, kind):
-        """The part of the loss of a micro-batch, a list of branches: train.py's for a tree."""
+        """The part of the loss of these branches: train.py's for a tree."""
         denominators = dict(enumerate(self.config.rows, 1))
         if kind == "tree":
-            pack = packing.pack_trees(batch, self.device)
             rest = (denominators, MGRPO, 0.0, 0.0, self.settings, True)
+            pack = packing.pack_trees(batch, self.device)
             return train.batch_loss(self.model, None, pack, *rest)[0]
         # Padded rows: each row repeats the prompt and all that is above it.
         prompts = [[t for _, tokens in branch.path[:-1] for t in tokens] for branch in batch]
@@ -295,19 +295,16 @@ def print_phases(config, device, types):
         flops, _ = train_work(bench.model.config, layers)
         peak, _ = machine.limits_of_machine(dtype, device)
         middle = {name: statistics.median(clock[name] for clock in found) for name in names}
-        seconds, training = sum(middle.values()), middle["forward"] + middle["backward"]
+        seconds = sum(middle.values())
         sampled = sum(map(sum, bench.limits))
         cells = "".join(f"{middle[name]:11.3f}" for name in names)
         print(
             f"{f'{kind}, {type_name(dtype)}':24}{cells}{seconds:9.3f}{sampled / seconds:10,.0f}"
-            f"{flops / peak / training:10.1%}"
+            f"{flops / peak / middle['gradient']:10.1%}"
             f"{padding(layers, kind, config.tokens_per_microbatch):9.1%}"
         )
     for dtype in types:
-        took = {
-            kind: [clock["forward"] + clock["backward"] for clock in clocks[dtype, kind]]
-            for kind in KINDS
-        }
+        took = {kind: [clock["gradient"] for clock in clocks[dtype, kind]] for kind in KINDS}
         padded, ordered = (machine.median_ratio(took[kind], took["tree"]) for kind in KINDS[:2])
         print(
             f"{type_name(dtype)}: forward and backward of the tree are {padded:.2f} times as fast "
@@ -335,15 +332,13 @@ def print_floors(bench, clocks):
         above += sum(limits) // len(limits) + len(
             PHRASE
         )  # what the next layer continues, on average
-    # A forward pass is a third of the arithmetic, a backward pass two thirds.
     floors |= dict(
-        forward=flops / 3 / peak,
-        backward=2 * flops / 3 / peak,
+        gradient=flops / peak,
         # Bytes: AdamW reads weight, gradient and two moments, and writes three of them, in fp32.
         optimiser=28 * parameters / bandwidth,
         refresh=(4 + dtype.itemsize) * parameters / bandwidth,
     )
-    tokens |= dict(reward=sum(sampled), forward=tree, backward=tree)
+    tokens |= dict(reward=sum(sampled), gradient=tree)
     print(f"\n{f'tree, {type_name(dtype)}':20}{'seconds':>9}{'tokens/s':>12}{'of floor':>10}")
     for name in clocks[0]:
         seconds = statistics.median(clock[name] for clock in clocks)
@@ -379,7 +374,7 @@ def print_growth(config, device, dtype):
             for _ in range(config.measuring.rounds + 1):
                 clocks.append(bench.clock())
                 bench.learn(layers, "tree", clocks[-1])
-            took.append(statistics.median(c["forward"] + c["backward"] for c in clocks[1:]))
+            took.append(statistics.median(clock["gradient"] for clock in clocks[1:]))
         # time = c x value^exponent is a straight line in logarithms: its slope is the exponent.
         logs = [math.log(v) for v in values], [math.log(t) for t in took]
         exponent = statistics.linear_regression(*logs).slope
