@@ -340,9 +340,9 @@ class CpuCache:
     """The cache of rows in flight on a CPU: a prefix that rows share, and segments of the rows' own
     that grow together, GROWTH slots at a time.
 
-    path: [(Segments, node of each row [B])], root first; rows: in_flight.RowState; most: tokens that a row may sample;
-    keep: whether the segments of rows that leave are kept, for `extend`. cuda_cache.CudaCache has
-    the same methods.
+    path: [(Segments, node of each row [B])], root first; rows: in_flight.RowState; most: tokens
+    that a row may sample; keep: whether the segments of rows that leave are kept, for `extend`.
+    cuda_cache.CudaCache has the same methods.
     """
 
     def __init__(self, config, pool, path, rows, most, keep):
