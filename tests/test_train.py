@@ -458,12 +458,13 @@ def smoke(tmp_path_factory):
 
 @pytest.mark.slow
 def test_smoke_run_learns_to_correct(smoke):
-    """Catches a loop that runs but does not learn: on `solve` the second answer must gain far more
-    than the base's (seen: 18 points)."""
+    """Catches a loop that runs but does not learn: on `solve` the second answer gains, and hardly
+    any correction breaks a right answer any more. (Seen in fp32: 8 and 18 points, with code that
+    rounds differently; the standard error is 3.)"""
     folder, printed = smoke
     result = json.loads((folder / "out/solve-mgrpo-0/result.json").read_text())
     base, trained = result["base"]["greedy"], result["MGRPO"]["greedy"]
-    assert trained["t2"][0] > base["t2"][0] + 0.08
+    assert trained["t2"][0] > base["t2"][0] + 0.05
     assert trained["broke2"][0] < base["broke2"][0] - 0.1
     titles = ("Acc@t1", "Acc@t2", "Δ(t1,t2)", "Δ i→c", "Δ c→i", "base", "MGRPO", "held-out")
     assert [title for title in titles if title not in printed] == []
