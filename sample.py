@@ -8,15 +8,16 @@ cache that grows as a tree.
 The physics. Prefill runs all tokens of a prompt through the model at once: every weight that is
 read serves many tokens, and arithmetic is the limit. Decode adds one token to each row: a step
 reads every weight for two operations per row, and every visible key and value for a few, so memory
-is the limit. (A prefix that rows share is read once for all of them.) The default model has 0.8 M
-parameters: 1.6 MB in bf16, and 512 bytes of KV cache a token (4 blocks x key and value x 32
-numbers). A step of 256 rows of 100 tokens, none shared, reads 1.6 MB of weights and 13 MB of cache
-for 0.4 GFLOP. These are 28 operations a byte, and a GPU can do hundreds. A prefill of 64 prompts of
-32 tokens does 3.3 GFLOP on 1.6 MB of weights: 2,000 operations a byte.
+is the limit. (On CUDA a prefix that rows share is read once for all of them.) A model of four
+blocks has 0.8 M parameters: 1.6 MB in bf16, and 512 bytes of KV cache a token (4 blocks x key and
+value x 32 numbers). A step of 256 rows of 100 tokens, none shared, reads 1.6 MB of weights and 13
+MB of cache for 0.4 GFLOP. These are 28 operations a byte, and a GPU can do hundreds. A prefill of
+64 prompts of 32 tokens does 3.3 GFLOP on 1.6 MB of weights: 2,000 operations a byte.
 
 The design follows from that.
-1. Prefixes are shared. `generate` prefills each prompt once and decodes n rows from it. `extend`
-   continues rows one layer down: it copies their cache, and prefills only the phrase behind them.
+1. Prefixes are computed once. `generate` prefills each prompt once and decodes n rows from it.
+   `extend` continues rows one layer down: it copies their cache, and prefills only the phrase
+   behind them.
 2. A decode step (`decode_step`) is the same few lines on a CPU and on CUDA. Between its matrix
    products stand fused kernels or their torch references (engine/kernels.py). CUDA replays the step
    as a graph (engine/cuda_graphs.py).
@@ -90,8 +91,8 @@ class Sampler:
     half of the memory that is free after a warm-up). reserved: bytes of CUDA memory that others
     will need, which do not count as free.
     For measuring what each is worth: fused, graph: use the kernels, replay CUDA graphs (None: where
-    there is CUDA); leave: finished rows leave the batch; share: a prompt's keys and values exist
-    once, not once per row.
+    there is CUDA); leave: finished rows leave the batch; share: a prompt is prefilled once, not
+    once per row.
 
     `seen`, if set, is called after every step with the rows in flight (in_flight.RowState) and the
     number of rows that now leave: for progress bars, and for streaming a dialogue.
@@ -211,7 +212,9 @@ class Sampler:
                 results.append((flight.tokens, flight.logprobs, flight.lengths))
                 segments = flight.finish()
         keep = segments is not None and len(parts) == 1
-        cache = CachedTree(self.pool.tree, request.path, segments) if keep else None
+        # On a CPU the rows' segments begin with their paths.
+        path = request.path if self.fused else []
+        cache = CachedTree(self.pool.tree, path, segments) if keep else None
         return *(torch.cat(tensors) for tensors in zip(*results)), cache
 
     def prefill(self, prompts, new_tokens, above, n, limits, keys):
@@ -272,7 +275,10 @@ class Sampler:
     def decode(self, request, most, temperature, filters):
         """Adds tokens to every row of the request until all have ended -> InFlight. most: the
         longest completion."""
-        capacity = int(min(len(request.keys), self.pool.free() / most))
+        # Rows that have space. (On a CPU at least one: a limit that fits a single row is kept but
+        # for the copy of its prompt.)
+        row = self.pool.slots_of_row(int(request.starts.max()), most)
+        capacity = int(min(len(request.keys), max(1, self.pool.free() / row)))
         cache = self._open_cache(request.path, capacity, most, capacity == len(request.keys))
         flight = InFlight(request, cache, capacity, most, self.leave, self.seen)
         while flight.rows or flight.waiting:

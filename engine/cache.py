@@ -1,4 +1,4 @@
-"""The KV cache as a tree: every key and value is stored once, and rows share those of their prefix.
+"""The KV cache as a tree: a prefix that rows share is computed once.
 
     pytest tests/test_sample.py                    # held against the model without a cache
 
@@ -9,14 +9,16 @@ its corrections. The cache is a tree of segments, each a run of slots:
             answers        a0 a0 w0 w0 .   a1 a1 ...    an answer, then its phrase
     own     corrections    c0 .  .  .  .   c1 c1 ...    one more slot of each row per step
 
-A cached key carries its position (RoPE), so a segment may lie anywhere in memory.
+A cached key carries its position (RoPE), so a segment may lie anywhere in memory. CUDA keeps the
+tree, and stores every key once (engine/cuda_cache.py). On a CPU a row that is decoded has a copy of
+its path, which one small product reads (`CpuCache`).
 
 Letters: R rows, L blocks, N query heads, K key/value heads, C head size, S new tokens, T slots of a
 segment.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,15 +26,14 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import rope_store_torch
-from engine.shapes import rounded
 from model import attention_scores, causal_attention
 
 # The part of the free CUDA memory that the cache may take when no limit is given.
 CACHE_SHARE_OF_FREE_MEMORY = 0.5
 # Attention scores that a prefill holds at a time: a few tensors of 256 MB in fp32.
 MAX_SCORES = 1 << 26
-# Slots by which the rows' own segments grow on a CPU. Its matrix products want contiguous blocks,
-# and every growth copies them. torch's softmax of 48 numbers in bf16 takes longer than one of 64.
+# Slots by which rows grow on a CPU. Its matrix products want contiguous blocks, and every growth
+# copies them. torch's softmax of 48 numbers in bf16 takes longer than one of 64.
 GROWTH = 32
 
 
@@ -73,8 +74,8 @@ class CachedTree(NamedTuple):
     """The cache behind sampled rows: what `extend` continues."""
 
     tree: object  # SlotPool.tree at the time
-    path: list  # [(Segments, node of each row [B])], root first
-    segments: Segments  # the rows' own, by row number
+    path: list  # [(Segments, node of each row [B])], root first; empty on a CPU
+    segments: Segments  # the rows' own, by row number; on a CPU with their paths
 
 
 class SlotPool:
@@ -84,7 +85,7 @@ class SlotPool:
     address. The pair fills from the bottom, and is emptied when a new tree begins. Without it every
     generation of segments has tensors of its own (CPU).
     limit: slots in all (None: no limit). It bounds a call together with the completions that it
-    extends; on a CPU older completions keep their segments beside that.
+    extends; on a CPU completions keep their segments beside that.
     """
 
     def __init__(self, config, dtype, device, shared, limit=None):
@@ -153,10 +154,15 @@ class SlotPool:
             self.k = F.pad(self.k, (0, 0, 0, 0, 0, target - size))
             self.v = F.pad(self.v, (0, 0, 0, 0, 0, target - size))
 
+    def slots_of_row(self, longest, most):
+        """-> slots of a row in flight behind a prompt of `longest` tokens. On a CPU it has a copy
+        of the prompt."""
+        return most if self.shared else longest + most
+
     def fits(self, prompts, longest, n, most):
-        """Whether prompts of at most `longest` tokens, with n rows of at most `most` tokens each,
-        fit beside what is in use."""
-        return prompts * (longest + n * most) <= self.free()
+        """Whether prompts of at most `longest` tokens, with n rows of at most `most` new tokens
+        each, fit beside what is in use."""
+        return prompts * (longest + n * self.slots_of_row(longest, most)) <= self.free()
 
     def turns(self, prompts, longest, n, most):
         """Frees all slots -> [(first, last), ...]: the prompts that are sampled together.
@@ -179,117 +185,7 @@ class SlotPool:
         return [(first, min(first + at_once, prompts)) for first in range(0, prompts, at_once)]
 
 
-# ---- attention to shared prefixes, in torch ------------------------------------------------------
-
-
-class SharedPrefix:
-    """Segments as the rows below them see them: row r continues node[r] (ascending).
-
-    Queries are regrouped, so that a node's keys and values meet ALL its rows in one matrix product
-    and are read once. One product per row would read them once per row.
-    """
-
-    def __init__(self, segments, node):
-        # Nodes without a row are left out: those in use are renumbered 0, 1, ...
-        used, self.node = node.unique(return_inverse=True)
-        self.lengths, (k, v) = segments.lengths[used], segments.views()  # [L, nodes, T, K, C]
-        # Few shapes: some nodes behind them are kept, without a row.
-        self.nodes = min(rounded(len(used)), k.shape[1])
-        if len(used) < k.shape[1]:
-            used = F.pad(used, (0, self.nodes - len(used)))
-            k, v = k.index_select(1, used), v.index_select(1, used)
-        self.T = segments.T
-        # bmm's batch is a pair of node and key/value head.
-        K = k.shape[3]
-        k, v = (x.transpose(2, 3).flatten(1, 2) for x in (k, v))  # [L, nodes * K, T, C]
-        self.k, self.v = k.unbind(0), v.unbind(0)  # of each block; views where K = 1
-        # Slots behind a segment's length, which no row may see: [nodes * K, 1, T].
-        lengths = segments.lengths[used].repeat_interleave(K)[:, None, None]
-        padding = torch.arange(self.T, device=node.device) >= lengths
-        self.bias = k.new_zeros(padding.shape).masked_fill_(padding, -math.inf)
-        count = self.node.bincount(minlength=self.nodes)
-        self.width = int(count.max())
-        # While every node has equally many rows, regrouping is a view. Else every node is padded to
-        # the widest: with nodes 0 0 1 the width is 2, the rows take places 0 1 2, place 3 is
-        # padding.
-        self.place = self.source = None
-        if int(count.min()) != self.width:
-            row = torch.arange(len(node), device=node.device)
-            first = count.cumsum(0) - count
-            self.place = self.node * self.width + row - first[self.node]  # [R]
-            # [nodes * width]: the row of each place. Row 0 stands for padding: `ungroup` drops what
-            # is computed for it.
-            self.source = row.new_zeros(self.nodes * self.width).index_copy_(0, self.place, row)
-
-    def regroup(self, x):
-        """[R * K, Q, *] -> [nodes * K, width * Q, *], a node's rows side by side."""
-        K, Q, size = x.shape[0] // len(self.node), x.shape[1], x.shape[2]
-        x = x.view(-1, K, Q, size)
-        x = x if self.source is None else x.index_select(0, self.source)
-        x = x.reshape(self.nodes, self.width, K, Q, size).transpose(1, 2)
-        return x.reshape(self.nodes * K, self.width * Q, size)
-
-    def ungroup(self, x, Q):
-        """The inverse: [nodes * K, width * Q, *] -> [R * K, Q, *]."""
-        K, size = x.shape[0] // self.nodes, x.shape[2]
-        x = x.view(self.nodes, K, self.width, Q, size).transpose(1, 2)
-        x = x.reshape(self.nodes * self.width, K * Q * size)
-        return (x if self.place is None else x.index_select(0, self.place)).view(-1, Q, size)
-
-    def scores(self, block, q):
-        """q: [R * K, Q, C] -> [R * K, Q, T]."""
-        scores = attention_scores(self.regroup(q), self.k[block], self.bias)
-        return self.ungroup(scores, q.shape[1])
-
-    def values(self, block, weights):
-        """weights: [R * K, Q, T] -> [R * K, Q, C]."""
-        return self.ungroup(torch.bmm(self.regroup(weights), self.v[block]), weights.shape[1])
-
-
-def grouped_attention(block, q, k, v, bias, prefixes):
-    """softmax([q·k_prefixᵀ, q·kᵀ] / sqrt C + bias) · [v_prefix, v]: one softmax over all that a row
-    sees, Q queries of each row and key/value head.
-
-    q: [R * K, Q, C]; k, v: [R * K, T, C], the rows' own; bias: 0, or -inf for own keys that a query
-    may not see, broadcast to [R * K, Q, T]; prefixes: [SharedPrefix] -> [R * K, Q, C]. The
-    arithmetic is that of model.causal_attention on a CPU. In bf16 the sums over layers round apart,
-    by about 0.01 nats a token.
-    """
-    # [R * K, Q, slots]: the slots of each prefix, root first, then the row's own.
-    scores = [*(p.scores(block, q) for p in prefixes), attention_scores(q, k, bias)]
-    weights = torch.cat(scores, -1).softmax(-1)
-    # Joined values would be a copy of every prefix for every row: each part has its own product.
-    *shared, own = weights.split([*(p.T for p in prefixes), k.shape[1]], -1)
-    out = torch.bmm(own, v)
-    for prefix, weight in zip(prefixes, shared):
-        out = out + prefix.values(block, weight)
-    return out
-
-
-def joined(pool, path):
-    """path: [(Segments, node of each row [R])], root first -> Segments with a node for each of the
-    last step: the tokens of its path, one after another.
-
-    It repeats a question below each of its answers. But on a CPU a small product costs its start:
-    one with 80 slots is cheaper than two with 32 and 48.
-    """
-    rows, nodes = path[-1][1], len(path[-1][0].lengths)
-    # [(Segments, node [nodes])]: where each node's path goes. Nodes without a row take any.
-    path = [(layer, rows.new_zeros(nodes).index_copy_(0, rows, node)) for layer, node in path]
-    lengths = sum(layer.lengths[node] for layer, node in path)
-    T = int(lengths.max())
-    T += -T % GROWTH
-    store = SimpleNamespace(k=pool.blank(nodes * T), v=pool.blank(nodes * T))
-    start = T * torch.arange(nodes, device=rows.device)  # [nodes] the next free slot
-    for layer, node in path:
-        column = torch.arange(layer.T, device=rows.device)
-        real = column < layer.lengths[node][:, None]  # [nodes, slots]
-        source = (layer.starts()[node][:, None] + column)[real]
-        target = (start[:, None] + column)[real]
-        store.k.index_copy_(1, target, layer.store.k.index_select(1, source))
-        store.v.index_copy_(1, target, layer.store.v.index_select(1, source))
-        start = start + layer.lengths[node]
-    return Segments(store, 0, T, lengths)
+# ---- attention, in torch -------------------------------------------------------------------------
 
 
 class PrefillAttention:
@@ -297,140 +193,145 @@ class PrefillAttention:
     which also stores the tokens' keys and values.
 
     Row r of the pass adds new[r] tokens to node nodes[r] of `segments`, behind the filled[r] slots
-    that are there already (those of the answer, when its phrase is prefilled).
+    that are there already (those of the answer, when its phrase is prefilled). All segments lie in
+    one store.
     """
 
     def __init__(self, config, path, segments, nodes, filled, new):
-        self.segments, S, device = segments, int(new.max()), nodes.device
-        self.prefixes = [SharedPrefix(*step) for step in path]
-        # From layer 2 on the first slots of these segments hold the copied answer. For the new
-        # tokens that is one more prefix, with a single row to each node.
-        if bool(filled.any()):
-            lengths = torch.zeros_like(segments.lengths).index_copy_(0, nodes, filled)
-            self.prefixes.append(SharedPrefix(replace(segments, lengths=lengths), nodes))
-        column = torch.arange(S, device=device)
+        self.segments, R, device = segments, len(nodes), nodes.device
+        # What a row sees before its new tokens: its path, and the filled slots behind it.
+        parts = [(layer.starts()[node], layer.lengths[node]) for layer, node in path]
+        parts.append((segments.starts()[nodes], filled))
+        slots, hidden = [], []
+        for start, length in parts:
+            column = torch.arange(int(length.max()), device=device)
+            slots.append(start[:, None] + column)
+            hidden.append(column >= length[:, None])
+        self.before, hidden = torch.cat(slots, 1), torch.cat(hidden, 1)  # [R, P] each
+        column = torch.arange(int(new.max()), device=device)
         real = column < new[:, None]  # [R, S]: not a pad
         # Numbers, not the mask: to index by a mask the host waits for the device, in every block.
         self.real = real.flatten().nonzero()[:, 0]
         # New token j of a row goes into slot start + filled + j; pads go nowhere.
         self.slots = (segments.starts()[nodes][:, None] + filled[:, None] + column)[real]
-        if device.type == "cuda" and not self.prefixes:
+        if device.type == "cuda" and not self.before.numel():
             return  # attend needs no bias: torch's kernel knows the causal triangle
         # Of the new tokens none may see a later one. Pads stand last, so this covers them too. G
-        # query heads of a key/value head lie side by side: [S * G, S].
-        later = (column > column[:, None]).repeat_interleave(config.heads // config.kv_heads, 0)
-        self.bias = segments.store.k.new_zeros(later.shape).masked_fill_(later, -math.inf)
+        # query heads of a key/value head lie side by side: [R * K, S * G, P + S].
+        K, S = config.kv_heads, len(column)
+        later = (column > column[:, None]).expand(R, S, S)
+        hidden = torch.cat([hidden[:, None].expand(-1, S, -1), later], 2)
+        hidden = hidden.repeat_interleave(K, 0).repeat_interleave(config.heads // K, 1)
+        self.bias = segments.store.k.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
 
     def attend(self, block, q, k, v):
         """q: [R, S, N, C]; k, v: [R, S, K, C] -> [R, S, N, C]."""
-        for store, x in ((self.segments.store.k, k), (self.segments.store.v, v)):
-            store[block].index_copy_(0, self.slots, x.flatten(0, 1).index_select(0, self.real))
-        if q.is_cuda and not self.prefixes:
+        stores = self.segments.store.k[block], self.segments.store.v[block]
+        for store, x in zip(stores, (k, v)):
+            store.index_copy_(0, self.slots, x.flatten(0, 1).index_select(0, self.real))
+        if q.is_cuda and not self.before.numel():
             return causal_attention(block, q, k, v)
-        # The keys and values of prefixes come from the cache, those of the new tokens from this
-        # pass.
+        # The keys and values of the path come from the cache, those of the new tokens from this
+        # pass: [R * K, P + S, C].
         (R, S, N, C), K = q.shape, k.shape[2]
-        k, v = (x.transpose(1, 2).reshape(R * K, S, C) for x in (k, v))
+        k, v = (
+            torch.cat([store[self.before], x], 1).transpose(1, 2).reshape(R * K, -1, C)
+            for store, x in zip(stores, (k, v))
+        )
         q = q.reshape(R, S, K, N // K, C).transpose(1, 2).reshape(R * K, -1, C)  # [R * K, S * G, C]
-        out = grouped_attention(block, q, k, v, self.bias, self.prefixes)
+        out = attention_scores(q, k, self.bias).softmax(-1) @ v
         return out.view(R, K, S, N // K, C).transpose(1, 2).reshape(R, S, N, C)
 
 
 class CpuCache:
-    """The cache of rows in flight on a CPU: a prefix that rows share, and segments of the rows' own
-    that grow together, GROWTH slots at a time.
+    """The cache of rows in flight on a CPU. Each row has T slots, and slot p holds the token at
+    position p. The first ones are a copy of its prompt.
 
-    path: [(Segments, node of each row [B])], root first; rows: in_flight.RowState; most: tokens
-    that a row may sample; keep: whether the segments of rows that leave are kept, for `extend`.
+    A small product on a CPU costs its start, not what it reads. With one product for what siblings
+    share and one for their own, attention took twice as long for 48 rows, and a fifth longer for
+    256 rows of 16 siblings. (It took a quarter less where these share 256 tokens.)
+
+    path: [(Segments, node of each row [B])], the prompts; rows: in_flight.RowState; most: tokens
+    that a row may sample; keep: whether the slots of rows that leave are kept, for `extend`.
     cuda_cache.CudaCache has the same methods.
     """
 
     def __init__(self, config, pool, path, rows, most, keep):
         self.heads, self.eps = config.heads, config.norm_eps
-        self.pool, self.rows, self.most, self.keep = pool, rows, most, keep
-        self.above = path[0][0] if len(path) == 1 else joined(pool, path)
-        self.T, self.longest = GROWTH, 0
-        self.left = []  # [(row numbers, k, v [L, rows, T, K, C])] of the rows that have left
-        self.k, self.v = pool.blank(0), pool.blank(0)  # [L, R * T, K, C]
+        ((self.prompts, self.node),) = path
+        self.rows, self.keep = rows, keep
+        # An upper bound of the tokens that a row has now, and its last value.
+        self.longest = int(self.prompts.lengths.max())
+        self.most = self.longest + most
+        self.T = self.prompts.T + -self.prompts.T % GROWTH
+        # [L, K, R, T, C]: heads before rows, so that the products of all are one batch.
+        L, _, K, C = pool.shape
+        self.k = torch.zeros(L, K, 0, self.T, C, dtype=pool.dtype, device=pool.device)
+        self.v = self.k
+        self.left = []  # [(row numbers, k, v)] of the rows that have left
 
     def admit(self, R, count):
         """`count` new rows take the places behind the first R."""
+        node = self.rows.nodes[0][R : R + count]
+        prompts = (x.index_select(1, node).permute(0, 3, 1, 2, 4) for x in self.prompts.views())
         self.k, self.v = (
-            torch.cat([x, self.pool.blank(count * self.T)], 1) for x in (self.k, self.v)
+            torch.cat([x, F.pad(new, (0, 0, 0, self.T - new.shape[3]))], 2)
+            for x, new in zip((self.k, self.v), prompts)
         )
-        self._arrange(R + count, path_changed=True)
+        self.bias = None
 
     def retire(self, stay, numbers):
         """stay: [R] bool, the rows that remain; they have closed up already. numbers: [R], the row
         numbers from before that."""
-        k, v = (x.unflatten(1, (len(stay), self.T)) for x in (self.k, self.v))
-        # All leave at once: their segments are kept as they are, without a copy.
-        if not stay.any():
-            if self.keep:
-                self.left.append((numbers, k, v))
-            self.k, self.v = self.pool.blank(0), self.pool.blank(0)
-            return
+        k, v = self.k, self.v
+        # All leave at once: their slots are kept as they are, without a copy.
+        leave = ~stay if stay.any() else slice(None)
         if self.keep:
-            self.left.append((numbers[~stay], k[:, ~stay], v[:, ~stay]))
-        self.k, self.v = (x[:, stay].flatten(1, 2) for x in (k, v))
-        self._arrange(int(stay.sum()), path_changed=True)
-
-    def _arrange(self, R, path_changed):
-        """Notes where the segment of each of R rows lies, and which slots a row may see."""
-        if path_changed:
-            self.prefix = SharedPrefix(self.above, self.rows.nodes[-1][:R])
-        length = self.rows.length[:R]
-        # Off by one: the token chosen last is number length - 1 of its row, and goes into that
-        # slot. A new row (length 0) points before its segment; the first `advance` moves it to slot
-        # 0.
-        self.rows.slot[:R] = self.T * torch.arange(R, device=self.pool.device) + length - 1
-        length = length.repeat_interleave(self.k.shape[2])[:, None, None]
-        empty = torch.arange(self.T, device=self.pool.device) >= length  # [R * K, 1, T]
-        self.bias = self.k.new_zeros(empty.shape).masked_fill_(empty, -math.inf)
+            self.left.append((numbers[leave], k[:, :, leave], v[:, :, leave]))
+        self.k, self.v = k[:, :, stay], v[:, :, stay]
+        self.bias = None
 
     def make_room(self, R):
-        """Before a step: each segment gets a slot for one more token, and its row may see it."""
-        # An upper bound, since the longest row may have left.
-        self.longest = min(self.longest + 1, self.most)
+        """Before a step: each row gets a slot for its newest token, and may see it."""
+        position, K = self.rows.position[:R], self.k.shape[1]
+        self.longest = min(self.longest + 1, self.most)  # the longest row may have left
         if self.longest > self.T:
-            self.k, self.v = (
-                # [L, R, T, K, C]: GROWTH slots behind those of every row.
-                F.pad(x.unflatten(1, (R, self.T)), (0, 0, 0, 0, 0, GROWTH)).flatten(1, 2)
-                for x in (self.k, self.v)
-            )
-            self.T += GROWTH
-            self._arrange(R, path_changed=False)
-        # Column length - 1 is new. One entry of each row changes, and building the bias anew would
-        # write all of them.
-        newest = (self.rows.length[:R] - 1).repeat_interleave(self.k.shape[2])
-        self.bias.scatter_(2, newest[:, None, None], 0.0)
+            self.k, self.v = (F.pad(x, (0, 0, 0, GROWTH)) for x in (self.k, self.v))
+            self.T, self.bias = self.T + GROWTH, None
+        if self.bias is None:  # rows or slots have moved
+            self.first = self.T * torch.arange(R, device=position.device)
+            later = torch.arange(self.T, device=position.device) > position[:, None]  # [R, T]
+            bias = self.k.new_zeros(later.shape).masked_fill_(later, -math.inf)
+            self.bias = bias.repeat(K, 1)[:, None]  # [K * R, 1, T]
+        else:  # one entry of each row changes, and building it anew would write all of them
+            self.bias.scatter_(2, position.repeat(K)[:, None, None], 0.0)
+        self.slot = self.first + position
 
     def attend(self, block, qkv, norms, cos, sin):
         """Stores the new keys and values, and attends: the arguments are those of
         kernels.rope_store_torch -> [R, N, C]."""
-        k, v, slot = self.k[block], self.v[block], self.rows.slot[: len(qkv)]
-        q = rope_store_torch(qkv, norms, cos, sin, slot, k, v, self.heads, self.eps)
-        (R, N, C), K = q.shape, k.shape[1]
-        k, v = k.view(R, self.T, K, C), v.view(R, self.T, K, C)
-        if K == 1:  # views; with more heads, copies of [R * K, T, C]
-            k, v = k[:, :, 0], v[:, :, 0]
-        else:
-            k, v = (x.transpose(1, 2).reshape(R * K, self.T, C) for x in (k, v))
-        q = q.contiguous().view(R * K, N // K, C)
-        return grouped_attention(block, q, k, v, self.bias, [self.prefix]).view(R, N, C)
+        k, v = self.k[block].flatten(1, 2), self.v[block].flatten(1, 2)  # [K, R * T, C]
+        store = self.slot, k.transpose(0, 1), v.transpose(0, 1)
+        q = rope_store_torch(qkv, norms, cos, sin, *store, self.heads, self.eps)
+        (R, N, C), K = q.shape, len(k)
+        q = q.reshape(R, K, N // K, C).transpose(0, 1).reshape(K * R, N // K, C)
+        k, v = k.view(K * R, self.T, C), v.view(K * R, self.T, C)
+        out = attention_scores(q, k, self.bias).softmax(-1) @ v
+        return out.view(K, R, N // K, C).transpose(0, 1).reshape(R, N, C)
 
     def finish(self, lengths):
-        """All rows have left. lengths: [B], of their segments -> Segments by row number."""
+        """All rows have left. lengths: [B], of their own tokens -> Segments by row number, with
+        their prompts."""
         if len(self.left) == 1:  # all at once, so they are in order
             _, k, v = self.left[0]
-            return Segments(
-                SimpleNamespace(k=k.flatten(1, 2), v=v.flatten(1, 2)), 0, self.T, lengths
-            )
-        # Rows left at different times: what each group left is put in order of row numbers.
-        segments = self.pool.take(len(lengths), max(1, int(lengths.max())), lengths)
-        k, v = segments.views()
-        for numbers, left_k, left_v in self.left:
-            width = min(segments.T, left_k.shape[2])
-            k[:, numbers, :width] = left_k[:, :, :width]
-            v[:, numbers, :width] = left_v[:, :, :width]
-        return segments
+        else:
+            # Rows left at different times: what each group left is put in order of row numbers.
+            L, K, _, _, C = self.k.shape
+            k, v = (self.k.new_zeros(L, K, len(lengths), self.T, C) for _ in range(2))
+            for numbers, left_k, left_v in self.left:
+                k[:, :, numbers, : left_k.shape[3]] = left_k
+                v[:, :, numbers, : left_v.shape[3]] = left_v
+        T = k.shape[3]
+        k, v = (x.flatten(2, 3).transpose(1, 2) for x in (k, v))  # [L, B * T, K, C], views
+        lengths = self.prompts.lengths[self.node] + lengths
+        return Segments(SimpleNamespace(k=k, v=v), 0, T, lengths)

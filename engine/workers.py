@@ -4,7 +4,7 @@ interface of sample.Sampler.
     sampler = in_parallel(Sampler(model))
     python -m tools.bench_sampler      # "ours", on a machine with several cores
 
-The idea. A decode step is about a thousand small operations, most of them too short to be split
+The idea. A decode step is some two hundred small operations, most of them too short to be split
 between threads: two threads gain a third over one. Prompts are independent, so each process samples
 some of them through the whole call, on one thread. The weights lie in shared memory, so one
 refresh() reaches every process. The cache stays in the process that made it, and `extend` sends

@@ -21,8 +21,6 @@ Letters: L blocks, N query heads, K key/value heads, C head size, D width, V voc
 """
 
 import functools
-import itertools
-import operator
 import os
 import re
 import resource
@@ -110,21 +108,27 @@ def row_tokens(layers, prompt, completion, phrase):
     return prompt + layers * completion + (layers - 1) * phrase
 
 
-def cached_tokens(prompts, group_sizes, prompt, completion, phrase):
+def cached_tokens(prompts, group_sizes, prompt, completion, phrase, device="cuda"):
     """Tokens whose keys and values a whole rollout holds at its end.
 
     Layer k has prompts x g_1 x ... x g_k rows. The completions of a layer that is extended exist
-    twice: as they were decoded, and copied in front of the phrase, to be the prefix of the next.
+    twice: as they were decoded, and copied in front of the phrase, to be the prefix of the next. On
+    a CPU each row and each prefix has a copy of all that is before it.
     """
-    rows = [prompts * product for product in itertools.accumulate(group_sizes, operator.mul)]
-    # All layers but the last are extended.
-    extended = sum(rows[:-1]) * (completion + phrase)
-    return prompts * prompt + sum(rows) * completion + extended
+    rows, new, path, tokens = prompts, prompt, prompt, 0
+    for n in group_sizes:
+        # The prefixes of this layer, then its rows.
+        tokens += rows * (path if device == "cpu" else new)
+        rows *= n
+        tokens += rows * (completion + (path if device == "cpu" else 0))
+        new = completion + phrase
+        path += new
+    return tokens
 
 
 def kv_bytes(shape, compute, device):
-    """Bytes of a token's keys and values in all blocks. On a CPU twice: rows that are decoded have
-    copies of their prefixes, side by side."""
+    """Bytes of a token's keys and values in all blocks. On a CPU twice: rows that close up, or that
+    get more slots, are copied."""
     numbers = 2 * shape.depth * shape.kv_heads * shape.head_size
     return numbers * compute.itemsize * (2 if device == "cpu" else 1)
 
@@ -163,7 +167,7 @@ def plan(
     """
     count, flash = parameters(shape), device == "cuda" and compute == torch.bfloat16
     longest = row_tokens(len(group_sizes), prompt, completion, phrase)
-    cached = cached_tokens(-(-prompts // ranks), group_sizes, prompt, completion, phrase)
+    cached = cached_tokens(-(-prompts // ranks), group_sizes, prompt, completion, phrase, device)
     # A fraction of a row is meant: the plan counts tokens. A row longer than a micro-batch is
     # computed whole.
     rows = max(1, tokens_per_microbatch / longest)

@@ -356,7 +356,7 @@ def training_sampler(config, policy, task, turns, reference=None):
     say(memory.plan_text(plan, total))
     # The rollout of this rank alone.
     share = len(distributed.share(config.prompts))
-    rollout_tokens = memory.cached_tokens(share, **lengths)
+    rollout_tokens = memory.cached_tokens(share, **lengths, device=hardware.device)
     # What a step takes besides comes after the sampler has measured how much memory is free.
     reserved = memory.reserved(plan)
     cache_tokens = hardware.cache_tokens

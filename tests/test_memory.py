@@ -187,21 +187,29 @@ def test_every_part_of_the_plan_by_hand():
 
 
 @pytest.mark.parametrize(
-    "sizes, longest, cached",
+    "sizes, longest, cached, copied",
     [
-        ((5,), 10 + 20, 2 * 10 + 10 * 20),
-        ((3, 4), 10 + 20 + 6 + 20, 2 * 10 + 6 * 20 + 6 * (20 + 6) + 24 * 20),
+        ((5,), 10 + 20, 2 * 10 + 10 * 20, 2 * 10 + 10 * 30),
+        (
+            (3, 4),
+            10 + 20 + 6 + 20,
+            2 * 10 + 6 * 20 + 6 * (20 + 6) + 24 * 20,
+            2 * 10 + 6 * 30 + 6 * 36 + 24 * 56,
+        ),
         (
             (3, 4, 2),
             10 + 3 * 20 + 2 * 6,
             2 * 10 + 6 * 20 + 6 * (20 + 6) + 24 * 20 + 24 * (20 + 6) + 48 * 20,
+            2 * 10 + 6 * 30 + 6 * 36 + 24 * 56 + 24 * 62 + 48 * 82,
         ),
     ],
 )
-def test_tokens_of_one_two_and_three_layers(sizes, longest, cached):
-    """Catches a plan for two layers only: the longest row, and the tokens whose keys exist."""
+def test_tokens_of_one_two_and_three_layers(sizes, longest, cached, copied):
+    """Catches a plan for two layers only: the longest row, and the tokens whose keys exist, on CUDA
+    and with the copies of a CPU."""
     assert row_tokens(len(sizes), 10, 20, 6) == longest
     assert cached_tokens(2, sizes, 10, 20, 6) == cached
+    assert cached_tokens(2, sizes, 10, 20, 6, "cpu") == copied
 
 
 def test_the_cache_gets_half_of_what_the_rest_leaves():
@@ -212,7 +220,8 @@ def test_the_cache_gets_half_of_what_the_rest_leaves():
     assert tight == whole | {"KV cache": 50}
     assert plan(TINY, **KNOWN, cache_tokens=100, total=1)["KV cache"] == 100 * 8
     cpu = plan(TINY, **KNOWN, device="cpu")
-    assert cpu["KV cache"] == 2 * whole["KV cache"] and cpu["activations"] > whole["activations"]
+    copied = cached_tokens(2, (3, 4), 10, 20, 6, "cpu")
+    assert cpu["KV cache"] == 2 * copied * 8 and cpu["activations"] > whole["activations"]
     wide = plan(TINY, **KNOWN | dict(compute=torch.float32))
     assert wide["activations"] > 2 * whole["activations"]
 

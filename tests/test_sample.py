@@ -13,7 +13,7 @@ import torch
 from conftest import END, VOCABULARY
 
 from engine import cuda_graphs, in_flight, kernels, workers
-from engine.cache import SlotPool
+from engine.cache import PrefillAttention, SlotPool
 from engine.cuda_cache import CudaCache
 from engine.cuda_graphs import StepGraphs
 from engine.in_flight import RowState
@@ -286,6 +286,49 @@ def test_extend_equals_a_fresh_prompt(gpt, random_prompts):
         c[len(p) :]
         for c, p in zip(second.prompts, (first.prompts[i // 3] for i in range(len(first))))
     ] == [first.ids[i] + phrases[i] for i in range(len(first))]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_prefill_behind_a_path_equals_the_whole_sequence(kv_heads):
+    """Catches keys of another row's path, a layer of the path left out, a new token that sees
+    padding or a later token: in a tree of three layers in one store, where siblings differ in
+    number and length, the vectors of the last new tokens are those of a pass over the whole text.
+    (On CUDA a path has several segments; on a CPU the sampler gives each row a single one.)"""
+    torch.manual_seed(0)
+    config = ModelConfig(VOCABULARY, depth=2, heads=4, kv_heads=kv_heads)
+    gpt, draw = GPT(config), lambda n: torch.randint(VOCABULARY, (n,)).tolist()
+    pool = SlotPool(config, torch.float32, "cpu", shared=True)
+    # Each layer: the row that each of its rows continues, and the lengths of their new tokens.
+    layers = [([0, 0, 0], [4, 2, 3]), ([0, 0, 0, 2, 2], [1, 5, 2, 3, 4]), ([0, 3, 4], [2, 6, 1])]
+    path, texts = [], [[], [], []]
+    for depth, (parents, lengths) in enumerate(layers):
+        parents = torch.tensor(parents if depth else [0, 1, 2])
+        new = [draw(length) for length in lengths]
+        start = torch.tensor([len(texts[parent]) for parent in parents])
+        texts = [texts[parent] + tokens for parent, tokens in zip(parents, new)]
+        path = [(segments, node[parents]) for segments, node in path]
+        # A slot is filled already in the last layer: the first of its new tokens.
+        nodes = torch.arange(len(new))
+        segments = pool.take(len(new), 8, torch.tensor(lengths))
+        for first, last in [(0, 1), (1, None)] if depth == 2 else [(0, None)]:
+            part = [tokens[first:last] for tokens in new]
+            rows = nodes[torch.tensor([len(tokens) > 0 for tokens in part])]
+            part = [part[row] for row in rows]
+            count = torch.tensor([len(tokens) for tokens in part])
+            filled = torch.full_like(count, first)
+            attention = PrefillAttention(
+                config, [(s, node[rows]) for s, node in path], segments, rows, filled, count
+            )
+            width = int(count.max())
+            tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in part])
+            positions = (start[rows] + first)[:, None] + torch.arange(width)
+            with torch.inference_mode():
+                hidden = gpt(tokens, positions, attention.attend)
+            for found, row, length in zip(hidden, rows.tolist(), count.tolist()):
+                seen = int(start[row]) + first + length
+                whole = gpt(torch.tensor([texts[row][:seen]]))[0, -1]
+                torch.testing.assert_close(found[length - 1], whole, rtol=0, atol=1e-4)
+        path.append((segments, nodes))
 
 
 def test_extending_twice_gives_the_same(gpt, random_prompts):
