@@ -339,13 +339,24 @@ class GPT(nn.Module):
 # ---- from vectors to probabilities ---------------------------------------------------------------
 
 
+def logits_of(hidden, weight, out=None):
+    """hidden: [M, D]; weight: [V, D] of the same type -> [M, V], in `out` if that is given.
+
+    On CUDA fp32: the sums of a bf16 product leave it unrounded. A logit of 20 in bf16 is a multiple
+    of 1/8. (On a CPU they are in the type of hidden: torch has no such product there.)
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.mT, out_dtype=torch.float32, out=out)
+    return torch.mm(hidden, weight.mT, out=out)
+
+
 def scaled_logits(hidden, weight, temperature=1.0):
     """Logits of the trainer and the reference. (The sampler applies `scaled`, or its fused form.)
 
-    hidden: [..., D]; weight: [V, D] -> fp32 [..., V], divided by the temperature (0 = greedy: left
-    as they are).
+    hidden: [M, D]; weight: [V, D] -> fp32 [M, V], divided by the temperature (0 = greedy: left as
+    they are).
     """
-    return scaled(F.linear(hidden, weight.to(hidden.dtype)), temperature)
+    return scaled(logits_of(hidden, weight.to(hidden.dtype)), temperature)
 
 
 def scaled(logits, temperature):

@@ -49,6 +49,7 @@ from engine.cuda_cache import CudaCache, measured_limit
 from engine.cuda_graphs import StepGraphs
 from engine.in_flight import InFlight, Request, RowState
 from engine.keys import hash_seed, row_keys
+from model import logits_of
 
 
 @dataclass
@@ -264,7 +265,7 @@ class Sampler:
             width = int(new[nodes].max())
             hidden = self.model(tokens[nodes, :width], positions[nodes, :width], attention.attend)
             last.append(hidden[torch.arange(len(nodes), device=self.device), new[nodes] - 1])
-        logits = F.linear(torch.cat(last), self.model.head.weight)  # [P, V]
+        logits = logits_of(torch.cat(last), self.model.head.weight)  # [P, V]
 
         # From here on a row, not a prompt, is the unit: row i belongs to prompt i // n.
         node = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # [B]
@@ -316,9 +317,7 @@ class Sampler:
             x, h = ops.add_norm(x, delta, block.norm2.weight, c.norm_eps)
             delta = F.linear(ops.swiglu(F.linear(h, block.gate_up.weight)), block.down.weight)
         _, h = ops.add_norm(x, delta, model.norm.weight, c.norm_eps)
-        if out is None:
-            return F.linear(h, model.head.weight)
-        return torch.mm(h, model.head.weight.mT, out=out)
+        return logits_of(h, model.head.weight, out)
 
     def choose(self, logits, rows, temperature, filters):
         """Each row samples a token from its logits [R, V], and is no longer alive after an end
@@ -340,7 +339,7 @@ class Sampler:
         config, old = self.model.config, self.cuda_cache
         self.cuda_cache = CudaCache.opened(old, config, self.pool, layers, capacity, most)
         if self.graph and self.cuda_cache is not old:
-            self.graphs = StepGraphs(self.cuda_cache, config.vocab_size, self.model.compute)
+            self.graphs = StepGraphs(self.cuda_cache, config.vocab_size)
         return self.cuda_cache
 
     # ---- calls and results -----------------------------------------------------------------------

@@ -35,11 +35,10 @@ class StepGraphs:
     `out` [places, V].
     """
 
-    def __init__(self, cache, vocab_size, dtype):
+    def __init__(self, cache, vocab_size):
         self.cache, self.places = cache, len(cache.rows.token)
-        self.logits = torch.empty(
-            self.places, vocab_size, dtype=dtype, device=cache.rows.token.device
-        )
+        # fp32, as model.logits_of has them on CUDA.
+        self.logits = torch.empty(self.places, vocab_size, device=cache.rows.token.device)
         self.graphs = {}  # (places, layers of the path) -> torch.cuda.CUDAGraph
 
     @functools.cached_property

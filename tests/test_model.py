@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import (
     GPT,
     ModelConfig,
     causal_attention,
+    logits_of,
     rms_normalise,
     rope_tables,
     rotate,
@@ -107,6 +109,21 @@ def test_token_logprobs_equal_the_naive_version(chunk, temperature):
         results.append((logp.float(), entropy.float(), h.grad.float(), w.grad.float()))
     for ours, expected in zip(results[1], results[0]):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_not_rounded_on_cuda(device, dtype):
+    """Catches logits rounded to bf16 on CUDA, in the trainer or in the buffer of a CUDA graph, and
+    arguments that torch refuses there. (Tensors without numbers: no GPU is needed.)"""
+    with FakeTensorMode():
+        hidden = torch.empty(3, 8, device=device, dtype=dtype)
+        weight = torch.empty(5, 8, device=device, dtype=dtype)
+        expected = torch.float32 if device == "cuda" else dtype
+        logits = logits_of(hidden, weight)
+        assert (logits.dtype, logits.device.type, logits.shape) == (expected, device, (3, 5))
+        out = torch.empty(3, 5, device=device, dtype=expected)
+        assert logits_of(hidden, weight, out) is out
 
 
 def test_entropy_carries_no_gradient():

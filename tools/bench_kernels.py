@@ -151,7 +151,7 @@ def launch_all(m, dtype, rows, prompt, own, group):
     state = RowState.blank(rows, 1, (0,), "cpu")
     state.tokens = torch.empty(rows, own, dtype=torch.long)
     state.logprobs = torch.empty(rows, own)
-    kernels.choose(x.new_empty(rows, m.vocab_size), 1.0, state)
+    kernels.choose(torch.empty(rows, m.vocab_size), 1.0, state)  # model.logits_of: fp32 on CUDA
 
 
 def work_of(m, dtype, rows, prompt, own, group):
@@ -169,7 +169,7 @@ def work_of(m, dtype, rows, prompt, own, group):
             4 * rows * (prompt + own) * N * C + 8 * rows * (N + K) * C + 2 * partial // 4,
         ),
         # Temperature, exponential, sum, and of the noise two logarithms.
-        _choose=(byte * rows * m.vocab_size, 10 * rows * m.vocab_size),
+        _choose=(4 * rows * m.vocab_size, 10 * rows * m.vocab_size),
         _settle=(100 * rows, 100 * rows),
     )
 
