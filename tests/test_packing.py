@@ -496,7 +496,7 @@ def test_shapes_keep_the_caches_of_compiled_products_small(given):
     words = [sys.executable, "-c", code]
     root = Path(packing.__file__).parents[1]
     done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [given or "32", given or "256"], done.stderr
+    assert done.stdout.split() == [given or "32", given or "512"], done.stderr
 
 
 def test_a_pack_of_nothing_takes_part(model):
