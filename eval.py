@@ -229,9 +229,9 @@ def as_metrics(results):
     metrics = {}
     for k in range(1, turns_of(results) + 1):
         names = {f"t{k}": "heldout", f"fix{k}": "heldout_fix", f"broke{k}": "heldout_broke"}
-        for column in names.keys() & results.keys():
-            field = f"{names[column]}{k}"
-            metrics[field], metrics[f"{field}_se"] = results[column]
+        for column, name in names.items():
+            if column in results:
+                metrics[f"{name}{k}"], metrics[f"{name}{k}_se"] = results[column]
     return metrics
 
 
