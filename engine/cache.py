@@ -249,7 +249,8 @@ class CpuCache:
 
     A small product on a CPU costs its start, not what it reads. With one product for what siblings
     share and one for their own, attention took twice as long for 48 rows, and a fifth longer for
-    256 rows of 16 siblings. (It took a quarter less where these share 256 tokens.)
+    256 rows of 16 siblings. (It took a quarter less where these share 256 tokens.) And one product
+    is what the trainer has: in bf16 both round at the same places.
 
     path: [(Segments, node of each row [B])], the prompts; rows: in_flight.RowState; most: tokens
     that a row may sample; keep: whether the slots of rows that leave are kept, for `extend`.

@@ -13,7 +13,7 @@ import os
 
 # A compiled product takes half a megabyte: half of it in a cache of torch, half in one of oneDNN.
 # Either would keep 1,024 of them. A step of training needs about 80. Where one process samples and
-# trains, 256 were too few: training took a sixth longer.
+# trains, 256 were too few: training took a quarter longer.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # torch's: what it forgets is soon made again
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
