@@ -30,6 +30,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -228,7 +229,8 @@ def pack_trees(branches, device="cpu"):
         column += range(len(branch.sampled))
     spare = [0] * (rounded(len(source), 8) - len(source))  # without a row and column
 
-    index = lambda numbers: to_device(torch.tensor(numbers), device)
+    # By way of numpy: torch reads a list five times as slowly, and no other thread runs meanwhile.
+    index = lambda numbers: to_device(torch.from_numpy(np.array(numbers)), device)
     return PackedTrees(
         *map(index, (tokens, positions, visible_until, source + spare, target + spare)),
         *map(index, (row, column)),
@@ -346,16 +348,14 @@ def same_depth_chunks(segments, S):
             chosen, waiting = waiting[:count], waiting[count:]
             T += -T % 16
             P += -(P + T) % 32  # torch's softmax in bf16 likes multiples of 32
-            pads = rounded(len(chosen)) - len(chosen)
             # Padding points at place S, a row of zeros. Behind a segment's own tokens the causal
             # triangle masks it. Paths are padded before, so that own keys begin at column P in
             # every row.
-            own = [places_of(segment) + [S] * (T - len(segment.tokens)) for segment in chosen]
-            above = [path_places(segment) for segment in chosen]
-            above = [[S] * (P - len(path)) + path for path in above]
-            above = torch.tensor(above + [[S] * P] * pads, dtype=torch.long)
-            own = torch.tensor(own + [[S] * T] * pads)
-            chunks.append(Chunk(own, above.view(len(own), P)))
+            own, above = (np.full((rounded(len(chosen)), width), S) for width in (T, P))
+            for segment, own_row, above_row in zip(chosen, own, above):
+                own_row[: len(segment.tokens)] = places_of(segment)
+                above_row[P - segment.position :] = path_places(segment)
+            chunks.append(Chunk(torch.from_numpy(own), torch.from_numpy(above)))
     return chunks
 
 
