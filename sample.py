@@ -48,7 +48,7 @@ from engine.cache import GROWTH, MAX_SCORES, CachedTree, CpuCache, PrefillAttent
 from engine.cuda_cache import CudaCache, measured_limit
 from engine.cuda_graphs import StepGraphs
 from engine.in_flight import InFlight, Request, RowState
-from engine.keys import hash_seed, row_keys
+from engine.keys import hash_seed, position_keys, row_keys
 from model import logits_of
 
 
@@ -282,6 +282,9 @@ class Sampler:
         capacity = int(min(len(request.keys), max(1, self.pool.free() / row)))
         cache = self._open_cache(request.path, capacity, most, capacity == len(request.keys))
         flight = InFlight(request, cache, capacity, most, self.leave, self.seen)
+        if not self.fused:  # 22 small operations: once, not in every step
+            columns = torch.arange(most + 1, device=self.device)
+            flight.state.position_keys = position_keys(request.keys[:, None], columns)
         while flight.rows or flight.waiting:
             if flight.can_admit:
                 # New rows take the free places. The prefill has the logits of their first token.

@@ -300,6 +300,10 @@ class CpuCache:
             self.k, self.v = (F.pad(x, (0, 0, 0, GROWTH)) for x in (self.k, self.v))
             self.T, self.bias = self.T + GROWTH, None
         if self.bias is None:  # rows or slots have moved
+            # Views, made once: of each block [R * T, K, C] to store into, [K * R, T, C] to read.
+            L, K, _, T, C = self.k.shape
+            store = (x.view(L, K, R * T, C).transpose(1, 2) for x in (self.k, self.v))
+            self.blocks = list(zip(*store, *(x.view(L, K * R, T, C) for x in (self.k, self.v))))
             self.first = self.T * torch.arange(R, device=position.device)
             later = torch.arange(self.T, device=position.device) > position[:, None]  # [R, T]
             bias = self.k.new_zeros(later.shape).masked_fill_(later, -math.inf)
@@ -311,12 +315,10 @@ class CpuCache:
     def attend(self, block, qkv, norms, cos, sin):
         """Stores the new keys and values, and attends: the arguments are those of
         kernels.rope_store_torch -> [R, N, C]."""
-        k, v = self.k[block].flatten(1, 2), self.v[block].flatten(1, 2)  # [K, R * T, C]
-        store = self.slot, k.transpose(0, 1), v.transpose(0, 1)
-        q = rope_store_torch(qkv, norms, cos, sin, *store, self.heads, self.eps)
-        (R, N, C), K = q.shape, len(k)
+        *store, k, v = self.blocks[block]
+        q = rope_store_torch(qkv, norms, cos, sin, self.slot, *store, self.heads, self.eps)
+        (R, N, C), K = q.shape, self.k.shape[1]
         q = q.reshape(R, K, N // K, C).transpose(0, 1).reshape(K * R, N // K, C)
-        k, v = k.view(K * R, self.T, C), v.view(K * R, self.T, C)
         out = attention_scores(q, k, self.bias).softmax(-1) @ v
         return out.view(K, R, N // K, C).transpose(0, 1).reshape(R, N, C)
 

@@ -48,6 +48,7 @@ class RowState:
     nodes: list  # for each layer of the path [places], the node that the row continues
     tokens: torch.Tensor = None  # [B, most + 1] the request's sampled tokens, see `advance`
     logprobs: torch.Tensor = None  # [B, most + 1] fp32
+    position_keys: torch.Tensor = None  # [B, most + 1] int32, of their noise; unused by the kernel
     ends: torch.Tensor = None  # [4] tokens that end a row, -1 where there are fewer
 
     @staticmethod

@@ -514,7 +514,8 @@ def choose_torch(logits, temperature, rows):
     if temperature == 0:
         token = p.argmax(-1)
     else:
-        token = exponential_noise(rows.key, rows.length, p.shape[1]).div_(p).min(-1).indices
+        at = rows.position_keys[rows.row, rows.length]
+        token = exponential_noise(rows.key, at, p.shape[1]).div_(p).min(-1).indices
     return token, p.gather(1, token[:, None])[:, 0].log()
 
 

@@ -93,7 +93,7 @@ def row_keys(seed, rows):
 
 def position_keys(keys, positions):
     """keys: int32 [R] of rows; positions: [R] -> int32 [R], the keys of these rows at these
-    positions."""
+    positions. (Or any other shapes that broadcast.)"""
     return mix(keys ^ mix(positions.to(torch.int32) + 1))
 
 
@@ -106,12 +106,12 @@ def token_keys(size, device):
 # ---- noise ---------------------------------------------------------------------------------------
 
 
-def exponential_noise(keys, positions, size):
-    """keys: int32 [R] of rows; positions: [R] -> fp32 [R, size], independent draws from the
-    exponential distribution of mean 1."""
+def exponential_noise(keys, at, size):
+    """keys: int32 [R] of rows; at: int32 [R], their `position_keys` -> fp32 [R, size], independent
+    draws from the exponential distribution of mean 1."""
     # Both keys are hashed already, so half of a `mix` joins them. [R, V] is the largest tensor of a
     # decode step: it is written in place where it can be.
-    bits = position_keys(keys, positions)[:, None] ^ token_keys(size, keys.device)  # [R, V]
+    bits = at[:, None] ^ token_keys(size, keys.device)  # [R, V]
     bits = bits.mul_(0x7FEB352D)
     bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(MULTIPLIER)
     return exponential_from_bits(bits, keys)

@@ -19,7 +19,7 @@ from test_sample import choose_torch, seated, worst_gap
 
 from engine import kernels, keys
 from engine.cuda_graphs import StepGraphs
-from engine.keys import exponential_from_bits, exponential_noise, row_keys, tl
+from engine.keys import exponential_from_bits, exponential_noise, position_keys, row_keys, tl
 from engine.packing import pad_rows, padded_logprobs
 from model import GPT, ModelConfig
 from sample import Sampler
@@ -327,7 +327,8 @@ def test_the_kernels_noise_decides_as_torchs_does():
     rows = seated(n, device=DEVICE)
     rows.key.copy_(row_keys(9, torch.arange(n)))
     kernels.choose(torch.zeros(n, 64, device=DEVICE), 1.0, rows)
-    expected = exponential_noise(row_keys(9, torch.arange(n)), torch.zeros(n), 64).argmin(1)
+    keys = row_keys(9, torch.arange(n))
+    expected = exponential_noise(keys, position_keys(keys, torch.zeros(n)), 64).argmin(1)
     assert torch.equal(rows.tokens[:, 0].cpu(), expected)
     counts = expected.bincount(minlength=64)
     assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 120

@@ -18,7 +18,14 @@ from engine.cuda_cache import CudaCache
 from engine.cuda_graphs import StepGraphs
 from engine.in_flight import RowState
 from engine.kernels import members_for
-from engine.keys import exponential_from_bits, exponential_noise, hash_seed, mix, row_keys
+from engine.keys import (
+    exponential_from_bits,
+    exponential_noise,
+    hash_seed,
+    mix,
+    position_keys,
+    row_keys,
+)
 from engine.packing import pad_rows, padded_logprobs
 from engine.shapes import rounded
 from engine.workers import RemoteCache, in_parallel
@@ -62,6 +69,9 @@ def seated(n, most=1, end_tokens=(), device="cpu"):
 
 def choose_torch(logits, temperature, rows):
     """What a decode step does without the kernel."""
+    columns = torch.arange(rows.tokens.shape[1], device=rows.key.device)
+    rows.position_keys = torch.zeros(rows.tokens.shape, dtype=torch.int32, device=rows.key.device)
+    rows.position_keys[rows.row] = position_keys(rows.key[:, None], columns)
     rows.advance(*kernels.choose_torch(logits, temperature, rows))
 
 
@@ -111,7 +121,8 @@ def test_noise_is_exponential_and_independent():
         row_keys(7, torch.arange(2000)).repeat_interleave(5),
         torch.arange(5).repeat(2000),
     )
-    draws = exponential_noise(keys, positions, 400).view(2000, 5, 400).double()
+    at = position_keys(keys, positions)
+    draws = exponential_noise(keys, at, 400).view(2000, 5, 400).double()
     assert abs(draws.mean() - 1) < 0.0025 and abs(draws.var() - 1) < 0.007 and draws.min() > 0
     centred = draws - 1
     for a, b in (
@@ -131,9 +142,9 @@ def test_small_noise_is_as_frequent_as_it_should_be():
     cannot come."""
     below, xs = [0] * 6, (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
     for first in range(0, 2**12, 2**4):
-        draws = exponential_noise(
-            row_keys(3, torch.arange(first, first + 2**4)), torch.full((2**4,), first), 2**16
-        )
+        keys = row_keys(3, torch.arange(first, first + 2**4))
+        at = position_keys(keys, torch.full((2**4,), first))
+        draws = exponential_noise(keys, at, 2**16)
         assert draws.min() > 0 and draws.max() < 17
         small = draws[draws < xs[0]]
         below = [count + int((small < x).sum()) for count, x in zip(below, xs)]
