@@ -343,7 +343,8 @@ def logits_of(hidden, weight, out=None):
     """hidden: [M, D]; weight: [V, D] of the same type -> [M, V], in `out` if that is given.
 
     On CUDA fp32: the sums of a bf16 product leave it unrounded. A logit of 20 in bf16 is a multiple
-    of 1/8. (On a CPU they are in the type of hidden: torch has no such product there.)
+    of 1/8. (On a CPU they are in the type of hidden: torch has no such product there.) torch has no
+    gradient for it either: TokenLogprobs writes down its own.
     """
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.mT, out_dtype=torch.float32, out=out)

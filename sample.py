@@ -249,9 +249,10 @@ class Sampler:
         start = sum((layer.lengths[node] for layer, node in path), filled)  # [P]
         positions = start[:, None] + torch.arange(S, device=self.device)  # [P, S]
         positions.clamp_(max=self.model.config.context - 1)  # a pad may lie beyond it
-        # Scores are [prompts, N, S, visible]: as many prompts at once as MAX_SCORES of them allow.
-        visible = S + T + sum(layer.T for layer, _ in path)
-        at_once = max(1, MAX_SCORES // (S * visible * self.model.config.heads))
+        # Scores are [prompts, N, S, visible], keys [prompts, visible, K, C]: as many prompts at
+        # once as MAX_SCORES of either allow.
+        c, visible = self.model.config, S + T + sum(layer.T for layer, _ in path)
+        at_once = max(1, MAX_SCORES // (visible * max(S * c.heads, c.kv_heads * c.head_size)))
         last = []  # [(prompts at once, D)], the vectors of each prompt's last token
         for nodes in torch.arange(len(prompts), device=self.device).split(at_once):
             attention = PrefillAttention(

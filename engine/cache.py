@@ -30,7 +30,7 @@ from model import attention_scores, causal_attention
 
 # The part of the free CUDA memory that the cache may take when no limit is given.
 CACHE_SHARE_OF_FREE_MEMORY = 0.5
-# Attention scores that a prefill holds at a time: a few tensors of 256 MB in fp32.
+# Attention scores, or gathered keys, of a prefill at a time: a few tensors of 256 MB in fp32.
 MAX_SCORES = 1 << 26
 # Slots by which rows grow on a CPU. Its matrix products want contiguous blocks, and every growth
 # copies them. torch's softmax of 48 numbers in bf16 takes longer than one of 64.
@@ -156,8 +156,8 @@ class SlotPool:
 
     def slots_of_row(self, longest, most):
         """-> slots of a row in flight behind a prompt of `longest` tokens. On a CPU it has a copy
-        of the prompt."""
-        return most if self.shared else longest + most
+        of the prompt, and grows by GROWTH."""
+        return most if self.shared else longest + most + -(longest + most) % GROWTH
 
     def fits(self, prompts, longest, n, most):
         """Whether prompts of at most `longest` tokens, with n rows of at most `most` new tokens

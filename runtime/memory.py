@@ -21,6 +21,7 @@ Letters: L blocks, N query heads, K key/value heads, C head size, D width, V voc
 """
 
 import functools
+import math
 import os
 import re
 import resource
@@ -171,6 +172,7 @@ def plan(
     # A fraction of a row is meant: the plan counts tokens. A row longer than a micro-batch is
     # computed whole.
     rows = max(1, tokens_per_microbatch / longest)
+    in_flight = -(-prompts // ranks) * math.prod(group_sizes)
     planned = {
         "weights": count * compute.itemsize,
         "masters and gradients": 8 * count // ranks,
@@ -179,7 +181,8 @@ def plan(
         "gathered": gathered(shape, compute) if ranks > 1 else 0,
         "KV cache": min(cached, cache_tokens or cached) * kv_bytes(shape, compute, device),
         "activations": activations(shape, rows, longest, compute, recompute, flash),
-        "logits": logits(shape, compute),
+        # Of the trainer, and of each row in flight: those of its prefix, and of its next token.
+        "logits": logits(shape, compute) + 2 * 4 * in_flight * shape.vocab_size,
     }
     if total and not cache_tokens:
         # What everything but the cache leaves.

@@ -3,6 +3,7 @@ a number."""
 
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,8 +242,8 @@ def test_each_of_eight_ranks_plans_for_its_part():
 
 
 def test_the_table_of_the_docs(monkeypatch, capsys):
-    """Catches a table that no command prints, or shapes that are not those models': parameters as
-    published, in billions."""
+    """Catches a table in the docs that its command does not print, or shapes that are not those
+    models': parameters as published, in billions."""
     shapes = memory_table.SHAPES.items()
     assert {name: round(parameters(shape) / 1e9, 2) for name, shape in shapes} == {
         "Qwen2.5-0.5B": 0.49,
@@ -259,6 +260,9 @@ def test_the_table_of_the_docs(monkeypatch, capsys):
         memory_table.main()
         table = capsys.readouterr().out.splitlines()
         assert len(table) == lines and len({line.count("|") for line in table}) == 1
+        if not words:
+            docs = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+            assert "\n".join(table) in docs, "python -m tools.memory_table"
     monkeypatch.setattr(sys, "argv", ["memory_table.py", "--tokens-per-microbatch", "0"])
     with pytest.raises(SystemExit) as stop:
         guarded(memory_table.main)
