@@ -29,7 +29,7 @@ from engine.keys import (
 from engine.packing import pad_rows, padded_logprobs
 from engine.shapes import rounded
 from engine.workers import RemoteCache, in_parallel
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, scaled_logits
 from sample import Sampler, filtered
 
 CUDA = pytest.param(
@@ -260,6 +260,23 @@ def test_logprobs_equal_the_trainers(gpt, random_prompts):
     for completions in (first, second, third):
         assert worst_gap(gpt, completions) < 1e-4
     assert third.parents.tolist() == some.repeat_interleave(2).tolist()
+
+
+@torch.no_grad()
+def test_each_token_is_the_one_that_its_own_noise_chooses(gpt, random_prompts):
+    """Catches the noise of another seed, layer, row or position: a sampler that used it would still
+    be unbiased, and equal to itself."""
+    sampler, device = Sampler(gpt), gpt.embed.weight.device
+    first = sampler.generate(random_prompts, 2, 12, seed=3, first_row=5)
+    for c in (first, sampler.extend(first, phrases_for(len(first)), 2, 12, seed=3)):
+        keys = row_keys(hash_seed(3, c.layer), c.numbers)
+        for i, key in enumerate(keys.split(1)):
+            prompt, sampled = c.prompts[i // c.n], c.sampled[i]
+            hidden = gpt(torch.tensor([prompt + sampled], device=device))[0, len(prompt) - 1 : -1]
+            p = scaled_logits(hidden, gpt.head.weight).softmax(-1)  # [T, V]
+            at = position_keys(key, torch.arange(len(sampled), device=device))
+            assert (exponential_noise(key, at, VOCABULARY) / p).argmin(-1).tolist() == sampled
+    assert first.numbers.tolist()[0] == 5
 
 
 def test_temperature_is_in_the_logprobs(gpt, random_prompts):
