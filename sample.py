@@ -283,7 +283,7 @@ class Sampler:
         capacity = int(min(len(request.keys), max(1, self.pool.free() / row)))
         cache = self._open_cache(request.path, capacity, most, capacity == len(request.keys))
         flight = InFlight(request, cache, capacity, most, self.leave, self.seen)
-        if not self.fused:  # 22 small operations: once, not in every step
+        if not self.fused:  # for choose_torch: 22 small operations once, not in every step
             columns = torch.arange(most + 1, device=self.device)
             flight.state.position_keys = position_keys(request.keys[:, None], columns)
         while flight.rows or flight.waiting:
