@@ -508,7 +508,7 @@ def choose_torch(logits, temperature, rows):
     without its logarithms).
 
     logits: [R, V]; temperature: 0 is greedy, with log-probabilities at 1; rows: RowState, whose key
-    and length seed E -> token [R], log-probability fp32 [R].
+    and position_keys (at `length`) seed E -> token [R], log-probability fp32 [R].
     """
     p = scaled(logits, temperature).softmax(-1)  # [R, V]
     if temperature == 0:

@@ -93,8 +93,8 @@ def gathered(shape, compute):
 
 
 def logits(shape, compute):
-    """Bytes of a chunk of logits (in the compute type, in fp32, and their softmax), of the head's
-    gradient and of its cast weights."""
+    """Bytes of a chunk of logits (in fp32, their softmax, and one of the two in the compute type),
+    of the head's gradient and of its cast weights."""
     narrow = compute.itemsize if compute.itemsize < 4 else 0
     head = shape.vocab_size * shape.width
     return CHUNK * shape.vocab_size * (8 + narrow) + head * (8 + 2 * narrow)
