@@ -25,7 +25,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.keys import INTERPRETED, _exp2, _log2, _mix, _waits, exponential_noise, jit, tl, triton
+from engine.keys import (
+    INTERPRETED,
+    _exp2,
+    _log2,
+    _position_key,
+    _waits,
+    exponential_noise,
+    jit,
+    tl,
+    triton,
+)
 from model import rms_normalise, rotate, scaled
 
 
@@ -530,6 +540,15 @@ def choose_splits(rows, blocks):
 
 
 @jit
+def _race(z, folded, scale, position_key, row_key, GREEDY: tl.constexpr):
+    """What logits race with: log2 p - log2 E, but for what all of a row have in common."""
+    if GREEDY:
+        return z
+    else:
+        return tl.fma(z, scale, -_log2(_waits(row_key, position_key, folded)))
+
+
+@jit
 def _read_tile(z, first, lane, state, scale, position_key, row_key, GREEDY: tl.constexpr):
     """A tile of logits [LANES, WIDTH] goes into the state that each lane keeps."""
     top, base, total, best, choice = state
@@ -538,11 +557,9 @@ def _read_tile(z, first, lane, state, scale, position_key, row_key, GREEDY: tl.c
     # A lane's sum is relative to 2^base, and fades when a larger logit comes.
     higher = top * scale
     total = total * _exp2(base - higher) + tl.sum(_exp2(tl.fma(z, scale, -higher[:, None])), 1)
-    race = z
-    if not GREEDY:
-        # first is a multiple of the tile, so that this is (first + lane) ^ (first + lane >> 16).
-        folded = (lane ^ (first ^ (first >> 16))).to(tl.uint32)
-        race = tl.fma(z, scale, -_log2(_waits(row_key, position_key, folded)))
+    # first is a multiple of the tile, so that this is (first + lane) ^ (first + lane >> 16).
+    folded = (lane ^ (first ^ (first >> 16))).to(tl.uint32)
+    race = tl.max(_race(z, folded, scale, position_key, row_key, GREEDY), 1)
     choice = tl.where(race > best, first, choice)
     return top, higher, total, tl.maximum(best, race), choice
 
@@ -570,17 +587,18 @@ def _choose(
     if tl.load(alive + r):
         # The token's number in its row seeds the noise.
         row_key = tl.load(key + r).to(tl.uint32, bitcast=True)
-        position_key = _mix(row_key ^ _mix((tl.load(length + r) + 1).to(tl.uint32)))
+        position_key = _position_key(row_key, tl.load(length + r))
         # Lane i reads logits i x WIDTH .. of each tile, and keeps its own maximum, sum and race:
-        # no lane waits for another in the loop.
+        # no lane waits for another in the loop. Of the race it keeps the tile alone: which of its
+        # WIDTH logits won there, `_settle` finds.
         TILE: tl.constexpr = LANES * WIDTH
         lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         at = logits + r * stride + lane
         # Finite, since -inf - -inf is no number; less than any logit that can be chosen.
         top = tl.full([LANES], -1e30, tl.float32)
         total = tl.zeros([LANES], tl.float32)
-        best = tl.full([LANES, WIDTH], -float("inf"), tl.float32)
-        state = top, top * scale, total, best, tl.zeros([LANES, WIDTH], tl.int32)
+        best = tl.full([LANES], -float("inf"), tl.float32)
+        state = top, top * scale, total, best, tl.zeros([LANES], tl.int32)
         share = tl.cdiv(tl.cdiv(V, TILE), SPLITS) * TILE  # logits of a split, whole tiles
         begin = split * share
         end = tl.maximum(begin, tl.minimum(begin + share, V))
@@ -591,20 +609,21 @@ def _choose(
         if whole < end:
             z = tl.load(at + whole, whole + lane < V, -float("inf"))
             state = _read_tile(z, whole, lane, state, scale, position_key, row_key, GREEDY)
-        # The lanes meet. Of level tokens the first one wins, as in torch.argmax.
+        # The lanes meet. Of level lanes that with the first logits wins.
         top, base, total, best, choice = state
-        high, win = tl.max(base, 0), tl.max(tl.max(best, 1), 0)
-        choice = tl.where(best == win, choice + lane, 2147483647)
+        high, win = tl.max(base, 0), tl.max(best, 0)
+        choice = tl.where(best == win, choice + tl.arange(0, LANES) * WIDTH, 2147483647)
         part = r * SPLITS + split
         tl.store(races + part, win)
         tl.store(bases + part, high)
         tl.store(totals + part, tl.sum(total * _exp2(base - high), 0))
-        tl.store(choices + part, tl.min(tl.min(choice, 1), 0))
+        tl.store(choices + part, tl.min(choice, 0))
 
 
 @jit
 def _settle(
     logits,
+    key,
     token,
     position,
     length,
@@ -620,21 +639,32 @@ def _settle(
     bases,
     totals,
     choices,
+    V,
     stride,
     scale,
+    GREEDY: tl.constexpr,
+    WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     if tl.load(alive + r):
         part = r * SPLITS + tl.arange(0, SPLITS)
         race, base = tl.load(races + part), tl.load(bases + part)
-        choice = tl.where(race == tl.max(race, 0), tl.load(choices + part), 2147483647)
-        choice, high = tl.min(choice, 0), tl.max(base, 0)
+        first = tl.where(race == tl.max(race, 0), tl.load(choices + part), 2147483647)
+        first, high = tl.min(first, 0), tl.max(base, 0)
         total = tl.sum(tl.load(totals + part) * tl.exp2(base - high), 0)
+        # The winner is one of WIDTH logits: they race once more. Of level ones the first wins, as
+        # in torch.argmax, and of a row that is no number.
+        t, row_key = tl.load(length + r), tl.load(key + r).to(tl.uint32, bitcast=True)
+        column = first + tl.arange(0, WIDTH)
+        z = tl.load(logits + r * stride + column, column < V, -float("inf")).to(tl.float32)
+        folded = (column ^ (column >> 16)).to(tl.uint32)
+        race = _race(z, folded, scale, _position_key(row_key, t), row_key, GREEDY)
+        race = tl.where(race > -float("inf"), race, -float("inf"))
+        choice = tl.min(tl.where(race == tl.max(race, 0), column, 2147483647), 0)
         z = tl.load(logits + r * stride + choice).to(tl.float32)
         logprob = (tl.fma(z, scale, -high) - tl.log2(total)) * 0.6931472  # log 2
         # The row moves on, as in RowState.advance.
-        t = tl.load(length + r)
         out = tl.load(row + r) * most + t  # most: columns of the result
         tl.store(tokens + out, choice.to(tl.int64))
         tl.store(logprobs + out, logprob)
@@ -654,7 +684,7 @@ def choose(logits, temperature, rows):
     races that differ by less than 1e-5 of themselves may end as in torch or the other way around.
 
     Grid: R x splits, one program a row and part of the vocabulary. Then R, one program a row that
-    compares the parts.
+    compares the parts' winners.
     """
     R, V = logits.shape
     check(
@@ -686,6 +716,7 @@ def choose(logits, temperature, rows):
     )
     _settle[(R,)](
         logits,
+        rows.key,
         rows.token,
         rows.position,
         rows.length,
@@ -698,8 +729,11 @@ def choose(logits, temperature, rows):
         rows.ends,
         rows.tokens.shape[1],
         *parts,
+        V,
         logits.stride(0),
         scale,
+        GREEDY=temperature == 0,
+        WIDTH=width,
         SPLITS=splits,
         num_warps=1,
     )

@@ -171,8 +171,14 @@ def _waits_from_bits(bits, key):
     # bitcast: the signed number with the same bits, as torch has it.
     r = key.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283053e-10 + 0.5  # TO_HALF, in fp32
     v = tl.abs(bits.to(tl.int32, bitcast=True).to(tl.float32) + r) * 4.6566126e-10  # TO_UNIT
-    near = v * (1.4426980 + v * (0.7204905 + v * 0.5167808))
+    near = v * tl.fma(v, tl.fma(v, 0.5167808, 0.7204905), 1.4426980)
     return tl.where(v < 0.0625, near, -_log2(1.0 - v))
+
+
+@jit
+def _position_key(key, position):
+    """`position_keys` of one row, a uint32."""
+    return _mix(key ^ _mix((position + 1).to(tl.uint32)))
 
 
 @jit

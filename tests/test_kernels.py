@@ -307,16 +307,30 @@ def test_choose_is_the_same_in_any_number_of_programs(temperature, monkeypatch):
     assert [kernels.choose_splits(rows, 5) for rows in (1, 2048, 4096)] == [4, 2, 1]
 
 
-@pytest.mark.parametrize("places", [(3, 4), (0, 1023), (7, 4000), (1024, 2048), (4999, 4099)])
+@pytest.mark.parametrize(
+    "places", [(3, 4), (2061, 2062), (0, 1023), (7, 4000), (1024, 2048), (4999, 4099)]
+)
 def test_greedy_takes_the_first_of_level_logits(places):
-    """Catches another choice than torch's among equal logits, be they in one lane, in two lanes, in
-    two tiles or in two programs."""
+    """Catches another choice than torch's among equal logits, be they one load of a lane, in two
+    lanes, in two tiles or in two programs."""
     logits = randn(1, 5000).clamp(max=2.0)
     logits[0, list(places)] = 9.0
     rows = seated(1, device=DEVICE)
     kernels.choose(logits, 0.0, rows)
     assert rows.tokens[0, 0] == min(places)
     assert abs(rows.logprobs[0, 0] - logits.log_softmax(-1)[0, places[0]]) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("V", [3, 257, 5000])
+def test_logits_that_are_no_number_choose_a_token_of_the_vocabulary(V, temperature):
+    """Catches a token outside of the vocabulary, whose embedding the next step would read beyond
+    its table: of a row of NaN and of one with a single number."""
+    logits = torch.full((2, V), torch.nan, device=DEVICE)
+    logits[1, V - 1] = 0.5
+    rows = seated(2, device=DEVICE)
+    kernels.choose(logits, temperature, rows)
+    assert rows.tokens[:, 0].tolist() == [0, V - 1]
 
 
 def test_the_kernels_noise_decides_as_torchs_does():
